@@ -1,0 +1,29 @@
+"""Data: rows on disk, the story world, tasks made from text, the tokenizer and the collators."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "read_rows": "rows",
+    "write_rows": "rows",
+    "Story": "stories",
+    "generate_story": "stories",
+    "generate_stories": "stories",
+    "train_tokenizer": "tokenizer",
+    "TEXT_TASKS": "tasks",
+    "split_sentences": "tasks",
+    "crop_sentences": "tasks",
+    "build_pairs": "tasks",
+    "mask_spans": "collators",
+    "AutoencoderCollator": "collators",
+    "FlowCollator": "collators",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, because the files are commands too: `python -m` complains about one that its package has imported.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,184 @@
+"""A small world told in plain sentences, with one question about it: reasoning data that can be checked exactly.
+
+In the manner of the bAbI tasks (arXiv 1502.05698), with a world of our own: people move between places, pick things
+up, carry them along and drop them. Every answer follows from the story alone.
+
+    python -m modeling_yan.data.stories --num_rows 20000 --seed 0 --output stories.jsonl.gz
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from .rows import Row, read_rows, write_rows
+
+PEOPLE = ("Anna", "Clara", "Henry", "John", "Lucy", "Mary", "Peter", "Simon")
+PLACES = ("attic", "cellar", "garden", "kitchen", "library", "market", "office", "stable")
+THINGS = ("apple", "book", "coin", "cup", "hat", "key", "lamp", "letter")
+
+MOVE_VERBS = ("went to", "walked to", "moved to")
+TAKE_VERBS = ("picked up", "took")
+DROP_VERBS = ("dropped", "put down")
+
+MIN_SENTENCES, MAX_SENTENCES = 2, 10
+TAKE_CHANCE, DROP_CHANCE = 0.5, 0.3  # of somebody who can; otherwise they move on
+HELD_CHANCE = 0.75  # ask mostly about what is carried, or "nothing" and "nobody" would be good guesses
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story with its question (`source`) and the sentence that answers it (`target`)."""
+
+    source: str
+    target: str
+    kind: str
+    num_sentences: int
+
+
+@dataclass
+class World:
+    """What the sentences told so far determine; nobody and nothing has a place before it is told."""
+
+    place_of: dict[str, str] = field(default_factory=dict)  # person -> place
+    hand_of: dict[str, str] = field(default_factory=dict)  # person -> the one thing carried
+    lying_in: dict[str, str] = field(default_factory=dict)  # dropped thing -> place
+
+    @property
+    def carrier_of(self) -> dict[str, str]:
+        """Carried thing -> person."""
+        return {thing: person for person, thing in self.hand_of.items()}
+
+    @property
+    def place_of_thing(self) -> dict[str, str]:
+        """Every thing that was mentioned -> place, its carrier's if it has one."""
+        return self.lying_in | {thing: self.place_of[person] for person, thing in self.hand_of.items()}
+
+    def within_reach(self, person: str, things: Sequence[str]) -> list[str]:
+        """Those of `things` that lie where `person` is, or were never mentioned and so may be anywhere."""
+        here = self.place_of[person]
+        free = [thing for thing in things if thing not in self.carrier_of]
+        return [thing for thing in free if self.lying_in.get(thing, here) == here]
+
+
+def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> Story:
+    """Draw a kind of question and a number of sentences, 2 to `max_sentences`; then a story in which it has an answer."""
+    kind = rng.choice(list(QUESTIONS))
+    num_sentences = rng.randint(MIN_SENTENCES, max_sentences)
+    while True:  # two sentences are enough for every kind, so this ends soon
+        world = World()
+        sentences = _tell(world, num_sentences, rng)
+        question_and_answer = QUESTIONS[kind](world, rng)
+        if question_and_answer:
+            question, answer = question_and_answer
+            return Story(" ".join([*sentences, "Question:", question]), answer, kind, num_sentences)
+
+
+def generate_stories(
+    num_rows: int, seed: int, exclude: Collection[str] = frozenset(), max_sentences: int = MAX_SENTENCES
+) -> list[Row]:
+    """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`."""
+    if num_rows < 0:
+        raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
+    if max_sentences < MIN_SENTENCES:
+        raise ValueError(f"max_sentences is {max_sentences}, but must be at least {MIN_SENTENCES}")
+    rng, excluded = random.Random(seed), frozenset(exclude)
+    rows: dict[str, Row] = {}
+    while len(rows) < num_rows:
+        story = generate_story(rng, max_sentences)
+        if story.source not in excluded:
+            rows.setdefault(story.source, {"source": story.source, "target": story.target, "kind": story.kind})
+    return list(rows.values())
+
+
+def _tell(world: World, num_sentences: int, rng: random.Random) -> list[str]:
+    people = rng.sample(PEOPLE, rng.randint(2, 4))
+    things = rng.sample(THINGS, rng.randint(1, 3))
+    return [_happen(world, rng.choice(people), things, rng) for _ in range(num_sentences)]
+
+
+def _happen(world: World, person: str, things: Sequence[str], rng: random.Random) -> str:
+    """Let `person` do one possible thing, change the world by it and return the sentence that tells it."""
+    if person not in world.place_of:
+        return _move(world, person, rng)
+    if person in world.hand_of:
+        return _drop(world, person, rng) if rng.random() < DROP_CHANCE else _move(world, person, rng)
+    reachable = world.within_reach(person, things)
+    if reachable and rng.random() < TAKE_CHANCE:
+        return _take(world, person, rng.choice(reachable), rng)
+    return _move(world, person, rng)
+
+
+def _move(world: World, person: str, rng: random.Random) -> str:
+    place = rng.choice([place for place in PLACES if place != world.place_of.get(person)])
+    world.place_of[person] = place
+    return f"{person} {rng.choice(MOVE_VERBS)} the {place}."
+
+
+def _take(world: World, person: str, thing: str, rng: random.Random) -> str:
+    world.lying_in.pop(thing, None)
+    world.hand_of[person] = thing
+    return f"{person} {rng.choice(TAKE_VERBS)} the {thing}."
+
+
+def _drop(world: World, person: str, rng: random.Random) -> str:
+    thing = world.hand_of.pop(person)
+    world.lying_in[thing] = world.place_of[person]
+    return f"{person} {rng.choice(DROP_VERBS)} the {thing}."
+
+
+def _ask_where_person(world: World, rng: random.Random) -> tuple[str, str]:
+    person = rng.choice(list(world.place_of))
+    return f"Where is {person}?", f"{person} is in the {world.place_of[person]}."
+
+
+def _ask_where_thing(world: World, rng: random.Random) -> tuple[str, str] | None:
+    places = world.place_of_thing
+    if not places:
+        return None
+    thing = rng.choice(list(places))
+    return f"Where is the {thing}?", f"The {thing} is in the {places[thing]}."
+
+
+def _ask_carrying(world: World, rng: random.Random) -> tuple[str, str] | None:
+    empty_handed = [person for person in world.place_of if person not in world.hand_of]
+    people = list(world.hand_of) if rng.random() < HELD_CHANCE else empty_handed
+    if not people:
+        return None
+    person = rng.choice(people)
+    carried = f"the {world.hand_of[person]}" if person in world.hand_of else "nothing"
+    return f"What is {person} carrying?", f"{person} is carrying {carried}."
+
+
+def _ask_who_has(world: World, rng: random.Random) -> tuple[str, str] | None:
+    carriers = world.carrier_of
+    things = list(carriers) if rng.random() < HELD_CHANCE else list(world.lying_in)
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return f"Who has the {thing}?", f"{carriers.get(thing, 'Nobody')} has the {thing}."
+
+
+QUESTIONS: dict[str, Callable[[World, random.Random], tuple[str, str] | None]] = {
+    "where_person": _ask_where_person,
+    "where_thing": _ask_where_thing,
+    "carrying": _ask_carrying,
+    "who_has": _ask_who_has,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a file of stories from the command line."""
+    parser = argparse.ArgumentParser(description="Write question-answering stories as source and target pairs.")
+    parser.add_argument("--num_rows", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_sentences", type=int, default=MAX_SENTENCES)
+    parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
+    parser.add_argument("--exclude", nargs="*", default=[], help="files of pairs whose sources must not appear again")
+    options = parser.parse_args(arguments)
+    exclude = {row["source"] for path in options.exclude for row in read_rows(path)}
+    write_rows(options.output, generate_stories(options.num_rows, options.seed, exclude, options.max_sentences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,540 @@
+"""YAN: an encoder, a mixture-of-experts flow and a decoder that together write a text at once (arXiv 2604.15009).
+
+Letters of the shape comments: B batch, S prompt length, L canvas length, D hidden size, K experts, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_yan import YanConfig
+from .experts_yan import YanExperts, YanGate, choose_experts
+from .flow_matching_yan import (
+    gate_entropy,
+    gaussian_mmd,
+    hashed_normal,
+    hashed_uniform,
+    interpolate,
+    load_balance,
+    mixture_nll,
+    sample_times,
+    solve_flow,
+    solver_times,
+    token_cross_entropy,
+)
+from .generation_yan import YanGenerationConfig, YanGenerationMixin
+from .layers_yan import (
+    YanAttention,
+    YanDecoderLayer,
+    YanEncoderLayer,
+    YanFlowLayer,
+    YanTimeEmbedding,
+    position_ids_from_mask,
+)
+from .mamba_yan import YanMamba
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class YanAutoencodingOutput(ModelOutput):
+    """Output of `YanForAutoencoding`; the terms are there when `labels` were given.
+
+    Args:
+        loss: Weighted sum of the terms below.
+        ce_loss: Cross-entropy of the decoded latents against the labels, nats per token.
+        mmd_loss: Squared maximum mean discrepancy between latents and N(0, I), if `mmd_weight` > 0.
+        latent_norm_loss: Mean square of the latents.
+        logits: (B, L, V). last_hidden_state: The latents (B, L, D).
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    mmd_loss: torch.Tensor | None = None
+    latent_norm_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class YanFlowOutput(ModelOutput):
+    """Output of `YanForFlowGeneration`; the terms are there when `labels` were given, unweighted.
+
+    Args:
+        loss: Weighted sum of the terms below (`nll_loss_per_dim` for the likelihood, the entropy subtracted).
+        nll_loss: Negative log-likelihood of the target velocity, nats per token.
+        nll_loss_per_dim: The same divided by D, comparable across widths.
+        mse_loss: Squared error of the solved latents, per token and dimension.
+        ce_loss: Cross-entropy of the decoded solved latents, nats per token.
+        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
+        logits: (B, L, V), L the width of the labels if there are any, else the canvas.
+        hidden_states, attentions: Of the encoded prompt, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    nll_loss: torch.Tensor | None = None
+    nll_loss_per_dim: torch.Tensor | None = None
+    mse_loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    gate_entropy: torch.Tensor | None = None
+    load_balance_loss: torch.Tensor | None = None
+    mmd_loss: torch.Tensor | None = None
+    latent_norm_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class YanEmbeddings(nn.Module):
+    """Token and learned position embeddings; the flow uses the positions too."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        return self.dropout(inputs_embeds + self.position_embeddings(position_ids))
+
+
+class YanPreTrainedModel(PreTrainedModel):
+    config_class = YanConfig
+    config: YanConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": YanEncoderLayer, "attentions": YanAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, YanMamba):
+            module.reset_parameters()
+        elif isinstance(module, YanTimeModulation):  # every block starts as a plain pre-norm block
+            init.zeros_(module.proj.weight)
+
+    def _check_length(self, length: int, name: str):
+        longest = self.config.max_position_embeddings
+        if not 0 < length <= longest:
+            raise ValueError(f"{name} has {length} tokens: must be 1 to max_position_embeddings={longest}")
+
+
+class YanModel(YanPreTrainedModel):
+    """Embeddings and bidirectional encoder: token ids to one latent vector per token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = YanEmbeddings(config)
+        self.layers = nn.ModuleList(YanEncoderLayer(config, index) for index in range(config.num_encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Encode `input_ids` (B, S) to latents (B, S, D).
+
+        Args:
+            input_ids: Ids in [0, vocab_size). attention_mask: (B, S), 0 on padding, which may be on either side.
+            position_ids: (B, S); counted over the valid tokens if None. inputs_embeds: (B, S, D) instead of ids.
+
+        Raises:
+            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        self._check_length(given.shape[1], "the input")
+        if input_ids is not None and attention_mask is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        if position_ids is None:
+            position_ids = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
+            position_ids = position_ids if attention_mask is None else position_ids_from_mask(attention_mask)
+        hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, padding_mask=attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class YanDecoder(nn.Module):
+    """Latents to the states that the language-model head reads, every token by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config.decoder_dropout)
+        self.layers = nn.ModuleList(YanDecoderLayer(config) for _ in range(config.num_decoder_layers))
+
+    def forward(self, latents):
+        hidden_states = self.dropout(latents)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class YanForAutoencoding(YanPreTrainedModel):
+    """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = YanModel(config)
+        self.decoder = YanDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> YanAutoencodingOutput:
+        """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
+
+        Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is
+        added to the latents, so that the decoder forgives what the flow will miss.
+
+        Raises:
+            ValueError: `labels` are not shaped like the input.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        latents = outputs.last_hidden_state
+        if labels is not None and labels.shape != latents.shape[:2]:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(latents.shape[:2])} as the input")
+        logits = self.lm_head(self.decoder(self._add_noise(latents)))
+        terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
+        return YanAutoencodingOutput(
+            **terms,
+            logits=logits,
+            last_hidden_state=latents,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _add_noise(self, latents):
+        if not self.training or self.config.latent_noise == 0:
+            return latents
+        level = self.config.latent_noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
+        return latents + level * torch.randn_like(latents)
+
+    def _loss_terms(self, logits, labels, latents, attention_mask):
+        valid = labels != IGNORE_INDEX
+        ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
+        regularisers = latent_regularisers(self, latents, attention_mask)
+        return {"loss": ce_loss + weighted_sum(self.config, regularisers), "ce_loss": ce_loss, **regularisers}
+
+
+def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
+    """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
+    tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
+    terms = {"latent_norm_loss": tokens.float().square().mean()}
+    if model.config.mmd_weight > 0:
+        terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
+    return terms
+
+
+def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Sum of the terms `x_loss`, each with the config's `x_weight`."""
+    return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
+
+
+@dataclass
+class YanCondition:
+    """What the flow needs of the prompt, computed once for all steps.
+
+    Args:
+        key_values: Keys and values (B, H, S, D/H) of the layers with cross-attention; None for the others.
+        attention_mask: In the form of the attention implementation. mean: Mean latent of the valid tokens (B, D).
+    """
+
+    key_values: list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]
+    attention_mask: torch.Tensor | None
+    mean: torch.Tensor
+
+
+@dataclass
+class YanModulation:
+    """Time embedding (T, D) and each flow layer's shifts and scales (T, num_modulations, D) at T times."""
+
+    embedding: torch.Tensor
+    layers: list[torch.Tensor]
+
+    def __getitem__(self, index) -> "YanModulation":
+        return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
+
+
+class YanTimeModulation(nn.Module):
+    """Times to the shifts and scales of all flow layers, in one product for all layers and all times."""
+
+    def __init__(self, config, sizes: list[int]):
+        super().__init__()
+        self.sizes = sizes
+        self.time_embedding = YanTimeEmbedding(config)
+        self.proj = nn.Linear(config.hidden_size, sum(sizes) * config.hidden_size)
+
+    def forward(self, times: torch.Tensor) -> YanModulation:
+        embedding = self.time_embedding(times)
+        modulations = self.proj(nn.functional.gelu(embedding)).unflatten(-1, (sum(self.sizes), -1))
+        return YanModulation(embedding, list(modulations.split(self.sizes, dim=1)))
+
+
+class YanFlow(nn.Module):
+    """The expert vector fields: a trunk that knows time and prompt, K velocity heads, and a gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(YanFlowLayer(config, index) for index in range(config.num_flow_layers))
+        self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.experts = YanExperts(config)
+        self.gate = YanGate(config)
+
+    def condition(self, latents, attention_mask=None, canvas_length: int = 1) -> YanCondition:
+        """Prepare the encoded prompt, latents (B, S, D) with mask (B, S), for any number of velocity calls."""
+        canvas = latents[:, :1].expand(-1, canvas_length, -1)
+        mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
+        key_values = [
+            layer.cross_attention.key_values(latents) if layer.has_cross_attention else (None, None)
+            for layer in self.layers
+        ]
+        if attention_mask is None:
+            return YanCondition(key_values, mask, latents.mean(1))
+        valid = attention_mask.unsqueeze(-1).to(latents.dtype)
+        return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
+
+    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
+        """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
+        states = x + positions
+        for layer, shifts_and_scales, key_value in zip(
+            self.layers, modulation.layers, condition.key_values, strict=True
+        ):
+            states = layer(states, shifts_and_scales, *key_value, cross_attention_mask=condition.attention_mask)
+        return self.norm(states)
+
+    def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
+        """log pi_k (B, L, K) from the trunk's states."""
+        return self.gate(states, condition.mean, modulation.embedding)
+
+
+class YanVelocity:
+    """Velocity field of one solve: every token is moved by the expert that the gate chose for it at t = 0.
+
+    The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
+    `solver_times(num_steps, solver)`.
+    """
+
+    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, seed=None):
+        self.flow, self.positions, self.condition = flow, positions, condition
+        self.expert_choice, self.seed = expert_choice, seed
+        times = solver_times(num_steps, solver)
+        self.index_of_time = {time: index for index, time in enumerate(times)}
+        self.modulation = flow.modulation(torch.tensor(times, device=positions.device))
+        self.log_gate = self.experts = None
+        self.num_trunk_passes = 0
+
+    def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
+        index = self.index_of_time[time]
+        modulation = self.modulation[index : index + 1]
+        states = self.flow.trunk(x, self.positions, modulation, self.condition)
+        self.num_trunk_passes += 1
+        if self.log_gate is None:
+            self.log_gate = self.flow.log_gate(states, modulation, self.condition)
+            self.experts = choose_experts(self.log_gate, self.expert_choice, self.seed)
+        if self.experts is None:
+            return self.flow.experts.mixture_velocity(states, self.log_gate)
+        return self.flow.experts.velocity_of(states, self.experts)
+
+
+class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
+    """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = False  # every term is a mean, so the Trainer divides it over accumulated batches
+    generation_config_class = YanGenerationConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = YanModel(config)
+        self.flow = YanFlow(config)
+        self.decoder = YanDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.generation_config = YanGenerationConfig.from_yan_config(config)
+        self.post_init()
+        self.apply_freeze_switches()
+
+    def apply_freeze_switches(self):
+        """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them."""
+        config = self.config
+        parts = {
+            self.model: not config.freeze_encoder,
+            self.decoder: not config.freeze_decoder,
+            self.lm_head: not config.freeze_decoder,
+            self.model.embeddings: not config.freeze_embeddings,
+        }
+        for part, is_trained in parts.items():
+            part.requires_grad_(is_trained)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        canvas_length: int | None = None,
+        num_flow_steps: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> YanFlowOutput:
+        """The training objective if `labels` are given, else the logits of a few-step solve.
+
+        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
+            labels: (B, L) target ids; -100 marks what is no target, on either side. The target is moved to the
+                start of the canvas and followed by EOS up to its end, and the fill is trained on.
+            canvas_length: Width of the canvas, `config.canvas_length` if None.
+            num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number.
+
+        Raises:
+            ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
+        self._check_length(canvas_length, "the canvas")
+        condition = self.flow.condition(outputs.last_hidden_state, attention_mask, canvas_length)
+        positions = self.canvas_positions(canvas_length)
+        num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
+        if labels is None:
+            x_0 = self.start_noise((1, canvas_length), positions).expand(len(condition.mean), -1, -1)
+            terms = {"logits": self.decode(self.solve(x_0, positions, condition, num_flow_steps))}
+        else:
+            canvas = self.labels_to_canvas(labels, canvas_length)
+            terms = self._objective(canvas, positions, condition, num_flow_steps)
+            terms["logits"] = terms["logits"][:, : labels.shape[1]]
+        return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def canvas_positions(self, canvas_length: int) -> torch.Tensor:
+        """Position embeddings (L, D) of a canvas."""
+        return self.model.embeddings.position_embeddings.weight[:canvas_length]
+
+    def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
+        noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
+        return (self.config.init_noise * noise).to(like.dtype)
+
+    def solve(self, x_0, positions, condition, num_flow_steps: int) -> torch.Tensor:
+        """The latents x1_hat (B, L, D) that the solver reaches from x0, as `forward` uses them."""
+        choice = self.config.train_expert_choice if self.training else "argmax"
+        velocity = YanVelocity(self.flow, positions, condition, num_flow_steps, "euler", choice)
+        return solve_flow(velocity, x_0, num_flow_steps)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of latents (B, L, D)."""
+        return self.lm_head(self.decoder(latents))
+
+    def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
+        """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
+
+        Raises:
+            ValueError: `labels` are wider than the canvas.
+        """
+        if labels.shape[1] > canvas_length:
+            raise ValueError(f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}")
+        valid = labels != IGNORE_INDEX
+        canvas = labels.new_full((len(labels), canvas_length), self.config.eos_token_id)
+        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+        canvas[rows[valid], (valid.cumsum(1) - 1)[valid]] = labels[valid]
+        return canvas
+
+    def _draw_num_steps(self) -> int:
+        config = self.config
+        if not self.training:
+            return config.num_flow_steps
+        return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
+
+    def _encode_target(self, canvas):
+        is_constant = self.config.detach_target_latents
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
+            return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
+
+    def _draw_path(self, x_1):
+        """Start points and times of a training batch; fixed ones in evaluation mode."""
+        if self.training:
+            x_0 = self.config.init_noise * torch.randn_like(x_1)
+            return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
+        return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
+
+    def _objective(self, canvas, positions, condition, num_flow_steps):
+        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
+        config = self.config
+        x_1 = self._encode_target(canvas)
+        x_0, time = self._draw_path(x_1)
+        modulation = self.flow.modulation(time)
+        states = self.flow.trunk(interpolate(x_0, x_1, time), positions, modulation, condition)
+        log_gate = self.flow.log_gate(states, modulation, condition)
+        nll = mixture_nll(x_1 - x_0, self.flow.experts(states), log_gate, config.flow_sigma)
+        x_1_hat = self.solve(x_0, positions, condition, num_flow_steps)
+        logits = self.decode(x_1_hat)
+        terms = {
+            "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
+            "ce_loss": token_cross_entropy(logits, canvas),
+            "load_balance_loss": load_balance(log_gate),
+        }
+        if x_1.requires_grad:
+            terms |= latent_regularisers(self, x_1)
+        entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
+        loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
+        details = {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy, "logits": logits}
+        return {"loss": loss, **terms, **details}
+
+
+__all__ = [
+    "YanAutoencodingOutput",
+    "YanFlowOutput",
+    "YanForAutoencoding",
+    "YanForFlowGeneration",
+    "YanModel",
+    "YanPreTrainedModel",
+]

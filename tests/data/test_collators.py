@@ -1,0 +1,200 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from modeling_yan.data import AutoencoderCollator, FlowCollator, generate_stories, mask_spans
+
+MASK, PAD = 3, 2
+
+
+def ragged_batch(num_rows, width, seed=0):
+    """Rows of 10, 11, 12, ... cut at random lengths (0 to `width`), so that a token tells its own position."""
+    lengths = torch.randint(0, width + 1, (num_rows,), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(width).expand(num_rows, width)
+    return torch.where(positions < lengths[:, None], positions + 10, PAD), lengths
+
+
+def masked(input_ids, lengths, mask_ratio, max_span_len, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return mask_spans(input_ids, lengths, mask_ratio, max_span_len, MASK, PAD, generator)
+
+
+def hidden_spans(row, length):
+    """Read a masked row of `ragged_batch` back: the lengths of its hidden spans, in order."""
+    ids = row.tolist()
+    while ids and ids[-1] == PAD:
+        ids.pop()
+    bounded = [9, *ids, length + 10]
+    spans = []
+    for before, token, after in zip(bounded, bounded[1:], bounded[2:]):
+        if token == MASK:
+            assert MASK not in (before, after), "two masks touch"
+            spans.append(after - before - 1)
+        else:
+            assert before == MASK or token == before + 1, "a kept token is missing or out of order"
+    assert PAD not in ids, "the row was not closed up"
+    return spans
+
+
+@pytest.mark.parametrize("max_span_len", [1, 3, 8])
+@pytest.mark.parametrize("mask_ratio", [0.08, 0.3, 0.5])
+def test_masked_rows_can_be_read_back(mask_ratio, max_span_len):
+    input_ids, lengths = ragged_batch(400, 30)
+    before = input_ids.clone()
+    result = masked(input_ids, lengths, mask_ratio, max_span_len)
+    assert result.shape == input_ids.shape
+    assert torch.equal(input_ids, before)
+    for row, length in zip(result, lengths.tolist()):
+        spans = hidden_spans(row, length)
+        assert all(1 <= span <= max_span_len for span in spans)
+        assert abs(sum(spans) - mask_ratio * length) < 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 40])
+def test_the_mean_share_is_right_for_short_rows_too(length):
+    lengths = torch.full((4_000,), length)
+    input_ids = torch.arange(10, 10 + length).expand(4_000, length)
+    result = masked(input_ids, lengths, 0.15, 3)
+    shares = torch.tensor([sum(hidden_spans(row, length)) / length for row in result])
+    assert shares.mean() == pytest.approx(0.15, abs=0.02)
+
+
+def test_every_position_and_span_length_is_equally_likely():
+    input_ids = torch.arange(10, 40).expand(6_000, 30)
+    result = masked(input_ids, torch.full((6_000,), 30), 0.1, 3)
+    kept = torch.stack([(result == token).any(1).float().mean() for token in range(10, 40)])
+    assert (1 - kept).mean() == pytest.approx(0.1, abs=0.002)
+    assert ((1 - kept)[3:-3] - 0.1).abs().max() < 0.03
+    spans = torch.tensor([span for row in result for span in hidden_spans(row, 30)])
+    shares = spans.bincount(minlength=4)[1:] / len(spans)
+    assert shares.min() > 0.15
+
+
+def test_masking_follows_its_generator():
+    input_ids, lengths = ragged_batch(50, 30)
+    assert torch.equal(masked(input_ids, lengths, 0.3, 3, seed=1), masked(input_ids, lengths, 0.3, 3, seed=1))
+    assert not torch.equal(masked(input_ids, lengths, 0.3, 3, seed=1), masked(input_ids, lengths, 0.3, 3, seed=2))
+
+
+def test_no_masking_returns_the_input():
+    input_ids, lengths = ragged_batch(5, 10)
+    assert masked(input_ids, lengths, 0.0, 3) is input_ids
+
+
+@pytest.mark.parametrize(("mask_ratio", "max_span_len"), [(-0.1, 3), (0.6, 3), (0.1, 0)])
+def test_impossible_masking_is_refused(tokenizer, mask_ratio, max_span_len):
+    with pytest.raises(ValueError, match="mask_ratio|max_span_len"):
+        masked(*ragged_batch(2, 5), mask_ratio, max_span_len)
+    with pytest.raises(ValueError, match="mask_ratio|max_span_len"):
+        AutoencoderCollator(tokenizer, 16, mask_ratio=mask_ratio, max_span_len=max_span_len)
+
+
+def test_autoencoder_batch(tokenizer):
+    texts = ["Mary went to the kitchen.", "Mary took the apple. Mary went to the garden."]
+    batch = AutoencoderCollator(tokenizer, 64, mask_ratio=0.3)([{"text": text} for text in texts])
+    assert {name: tensor.shape for name, tensor in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), (2, 16)
+    )
+    assert batch["attention_mask"].all()
+    assert tokenizer.batch_decode(batch["labels"], skip_special_tokens=True) == texts
+    assert tokenizer.mask_token_id in batch["input_ids"]
+    assert tokenizer.mask_token_id not in batch["labels"]
+    assert tokenizer.pad_token_id not in torch.cat([batch["input_ids"], batch["labels"]])
+    assert (batch["labels"][:, -1] == tokenizer.eos_token_id).all()
+
+
+@pytest.mark.parametrize(
+    ("fixed_width", "num_tokens", "width"), [(False, 7, 8), (False, 8, 16), (False, 30, 20), (True, 7, 20)]
+)
+def test_autoencoder_width(tokenizer, fixed_width, num_tokens, width):
+    collator = AutoencoderCollator(tokenizer, 20, fixed_width=fixed_width)
+    assert collator([{"input_ids": list(range(10, 10 + num_tokens))}])["labels"].shape == (1, width)
+
+
+def test_autoencoder_takes_windows_of_long_rows_and_either_text_of_a_pair(tokenizer):
+    collator = AutoencoderCollator(tokenizer, 8, mask_ratio=0)
+    windows = collator([{"input_ids": list(range(10, 30))}] * 200)["labels"]
+    assert (windows.diff() == 1).all()
+    assert set(windows[:, 0].tolist()) == set(range(10, 23))
+    either = collator([{"source": [10], "target": [11]}] * 50)["labels"]
+    assert set(either[:, 0].tolist()) == {10, 11}
+    with pytest.raises(ValueError, match='"text" is needed'):
+        collator([{"words": "a"}])
+
+
+def test_autoencoder_batches_repeat_with_their_seed(tokenizer):
+    rows = generate_stories(32, seed=0)
+    first, second, other = (AutoencoderCollator(tokenizer, 32, seed=seed) for seed in (5, 5, 6))
+    for start in (0, 16):
+        batches = [collator(rows[start : start + 16]) for collator in (first, second, other)]
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+        assert not torch.equal(batches[0]["input_ids"], batches[2]["input_ids"])
+
+
+def test_workers_and_epochs_draw_differently_but_repeatably(tokenizer):
+    rows = [{"input_ids": list(range(10, 40))}] * 32
+
+    def epochs():
+        collator = AutoencoderCollator(tokenizer, 32, mask_ratio=0.3, seed=1)
+        loader = DataLoader(
+            rows, batch_size=16, num_workers=2, collate_fn=collator, generator=torch.Generator().manual_seed(0)
+        )
+        return [batch["input_ids"] for _ in range(2) for batch in loader]
+
+    batches = epochs()
+    assert len({tuple(batch.flatten().tolist()) for batch in batches}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(batches, epochs()))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_flow_batch(tokenizer, side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    rows = generate_stories(4, seed=3)
+    batch = FlowCollator(tokenizer, 120, 16)(rows)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    for row, ids, mask, labels in zip(rows, batch["input_ids"], batch["attention_mask"], batch["labels"]):
+        source, target = tokenizer([row["source"], row["target"]])["input_ids"]
+        assert ids[mask.bool()].tolist() == source
+        assert (ids[~mask.bool()] == tokenizer.pad_token_id).all()
+        assert mask[-1 if side == "left" else 0] == 1
+        assert labels[labels != -100].tolist() == [*target, tokenizer.eos_token_id]
+        assert (labels[len(target) + 1 :] == -100).all()
+
+
+def test_flow_widths_are_rounded_up_to_their_limits(tokenizer):
+    collator = FlowCollator(tokenizer, max_source_length=10, canvas_length=6)
+    batch = collator([{"source": [10] * 5, "target": [11] * 3}])
+    assert (batch["input_ids"].shape, batch["labels"].shape) == ((1, 8), (1, 4))
+    batch = collator([{"source": [10] * 9, "target": [11] * 4}])
+    assert (batch["input_ids"].shape, batch["labels"].shape) == ((1, 10), (1, 6))
+
+
+def test_flow_cuts_long_targets_without_eos_and_keeps_the_end_of_long_sources(tokenizer):
+    collator = FlowCollator(tokenizer, max_source_length=4, canvas_length=4)
+    batch = collator([{"source": range(10, 17), "target": range(20, 24)}, {"source": [10], "target": [20, 21, 22]}])
+    assert batch["input_ids"].tolist() == [[13, 14, 15, 16], [0, 0, 0, 10]]
+    assert batch["labels"].tolist() == [[20, 21, 22, 23], [20, 21, 22, tokenizer.eos_token_id]]
+    assert collator.num_truncated == 1
+
+
+def test_flow_gives_an_empty_source_one_token_to_look_at(tokenizer):
+    batch = FlowCollator(tokenizer, 8, 8)([{"source": "", "target": "Mary"}])
+    assert batch["input_ids"].tolist() == [[0, 0, 0, tokenizer.bos_token_id]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 0, 1]]
+
+
+def test_flow_takes_strings_and_ids_alike(tokenizer):
+    rows = generate_stories(3, seed=4)
+    encoded = [{key: tokenizer(row[key])["input_ids"] for key in ("source", "target")} for row in rows]
+    collator = FlowCollator(tokenizer, 120, 16)
+    expected = collator(rows)
+    for mixture in (encoded, [rows[0], *encoded[1:]]):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in collator(mixture).items())
+
+
+def test_flow_refuses_texts_and_empty_limits(tokenizer):
+    with pytest.raises(ValueError, match=r"keys \['text'\], but \"source\" is needed"):
+        FlowCollator(tokenizer, 8, 8)([{"text": "a"}])
+    for name in ("max_source_length", "canvas_length"):
+        with pytest.raises(ValueError, match=name):
+            FlowCollator(tokenizer, **{"max_source_length": 8, "canvas_length": 8, name: 0})

@@ -1,0 +1,111 @@
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from modeling_yan.data import generate_stories, generate_story, read_rows
+from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, main
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return generate_stories(2_000, seed=1)
+
+
+def reread(sentences):
+    """Simulate a told story by its words alone; returns person -> place, thing -> place, thing -> person or None."""
+    places, lying, holders = {}, {}, {}
+    for sentence in sentences:
+        person, verb, noun = re.fullmatch(r"(\w+) (.+) the (\w+)", sentence).groups()
+        if verb in ("went to", "walked to", "moved to"):
+            assert noun in PLACES
+            assert places.get(person) != noun, "somebody moves to where they are"
+            places[person] = noun
+        elif verb in ("picked up", "took"):
+            assert noun in THINGS
+            assert holders.get(noun) is None, "two people hold one thing"
+            assert person not in holders.values(), "somebody holds two things"
+            assert lying.get(noun, places[person]) == places[person], "a thing is taken from afar"
+            holders[noun] = person
+        else:
+            assert verb in ("dropped", "put down")
+            assert holders[noun] == person, "somebody drops what they do not have"
+            holders[noun], lying[noun] = None, places[person]
+    where = {thing: places[person] if person else lying[thing] for thing, person in holders.items()}
+    return places, where, holders
+
+
+def expected_answer(question, places, where, holders):
+    if found := re.fullmatch(r"Where is the (\w+)\?", question):
+        return "where_thing", f"The {found[1]} is in the {where[found[1]]}."
+    if found := re.fullmatch(r"Where is (\w+)\?", question):
+        return "where_person", f"{found[1]} is in the {places[found[1]]}."
+    if found := re.fullmatch(r"Who has the (\w+)\?", question):
+        return "who_has", f"{holders[found[1]] or 'Nobody'} has the {found[1]}."
+    person = re.fullmatch(r"What is (\w+) carrying\?", question)[1]
+    assert person in places, "asked about somebody who never appeared"
+    carried = [thing for thing, holder in holders.items() if holder == person]
+    return "carrying", f"{person} is carrying {f'the {carried[0]}' if carried else 'nothing'}."
+
+
+def test_every_answer_follows_from_the_text(rows):
+    for row in rows:
+        story, question = row["source"].split(" Question: ")
+        world = reread(story.removesuffix(".").split(". "))
+        assert expected_answer(question, *world) == (row["kind"], row["target"]), row["source"]
+
+
+def test_size_of_the_stories():
+    rng = random.Random(0)
+    stories = [generate_story(rng) for _ in range(900)]
+    assert all(story.source.count(".") == story.num_sentences for story in stories)
+    sizes = Counter(story.num_sentences for story in stories)
+    assert sorted(sizes) == list(range(2, 11))
+    assert min(sizes.values()) > 60
+    assert {sum(person in story.source for person in PEOPLE) for story in stories} == {1, 2, 3, 4}
+
+
+def test_kinds_are_balanced_and_guessing_is_weak(rows):
+    kinds = Counter(row["kind"] for row in rows)
+    assert sorted(kinds) == ["carrying", "where_person", "where_thing", "who_has"]
+    assert min(kinds.values()) > 0.2 * len(rows)
+    for kind, count in kinds.items():
+        answers = Counter(row["target"] for row in rows if row["kind"] == kind)
+        assert answers.most_common(1)[0][1] < 0.1 * count, kind
+        nothing = sum(share for answer, share in answers.items() if re.search("nothing|Nobody", answer))
+        assert nothing < 0.4 * count, kind
+        assert nothing > 0 or kind.startswith("where")
+
+
+def test_the_whole_world_appears(rows):
+    text = " ".join(row["source"] for row in rows)
+    assert set(PEOPLE + PLACES + THINGS) <= set(re.findall(r"\w+", text))
+
+
+def test_equal_seeds_give_equal_rows(rows):
+    assert generate_stories(2_000, seed=1) == rows
+    assert generate_stories(100, seed=1) == rows[:100]
+    assert generate_stories(100, seed=2) != rows[:100]
+
+
+def test_sources_differ_and_avoid_the_excluded(rows):
+    sources = {row["source"] for row in rows}
+    assert len(sources) == len(rows)
+    others = generate_stories(2_000, seed=1, exclude=sources)
+    assert len(others) == 2_000
+    assert sources.isdisjoint(row["source"] for row in others)
+
+
+def test_negative_number_is_refused():
+    assert generate_stories(0, seed=0) == []
+    with pytest.raises(ValueError, match="num_rows"):
+        generate_stories(-1, seed=0)
+
+
+def test_command(tmp_path):
+    first, second = str(tmp_path / "first.jsonl.gz"), str(tmp_path / "second.jsonl")
+    main(["--num_rows", "50", "--seed", "3", "--output", first])
+    main(["--num_rows", "50", "--seed", "3", "--output", second, "--exclude", first])
+    assert read_rows(first) == generate_stories(50, seed=3)
+    assert not {row["source"] for row in read_rows(first)} & {row["source"] for row in read_rows(second)}

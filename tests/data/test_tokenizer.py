@@ -1,0 +1,119 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from modeling_yan.data import generate_stories, train_tokenizer, write_rows
+from modeling_yan.data.rows import row_texts
+from modeling_yan.data.tokenizer import main
+
+TEXTS = [
+    "Mary went to the kitchen.",
+    "the kitchen and The kitchen",
+    "two  spaces, a\ttab and\n\na new line \n",
+    "naïve café, “quotes” -- don't; 漢字 ☃ 👩‍🚀 \u0301 \x00",
+    " .,!?'\"",
+    "a <b> <masked> < mask >",
+    "trailing space ",
+    "",
+]
+
+
+def test_special_tokens(tokenizer):
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<pad>", "<s>", "</s>", "<mask>"]
+    ids = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id)
+    assert ids == (0, 1, 2, 3)
+    assert set(tokenizer.all_special_ids) == {0, 1, 2, 3}
+    assert not set(tokenizer("Mary went to the kitchen.")["input_ids"]) & {0, 1, 2, 3}
+
+
+def test_encoding_gives_ids_and_mask_padded_on_the_left(tokenizer):
+    batch = tokenizer(["Mary", "Mary went"], padding=True)
+    assert sorted(batch) == ["attention_mask", "input_ids"]
+    assert batch["attention_mask"] == [[0, 1], [1, 1]]
+    assert batch["input_ids"][0][0] == 0
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    for skip_special_tokens in (False, True):
+        assert tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) == text.removeprefix(" ")
+
+
+def test_a_word_is_the_same_at_the_start_and_in_the_middle(tokenizer):
+    ids = tokenizer("Mary Mary. Mary")["input_ids"]
+    assert ids[0] == ids[1] == ids[3]
+
+
+@pytest.mark.parametrize("text", ["the <mask> sat", "<mask> sat", "He saw a <mask>.", "<mask> <mask>", "</s></s>"])
+def test_special_tokens_read_well(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_mask_takes_its_space_and_changes_nothing_else(tokenizer):
+    the, kitchen, stop = tokenizer("the kitchen.")["input_ids"]
+    assert tokenizer("the <mask> kitchen <mask>.")["input_ids"] == [the, 3, kitchen, 3, stop]
+
+
+def test_skipping_the_specials(tokenizer):
+    text = "Mary is in the kitchen."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode([0, 0, 1, *ids, 2, 2], skip_special_tokens=True) == text
+    assert tokenizer.decode([1, *ids, 2]) == f"<s> {text}</s>"
+
+
+def test_words_of_the_stories_are_single_tokens(tokenizer):
+    rows = generate_stories(500, seed=8)
+    words = set(re.findall(r"\w+", " ".join(row["source"] + " " + row["target"] for row in rows)))
+    assert not [word for word in words if len(tokenizer(word)["input_ids"]) > 1]
+
+
+def test_training_is_deterministic_and_keeps_to_its_size(tokenizer):
+    texts = [text for row in generate_stories(300, seed=7) for text in row_texts(row)]
+    assert train_tokenizer(iter(texts), 500).get_vocab() == tokenizer.get_vocab()
+    assert len(tokenizer) <= 500
+    assert len(train_tokenizer(texts, 300)) == 300
+    assert len(train_tokenizer(["ab ab"], 300)) < 300
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="at least 260"):
+        train_tokenizer(["a"], 259)
+    assert len(train_tokenizer(["a"], 260)) == 260
+
+
+FRESH_PROCESS = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = [tokenizer(text)["input_ids"] for text in json.loads(sys.argv[2])]
+print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.special_tokens_map, tokenizer.all_special_ids,
+                  tokenizer.padding_side, tokenizer.model_input_names, len(tokenizer)]))
+"""
+
+
+def test_a_fresh_process_loads_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    texts = [*(text.replace("\x00", "") for text in TEXTS), "the <mask> sat", "<s> Mary</s></s>"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    here = [ids, [tokenizer.decode(row) for row in ids], specials, tokenizer.all_special_ids]
+    here += ["left", ["input_ids", "attention_mask"], len(tokenizer)]
+    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path), json.dumps(texts)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(there.splitlines()[-1]) == here
+
+
+def test_command(tmp_path):
+    pairs = generate_stories(50, seed=0)
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    write_rows(tmp_path / "texts.jsonl.gz", [{"text": "Zebras zigzag."}] * 20)
+    files = [str(tmp_path / "pairs.jsonl"), str(tmp_path / "texts.jsonl.gz")]
+    main(["--files", *files, "--vocab_size", "350", "--output", str(tmp_path / "tokenizer")])
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    texts = [text for row in pairs for text in row_texts(row)] + ["Zebras zigzag."] * 20
+    assert loaded.get_vocab() == train_tokenizer(texts, 350).get_vocab()
