@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_yan import YanConfig
+from .generation_yan import YanGenerationConfig, YanGenerationOutput
 from .modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel, YanPreTrainedModel
 
 AutoConfig.register("yan", YanConfig, exist_ok=True)

@@ -390,7 +390,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = False  # every term is a mean, so the Trainer divides it over accumulated batches
-    generation_config_class = YanGenerationConfig
 
     def __init__(self, config):
         super().__init__(config)
@@ -398,7 +397,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         self.flow = YanFlow(config)
         self.decoder = YanDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.generation_config = YanGenerationConfig.from_yan_config(config)
+        self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
         self.apply_freeze_switches()
 
@@ -444,30 +443,36 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")
         condition = self.flow.condition(outputs.last_hidden_state, attention_mask, canvas_length)
-        positions = self.canvas_positions(canvas_length)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if labels is None:
-            x_0 = self.start_noise((1, canvas_length), positions).expand(len(condition.mean), -1, -1)
-            terms = {"logits": self.decode(self.solve(x_0, positions, condition, num_flow_steps))}
+            x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
+            terms = {"logits": self.decode(self._solve(x_0, condition, num_flow_steps))}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
-            terms = self._objective(canvas, positions, condition, num_flow_steps)
+            terms = self._objective(canvas, condition, num_flow_steps)
             terms["logits"] = terms["logits"][:, : labels.shape[1]]
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
-    def canvas_positions(self, canvas_length: int) -> torch.Tensor:
+    def _positions(self, canvas_length: int) -> torch.Tensor:
         """Position embeddings (L, D) of a canvas."""
         return self.model.embeddings.position_embeddings.weight[:canvas_length]
+
+    def velocity_field(
+        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", seed=None
+    ) -> YanVelocity:
+        """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
+        positions = self._positions(canvas_length)
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, seed)
 
     def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
         """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
         noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
         return (self.config.init_noise * noise).to(like.dtype)
 
-    def solve(self, x_0, positions, condition, num_flow_steps: int) -> torch.Tensor:
-        """The latents x1_hat (B, L, D) that the solver reaches from x0, as `forward` uses them."""
+    def _solve(self, x_0, condition, num_flow_steps: int) -> torch.Tensor:
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0."""
         choice = self.config.train_expert_choice if self.training else "argmax"
-        velocity = YanVelocity(self.flow, positions, condition, num_flow_steps, "euler", choice)
+        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
         return solve_flow(velocity, x_0, num_flow_steps)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -506,16 +511,17 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
         return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
 
-    def _objective(self, canvas, positions, condition, num_flow_steps):
+    def _objective(self, canvas, condition, num_flow_steps):
         """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
         config = self.config
         x_1 = self._encode_target(canvas)
         x_0, time = self._draw_path(x_1)
         modulation = self.flow.modulation(time)
+        positions = self._positions(canvas.shape[1])
         states = self.flow.trunk(interpolate(x_0, x_1, time), positions, modulation, condition)
         log_gate = self.flow.log_gate(states, modulation, condition)
         nll = mixture_nll(x_1 - x_0, self.flow.experts(states), log_gate, config.flow_sigma)
-        x_1_hat = self.solve(x_0, positions, condition, num_flow_steps)
+        x_1_hat = self._solve(x_0, condition, num_flow_steps)
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),

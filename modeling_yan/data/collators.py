@@ -119,8 +119,9 @@ class AutoencoderCollator:
     The fill is part of the text to learn, so nothing is masked out. A row gives its `input_ids` or its `text`, of
     which `mask_ratio` is hidden; a pair gives its source, whole, and behind it its target, of which
     `target_mask_ratio` is hidden, so that the encoder learns to answer from the source. Each may be a string or token
-    ids. From more than `max_length` tokens a window is taken at random (of a pair: the end). L is the longest row with
-    one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+    ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits.
+    L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
+    `max_length` if `fixed_width`.
     """
 
     def __init__(
@@ -147,30 +148,32 @@ class AutoencoderCollator:
         self.draws = SeededDraws(seed)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        generator = self.draws()
-        texts = [row["target"] if "target" in row else row.get("input_ids") or _entry(row, "text") for row in rows]
-        windows = [_choose_window(ids, self.max_length, generator) for ids in _to_ids(self.tokenizer, texts)]
-        contexts = _to_ids(self.tokenizer, [_entry(row, "source") if "target" in row else [] for row in rows])
-        contexts = [ids[max(0, len(ids) + len(end) - self.max_length) :] for ids, end in zip(contexts, windows)]
-        width = self._width([*map(len, contexts)], [*map(len, windows)])
-        eos_token_id = self.tokenizer.eos_token_id
-        clean = _fill(windows, max(map(len, windows)), eos_token_id)
-        corrupted = self._corrupt(clean, windows, ["target" in row for row in rows], generator)
-        labels = _prepend(contexts, clean, width, eos_token_id)
-        input_ids = _prepend(contexts, corrupted, width, eos_token_id)
+        generator, eos_token_id = self.draws(), self.tokenizer.eos_token_id
+        texts = _to_ids(self.tokenizer, [_learned_text(row) for row in rows])
+        texts = [_choose_window(ids, self.max_length, generator) for ids in texts]
+        sources = _to_ids(self.tokenizer, [_entry(row, "source") if "target" in row else [] for row in rows])
+        sources = [_keep_end(ids, self.max_length - len(text)) for ids, text in zip(sources, texts)]
+        corrupted = self._corrupt(texts, ["target" in row for row in rows], generator)
+
+        whole = [source + text for source, text in zip(sources, texts)]
+        width = self._width(whole)
+        labels = _fill(whole, width, eos_token_id)
+        input_ids = _fill([(source + ids)[:width] for source, ids in zip(sources, corrupted)], width, eos_token_id)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
 
-    def _corrupt(self, clean: LongTensor, windows: Sequence[Ids], is_target: list[bool], generator) -> LongTensor:
-        lengths = torch.tensor([len(ids) for ids in windows])
-        special = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id
-        text, target = (
-            mask_spans(clean, lengths, ratio, self.max_span_len, *special, generator)
+    def _corrupt(self, texts: Sequence[Ids], is_target: Sequence[bool], generator: torch.Generator) -> list[Ids]:
+        """Mask every text at the ratio of its kind; all come back as long as the longest, filled up with EOS."""
+        lengths = torch.tensor([len(ids) for ids in texts])
+        mask_token_id, eos_token_id = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id
+        clean = _fill(texts, int(lengths.max()), eos_token_id)
+        as_text, as_target = (
+            mask_spans(clean, lengths, ratio, self.max_span_len, mask_token_id, eos_token_id, generator)
             for ratio in (self.mask_ratio, self.target_mask_ratio)
         )
-        return torch.where(torch.tensor(is_target)[:, None], target, text)
+        return torch.where(torch.tensor(is_target)[:, None], as_target, as_text).tolist()
 
-    def _width(self, *lengths: Sequence[int]) -> int:
-        longest = max(map(sum, zip(*lengths)))
+    def _width(self, sequences: Sequence[Ids]) -> int:
+        longest = max(len(ids) for ids in sequences)
         return self.max_length if self.fixed_width else _bucket(longest + 1, self.multiple_of, self.max_length)
 
 
@@ -228,6 +231,17 @@ def _entry(row: Mapping[str, Any], key: str) -> str | Ids:
     return row[key]
 
 
+def _learned_text(row: Mapping[str, Any]) -> str | Ids:
+    """What the autoencoder learns to restore: the target of a pair, or the text."""
+    if "target" in row:
+        return row["target"]
+    return row["input_ids"] if "input_ids" in row else _entry(row, "text")
+
+
+def _keep_end(ids: Ids, num_tokens: int) -> Ids:
+    return ids[max(0, len(ids) - num_tokens) :]
+
+
 def _choose_window(ids: Ids, max_length: int, generator: torch.Generator) -> Ids:
     if len(ids) <= max_length:
         return ids
@@ -251,13 +265,4 @@ def _fill(sequences: Sequence[Ids], width: int, value: int, left: bool = False) 
     filled = torch.full((len(sequences), width), value)
     for row, ids in zip(filled, sequences):
         row[width - len(ids) if left else 0 :][: len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return filled
-
-
-def _prepend(contexts: Sequence[Ids], rows: LongTensor, width: int, value: int) -> LongTensor:
-    """(B, width): each context followed by its row, then `value`."""
-    filled = torch.full((len(rows), width), value)
-    for target, context, row in zip(filled, contexts, rows):
-        target[: len(context)] = torch.tensor(context, dtype=torch.long)
-        target[len(context) :][: len(row)] = row[: width - len(context)]
     return filled

@@ -62,7 +62,7 @@ class World:
 
 
 def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> Story:
-    """Draw a kind of question and a number of sentences, 2 to `max_sentences`; then a story in which it has an answer."""
+    """Draw a kind of question and a number of sentences from 2 to `max_sentences`, then a story that answers it."""
     kind = rng.choice(list(QUESTIONS))
     num_sentences = rng.randint(MIN_SENTENCES, max_sentences)
     while True:  # two sentences are enough for every kind, so this ends soon

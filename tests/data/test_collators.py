@@ -83,9 +83,9 @@ def test_no_masking_returns_the_input():
 
 @pytest.mark.parametrize(("mask_ratio", "max_span_len"), [(-0.1, 3), (0.6, 3), (0.1, 0)])
 def test_impossible_masking_is_refused(tokenizer, mask_ratio, max_span_len):
-    with pytest.raises(ValueError, match="mask_ratio|max_span_len"):
+    with pytest.raises(ValueError, match=r"mask_ratio|max_span_len"):
         masked(*ragged_batch(2, 5), mask_ratio, max_span_len)
-    with pytest.raises(ValueError, match="mask_ratio|max_span_len"):
+    with pytest.raises(ValueError, match=r"mask_ratio|max_span_len"):
         AutoencoderCollator(tokenizer, 16, mask_ratio=mask_ratio, max_span_len=max_span_len)
 
 
@@ -111,15 +111,44 @@ def test_autoencoder_width(tokenizer, fixed_width, num_tokens, width):
     assert collator([{"input_ids": list(range(10, 10 + num_tokens))}])["labels"].shape == (1, width)
 
 
-def test_autoencoder_takes_windows_of_long_rows_and_either_text_of_a_pair(tokenizer):
-    collator = AutoencoderCollator(tokenizer, 8, mask_ratio=0)
-    windows = collator([{"input_ids": list(range(10, 30))}] * 200)["labels"]
+def test_autoencoder_takes_random_windows_of_long_texts(tokenizer):
+    windows = AutoencoderCollator(tokenizer, 8, mask_ratio=0)([{"input_ids": range(10, 30)}] * 200)["labels"]
     assert (windows.diff() == 1).all()
     assert set(windows[:, 0].tolist()) == set(range(10, 23))
-    either = collator([{"source": [10], "target": [11]}] * 50)["labels"]
-    assert set(either[:, 0].tolist()) == {10, 11}
+
+
+def test_autoencoder_refuses_rows_without_text(tokenizer):
     with pytest.raises(ValueError, match='"text" is needed'):
-        collator([{"words": "a"}])
+        AutoencoderCollator(tokenizer, 8)([{"words": "a"}])
+    with pytest.raises(ValueError, match='"source" is needed'):
+        AutoencoderCollator(tokenizer, 8)([{"target": "a"}])
+
+
+def test_autoencoder_shows_the_source_of_a_pair_and_hides_in_its_target(tokenizer):
+    rows = generate_stories(20, seed=1)
+    batch = AutoencoderCollator(tokenizer, 128, mask_ratio=0, target_mask_ratio=0.5)(rows)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        source, target = tokenizer([row["source"], row["target"]])["input_ids"]
+        assert ids[: len(source)].tolist() == source
+        assert tokenizer.mask_token_id in ids[len(source) :]
+        whole = [*source, *target]
+        assert labels.tolist() == whole + [tokenizer.eos_token_id] * (len(labels) - len(whole))
+
+
+def test_autoencoder_mixes_texts_and_pairs_each_with_its_ratio(tokenizer):
+    rows = [{"text": "Mary took the apple.", "source": "a book"}, {"source": [20, 21], "target": [10, 11, 12, 13]}]
+    batch = AutoencoderCollator(tokenizer, 16, mask_ratio=0, target_mask_ratio=0.5)(rows)
+    assert tokenizer.decode(batch["labels"][0], skip_special_tokens=True) == rows[0]["text"]
+    assert torch.equal(batch["input_ids"][0], batch["labels"][0])
+    assert batch["labels"][1].tolist() == [20, 21, 10, 11, 12, 13, 2, 2]
+    assert batch["input_ids"][1].tolist().count(tokenizer.mask_token_id) in (1, 2)
+
+
+def test_autoencoder_keeps_the_end_of_a_source_that_is_too_long(tokenizer):
+    collator = AutoencoderCollator(tokenizer, 8, target_mask_ratio=0)
+    labels = collator([{"source": range(20, 30), "target": [10, 11, 12]}, {"source": [9], "target": range(10, 30)}])
+    assert labels["labels"][0].tolist() == [25, 26, 27, 28, 29, 10, 11, 12]
+    assert (labels["labels"][1].diff() == 1).all()
 
 
 def test_autoencoder_batches_repeat_with_their_seed(tokenizer):

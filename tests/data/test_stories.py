@@ -66,6 +66,13 @@ def test_size_of_the_stories():
     assert {sum(person in story.source for person in PEOPLE) for story in stories} == {1, 2, 3, 4}
 
 
+def test_largest_size_can_be_chosen():
+    rows = generate_stories(200, seed=0, max_sentences=3)
+    assert {row["source"].count(".") for row in rows} == {2, 3}
+    with pytest.raises(ValueError, match="max_sentences is 1, but must be at least 2"):
+        generate_stories(1, seed=0, max_sentences=1)
+
+
 def test_kinds_are_balanced_and_guessing_is_weak(rows):
     kinds = Counter(row["kind"] for row in rows)
     assert sorted(kinds) == ["carrying", "where_person", "where_thing", "who_has"]
@@ -106,6 +113,7 @@ def test_negative_number_is_refused():
 def test_command(tmp_path):
     first, second = str(tmp_path / "first.jsonl.gz"), str(tmp_path / "second.jsonl")
     main(["--num_rows", "50", "--seed", "3", "--output", first])
-    main(["--num_rows", "50", "--seed", "3", "--output", second, "--exclude", first])
+    main(["--num_rows", "50", "--seed", "3", "--output", second, "--exclude", first, "--max_sentences", "4"])
     assert read_rows(first) == generate_stories(50, seed=3)
+    assert max(row["source"].count(".") for row in read_rows(second)) == 4
     assert not {row["source"] for row in read_rows(first)} & {row["source"] for row in read_rows(second)}
