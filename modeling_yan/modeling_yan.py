@@ -43,6 +43,12 @@ from .layers_yan import (
 from .mamba_yan import YanMamba
 
 IGNORE_INDEX = -100
+AUTO_MAP = {
+    "AutoConfig": "configuration_yan.YanConfig",
+    "AutoModel": "modeling_yan.YanModel",
+    "AutoModelForMaskedLM": "modeling_yan.YanForAutoencoding",
+    "AutoModelForCausalLM": "modeling_yan.YanForFlowGeneration",
+}
 
 
 @dataclass
@@ -134,6 +140,12 @@ class YanPreTrainedModel(PreTrainedModel):
         elif isinstance(module, YanTimeModulation):  # every block starts as a plain pre-norm block
             init.zeros_(module.proj.weight)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, config and this code; every class of the family can be loaded from the folder."""
+        if self._auto_class is not None:  # transformers itself names only the class that is saved
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def _check_length(self, length: int, name: str):
         longest = self.config.max_position_embeddings
         if not 0 < length <= longest:
@@ -187,7 +199,7 @@ class YanModel(YanPreTrainedModel):
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, padding_mask=attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, mask, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -324,6 +336,8 @@ class YanFlow(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(YanFlowLayer(config, index) for index in range(config.num_flow_layers))
+        # Noise has standard deviation 1 and embeddings start at 0.02: unscaled, the positions would drown in it.
+        self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.experts = YanExperts(config)
@@ -344,7 +358,7 @@ class YanFlow(nn.Module):
 
     def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
         """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
-        states = x + positions
+        states = x + self.position_norm(positions)
         for layer, shifts_and_scales, key_value in zip(
             self.layers, modulation.layers, condition.key_values, strict=True
         ):

@@ -1,6 +1,7 @@
 """What transformers' common tests ask of the model under test: a tiny config, and inputs that fit it."""
 
 import torch
+from transformers.testing_utils import torch_device
 
 from modeling_yan.configuration_yan import YanConfig
 
@@ -60,7 +61,7 @@ class YanModelTester:
         lengths = torch.tensor(self.prompt_lengths)[:, None]
         attention_mask = (torch.arange(self.seq_length) < lengths).long()
         input_ids = self._ids(self.seq_length, seed=0).masked_fill(attention_mask == 0, config.pad_token_id)
-        return config, {"input_ids": input_ids, "attention_mask": attention_mask}
+        return config, {"input_ids": input_ids.to(torch_device), "attention_mask": attention_mask.to(torch_device)}
 
     def target_labels(self) -> torch.Tensor:
         """Labels (B, Lt) of the flow: a canvas of its own length, in which some tokens don't count."""
