@@ -224,9 +224,7 @@ class YanGenerationMixin(GenerationMixin):
             attention_mask = None
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"the prompt has shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            allowed = f"[0, vocab_size={self.config.vocab_size})"
-            raise ValueError(f"token ids from {ids.min()} to {ids.max()} in the prompt: must be in {allowed}")
+        self._check_ids(ids)
         if attention_mask is None:
             pad_token_id = options.pad_token_id
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()

@@ -151,6 +151,11 @@ class YanPreTrainedModel(PreTrainedModel):
         if not 0 < length <= longest:
             raise ValueError(f"{name} has {length} tokens: must be 1 to max_position_embeddings={longest}")
 
+    def _check_ids(self, ids: torch.LongTensor):
+        low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if low < 0 or high >= size:
+            raise ValueError(f"token ids from {low} to {high}: must be in [0, vocab_size={size})")
+
 
 class YanModel(YanPreTrainedModel):
     """Embeddings and bidirectional encoder: token ids to one latent vector per token."""
@@ -185,12 +190,15 @@ class YanModel(YanPreTrainedModel):
             position_ids: (B, S); counted over the valid tokens if None. inputs_embeds: (B, S, D) instead of ids.
 
         Raises:
-            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`.
+            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; on the
+                CPU, ids outside the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         given = input_ids if inputs_embeds is None else inputs_embeds
         self._check_length(given.shape[1], "the input")
+        if given.device.type == "cpu" and input_ids is not None and not torch.compiler.is_compiling():
+            self._check_ids(input_ids)  # on an accelerator it would cost a synchronisation; generate checks there too
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if position_ids is None:

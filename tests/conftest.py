@@ -1,0 +1,61 @@
+"""Shared fixtures: tiny models of both variants, the same in every run."""
+
+import pytest
+import torch
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_encoder_layers": 2,
+    "num_flow_layers": 2,
+    "num_decoder_layers": 1,
+    "max_position_embeddings": 48,
+    "canvas_length": 8,
+    "state_size": 4,
+    "freeze_encoder": False,
+    "freeze_decoder": False,
+    "freeze_embeddings": False,
+}
+
+
+@pytest.fixture(params=["attention", "mamba"])
+def variant(request) -> str:
+    """Self-mixer of encoder and flow."""
+    return request.param
+
+
+@pytest.fixture
+def make_config(variant):
+    """Function from overrides to a tiny config of the variant."""
+    return lambda **overrides: YanConfig(**{**TINY, "encoder_mixer": variant, "flow_mixer": variant, **overrides})
+
+
+@pytest.fixture
+def make_model(make_config):
+    """Function from overrides, and a model class, to a seeded tiny model in evaluation mode."""
+
+    def make(model_class=YanForFlowGeneration, **overrides):
+        torch.manual_seed(0)
+        return model_class(make_config(**overrides)).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(make_config) -> YanConfig:
+    """A tiny config of the variant."""
+    return make_config()
+
+
+@pytest.fixture
+def tiny_model(make_model) -> YanForFlowGeneration:
+    """A seeded tiny model of the variant, in evaluation mode."""
+    return make_model()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
