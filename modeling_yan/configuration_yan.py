@@ -11,8 +11,8 @@ logger = logging.get_logger(__name__)
 MIXERS = ("attention", "mamba")
 EXPERT_CHOICES = ("argmax", "sample", "mixture")
 POSITIVE_FIELDS = (
-    "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers num_decoder_layers "
-    "max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min time_step_max num_experts "
+    "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
+    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min time_step_max num_experts "
     "flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length num_flow_steps min_train_flow_steps "
     "max_train_flow_steps max_span_len layer_norm_eps initializer_range"
 ).split()
@@ -144,7 +144,9 @@ class YanConfig(PreTrainedConfig):
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         known = set(dir(self))
         super().__post_init__(**kwargs)
-        unknown = sorted(set(kwargs) & set(vars(self)) - known - {"auto_map", "custom_pipelines", "quantization_config"})
+        unknown = sorted(
+            set(kwargs) & set(vars(self)) - known - {"auto_map", "custom_pipelines", "quantization_config"}
+        )
         unknown = [name for name in unknown if not name.startswith("_")]
         if unknown:
             logger.warning(f"YanConfig has no field {', '.join(unknown)}; kept as plain attributes without effect.")
@@ -164,7 +166,9 @@ class YanConfig(PreTrainedConfig):
             self._require(name, lambda value: 0 <= value < 1, "in [0, 1)")
         for name in TOKEN_ID_FIELDS:
             if getattr(self, name) is not None:
-                self._require(name, lambda value: 0 <= value < self.vocab_size, f"in [0, vocab_size={self.vocab_size})")
+                self._require(
+                    name, lambda value: 0 <= value < self.vocab_size, f"in [0, vocab_size={self.vocab_size})"
+                )
 
     def _check_choices(self):
         for name in ("encoder_mixer", "flow_mixer"):

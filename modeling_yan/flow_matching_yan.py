@@ -1,7 +1,8 @@
 """Flow matching with a mixture of experts: path, likelihood and solver as functions that know no model.
 
 Letters: B batch, L length, K experts, D latent dimensions. Times are in [0, 1]; 0 is noise, 1 is data.
-Sources: flow matching (arXiv 2210.02747), rectified flow (2209.03003), MoE-FM (2604.15009, section 3), MMD (1505.03906).
+Sources: flow matching (arXiv 2210.02747), rectified flow (2209.03003), MoE-FM (2604.15009, section 3), MMD training
+(1505.03906).
 """
 
 import math
@@ -58,7 +59,11 @@ def _log_joint(target, velocities, log_gate, sigma):
 
 
 def mixture_nll(
-    target: torch.Tensor, velocities: torch.Tensor, log_gate: torch.Tensor, sigma: float, mask: torch.Tensor | None = None
+    target: torch.Tensor,
+    velocities: torch.Tensor,
+    log_gate: torch.Tensor,
+    sigma: float,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of the target velocity under the experts' Gaussian mixture, per valid token.
 
@@ -146,7 +151,8 @@ def solve_flow(
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps and return x at t = 1.
 
     Args:
-        velocity: Called with a point shaped like `x_0` and a time in [0, 1]; once a step for "euler", twice for "heun".
+        velocity: Called with a point shaped like `x_0` and a time in [0, 1]; once a step for "euler", twice for
+            "heun".
         x_0: Start point, any shape. num_steps: at least 1. solver: a key of `SOLVERS`.
         callback: Called with the number of steps done and the point reached, after every step.
 

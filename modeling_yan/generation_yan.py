@@ -249,7 +249,9 @@ class YanGenerationMixin(GenerationMixin):
         seed = options.seed + index
         x_0 = self.start_noise((num_rows if options.do_sample else 1, length), latents, seed)
         x_0 = (options.temperature * x_0 if options.do_sample else x_0).expand(num_rows, -1, -1)
-        velocity = self.velocity_field(condition, length, options.num_flow_steps, options.solver, options.expert_choice, seed)
+        velocity = self.velocity_field(
+            condition, length, options.num_flow_steps, options.solver, options.expert_choice, seed
+        )
         trajectory = [x_0]
 
         def record(step, x):

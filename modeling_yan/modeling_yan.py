@@ -508,7 +508,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             ValueError: `labels` are wider than the canvas.
         """
         if labels.shape[1] > canvas_length:
-            raise ValueError(f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}")
+            raise ValueError(
+                f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
+            )
         valid = labels != IGNORE_INDEX
         canvas = labels.new_full((len(labels), canvas_length), self.config.eos_token_id)
         rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)

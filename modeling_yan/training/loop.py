@@ -184,9 +184,13 @@ class Training:
         with self.accelerator.accumulate(self.model):
             outputs = self.model(**self._to_device(batch))
             if not torch.isfinite(outputs.loss):
-                raise FloatingPointError(f"the loss is {outputs.loss.item()}: the last checkpoint is the last good one")
+                raise FloatingPointError(
+                    f"the loss is {outputs.loss.item()}: the last checkpoint is the last good one"
+                )
             self.accelerator.backward(outputs.loss)
-            terms = {name: value.item() for name, value in outputs.items() if name.endswith(("loss", "entropy", "dim"))}
+            terms = {
+                name: value.item() for name, value in outputs.items() if name.endswith(("loss", "entropy", "dim"))
+            }
             if self.accelerator.sync_gradients:
                 norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
                 terms["grad_norm"] = float(norm)

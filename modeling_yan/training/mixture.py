@@ -117,7 +117,9 @@ def _check_weights(weights, tasks):
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(tasks))
     if unknown:
-        raise ValueError(f"no rows for the task {', '.join(unknown)}: the files and the stage allow {', '.join(tasks)}")
+        raise ValueError(
+            f"no rows for the task {', '.join(unknown)}: the files and the stage allow {', '.join(tasks)}"
+        )
     if min(weights.values()) < 0 or not sum(weights.values()):
         raise ValueError(f"task weights {weights}: must be at least 0 and not all 0")
     return weights

@@ -1,0 +1,112 @@
+"""Measure a checkpoint on held-out stories and, given a file of texts, on real English.
+
+    python examples/evaluate_checkpoint.py --model examples/checkpoints/yan-transformer-tiny \
+        --text_file validation.jsonl.gz --output metrics.json
+
+Every score stands beside a trivial baseline: the most frequent answer or word, or the source as it is.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_yan  # noqa: F401  registers the classes
+from modeling_yan.data import build_pairs, generate_stories, read_rows
+from modeling_yan.evaluation import exact_match, generate_answers, masked_words_restored, mean_with_interval, rouge_l
+
+STORY_SEED = 1  # the seed of the stories that training leaves out
+
+
+def most_frequent(strings):
+    return Counter(strings).most_common(1)[0][0]
+
+
+def score_stories(write, num_rows, max_sentences):
+    """Exact match of the answers to held-out stories, in all and per kind of question."""
+    rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences)
+    answers = write([row["source"] for row in rows], canvas_length=8)
+    scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
+    constant = most_frequent(row["target"] for row in rows)
+    results = {"stories: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
+    for kind in sorted({row["kind"] for row in rows}):
+        chosen = [index for index, row in enumerate(rows) if row["kind"] == kind]
+        constant = most_frequent(rows[index]["target"] for index in chosen)
+        baseline = [exact_match(constant, rows[index]["target"]) for index in chosen]
+        results[f"stories, {kind}: exact match"] = ([scores[index] for index in chosen], baseline)
+    return results
+
+
+def score_last_words(write, texts, num_rows, max_words):
+    """Exact match of the last word of a text."""
+    rows = build_pairs(texts, "last_word", num_rows, seed=0, max_words=max_words)
+    answers = write([row["source"] for row in rows], canvas_length=8)
+    constant = most_frequent(row["target"] for row in rows)
+    scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
+    return {"last word: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
+
+
+def score_infilling(write, texts, num_rows, max_words, mask_token):
+    """Share of the masked words restored, and ROUGE-L of the whole text."""
+    rows = build_pairs(texts, "infilling", num_rows, seed=0, max_words=max_words, mask_token=mask_token)
+    answers = write([row["source"] for row in rows])
+    constant = most_frequent(word for row in rows for span in row["masked"] for word in span.split())
+    shown = [row["source"].removeprefix("Fill in: ") for row in rows]
+    copies = [text.replace(mask_token, "").replace("  ", " ") for text in shown]
+    filled = [text.replace(mask_token, constant) for text in shown]
+
+    def restored(texts):
+        return [
+            masked_words_restored(text, row["source"], row["target"], row["masked"], mask_token)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def rouge(texts):
+        return [rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
+
+    return {
+        "infilling: masked words restored": (restored(answers), restored(filled)),
+        "infilling: ROUGE-L against copying": (rouge(answers), rouge(copies)),
+        "infilling: ROUGE-L against most frequent word": (rouge(answers), rouge(filled)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text_file", help="held-out texts, .jsonl or .jsonl.gz")
+    parser.add_argument("--num_rows", type=int, default=1000)
+    parser.add_argument("--num_flow_steps", type=int, nargs="+", default=[3])
+    parser.add_argument("--max_sentences", type=int, default=6)
+    parser.add_argument("--max_words", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", help="a .json file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    table = {}
+    for steps in options.num_flow_steps:
+
+        def write(sources, **settings):
+            return generate_answers(model, tokenizer, sources, num_flow_steps=steps, **settings)  # noqa: B023
+
+        results = score_stories(write, options.num_rows, options.max_sentences)
+        if options.text_file:
+            texts = read_rows(options.text_file)
+            results |= score_last_words(write, texts, options.num_rows, options.max_words)
+            results |= score_infilling(write, texts, options.num_rows, options.max_words, tokenizer.mask_token)
+        table[steps] = {name: [mean_with_interval(scores) for scores in pair] for name, pair in results.items()}
+        print(f"\n{options.model}, {steps} steps, {options.num_rows} rows a task")
+        print(f"{'':46} {'YAN':>6}  {'95% interval':15} {'baseline':>8}")
+        for name, ((mean, low, high), (baseline, *_)) in table[steps].items():
+            print(f"{name:46} {mean:6.3f}  {f'{low:.3f} to {high:.3f}':15} {baseline:8.3f}")
+    if options.output:
+        Path(options.output).write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""YanConfig refuses wrong values by name, survives a round trip, and the presets have the sizes that they promise."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.configuration_yan import NON_NEGATIVE_FIELDS, POSITIVE_FIELDS, PROBABILITY_FIELDS, TOKEN_ID_FIELDS
+
+PRESETS = Path(__file__).parents[1] / "configuration"
+WRONG_VALUES = [
+    # field, wrong value, what the message says is allowed
+    ("num_experts", 0, "greater than 0"),
+    ("num_experts", -3, "greater than 0"),
+    ("flow_sigma", 0.0, "greater than 0"),
+    ("flow_sigma", float("inf"), "greater than 0"),
+    ("flow_sigma", float("nan"), "greater than 0"),
+    ("gate_temperature", -1.0, "greater than 0"),
+    ("time_alpha", 0.0, "greater than 0"),
+    ("nll_weight", -0.1, "at least 0"),
+    ("ce_weight", -1, "at least 0"),
+    ("gate_entropy_weight", -0.01, "at least 0"),
+    ("mmd_weight", float("inf"), "at least 0"),
+    ("latent_noise", -0.5, "at least 0"),
+    ("hidden_dropout", 1.0, "[0, 1)"),
+    ("decoder_dropout", -0.1, "[0, 1)"),
+    ("mask_ratio", 1.5, "[0, 1)"),
+    ("mask_ratio", float("nan"), "[0, 1)"),
+    ("encoder_mixer", "rnn", "attention, mamba"),
+    ("flow_mixer", "Mamba", "attention, mamba"),
+    ("train_expert_choice", "best", "argmax, sample, mixture"),
+    ("num_attention_heads", 5, "divisor of hidden_size=32"),
+    ("cross_attention_layers", [], "non-empty"),
+    ("cross_attention_layers", [0, 0], "without repetition"),
+    ("cross_attention_layers", [0, 2], "num_flow_layers=2"),
+    ("cross_attention_layers", [-1], "num_flow_layers=2"),
+    ("canvas_length", 49, "max_position_embeddings=48"),
+    ("max_train_flow_steps", 2, "min_train_flow_steps=3"),
+    ("time_step_max", 1e-4, "time_step_min=0.001"),
+    ("pad_token_id", 64, "vocab_size=64"),
+    ("eos_token_id", -1, "vocab_size=64"),
+]
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_flow_layers": 2,
+    "max_position_embeddings": 48,
+    "canvas_length": 8,
+    "min_train_flow_steps": 3,
+}
+
+
+def assert_refused(field, value, allowed):
+    with pytest.raises(ValueError) as error:
+        YanConfig(**{**SMALL, field: value})
+    message = str(error.value)
+    assert field in message
+    assert str(value) in message
+    assert allowed in message
+
+
+def count_parameters(config):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in YanForFlowGeneration(config).parameters())
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), WRONG_VALUES)
+def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, value, allowed):
+    assert_refused(field, value, allowed)
+
+
+@pytest.mark.parametrize("field", POSITIVE_FIELDS)
+def test_every_size_must_be_positive(field):
+    assert_refused(field, -1.0 if isinstance(getattr(YanConfig(**SMALL), field), float) else -1, "greater than 0")
+
+
+@pytest.mark.parametrize("field", NON_NEGATIVE_FIELDS)
+def test_every_weight_may_be_zero_but_not_negative(field):
+    assert getattr(YanConfig(**{**SMALL, field: 0.0}), field) == 0
+    assert_refused(field, -0.5, "at least 0")
+
+
+@pytest.mark.parametrize("field", PROBABILITY_FIELDS)
+def test_every_probability_must_be_below_one(field):
+    assert_refused(field, 1.0, "[0, 1)")
+
+
+@pytest.mark.parametrize("field", TOKEN_ID_FIELDS)
+def test_every_token_id_must_be_in_the_vocabulary(field):
+    assert getattr(YanConfig(**{**SMALL, field: 63}), field) == 63
+    assert_refused(field, 64, "[0, vocab_size=64)")
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", "32"), ("num_experts", 2.0), ("encoder_mixer", None)])
+def test_a_value_of_the_wrong_type_is_refused_by_name(field, value):
+    with pytest.raises((ValueError, StrictDataclassError), match=field):
+        YanConfig(**{**SMALL, field: value})
+
+
+def test_a_value_that_became_wrong_is_not_saved(tmp_path):
+    config = YanConfig(**SMALL)
+    config.num_experts = 0
+    with pytest.raises((ValueError, StrictDataclassError), match="num_experts=0"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_misspelt_field_warns_and_a_correct_one_does_not(caplog):
+    with caplog.at_level(logging.WARNING):
+        YanConfig(num_experts=2, id2label={0: "a"}, name_or_path="here")
+        assert caplog.text == ""
+        YanConfig(num_expert=2)
+    assert "num_expert" in caplog.text
+
+
+def test_what_is_left_open_follows_from_the_width():
+    config = YanConfig(hidden_size=40, num_attention_heads=4, num_flow_layers=3)
+    assert (config.intermediate_size, config.time_step_rank, config.mamba_intermediate_size) == (160, 3, 80)
+    assert config.flow_layers_with_cross_attention == [0, 1, 2]
+    assert YanConfig(num_flow_layers=3, cross_attention_layers=[2, 0]).flow_layers_with_cross_attention == [0, 2]
+
+
+def test_saving_and_loading_gives_an_equal_config(tmp_path):
+    config = YanConfig(**SMALL, flow_mixer="mamba", cross_attention_layers=[1], nll_weight=0, bos_token_id=None)
+    config.save_pretrained(tmp_path)
+    loaded = YanConfig.from_pretrained(tmp_path)
+    # dtype and the path are of the loading, not of the config
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert loaded.bos_token_id is None
+    assert loaded.cross_attention_layers == [1]
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_a_preset_loads_without_a_warning(mixer, size, caplog):
+    name = {"attention": "yan-transformer", "mamba": "yan-mamba"}[mixer]
+    with caplog.at_level(logging.WARNING):
+        config = YanConfig.from_pretrained(PRESETS / f"{name}-{size}")
+    assert caplog.text == ""
+    assert (config.encoder_mixer, config.flow_mixer) == (mixer, mixer)
+    for field, value in json.loads((PRESETS / f"{name}-{size}" / "config.json").read_text()).items():
+        assert field in ("auto_map", "transformers_version") or getattr(config, field) == value
+
+
+@pytest.mark.parametrize(("name", "promised"), [("yan-transformer-base", 200e6), ("yan-mamba-base", 210e6)])
+def test_a_base_preset_has_the_papers_number_of_parameters(name, promised):
+    assert count_parameters(YanConfig.from_pretrained(PRESETS / name)) == pytest.approx(promised, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
+def test_a_tiny_preset_fits_into_twelve_megabytes(name):
+    assert 1e6 < 4 * count_parameters(YanConfig.from_pretrained(PRESETS / name)) < 12e6
