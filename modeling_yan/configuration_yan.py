@@ -12,9 +12,9 @@ MIXERS = ("attention", "mamba")
 EXPERT_CHOICES = ("argmax", "sample", "mixture")
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
-    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min time_step_max num_experts "
-    "flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length num_flow_steps min_train_flow_steps "
-    "max_train_flow_steps max_span_len layer_norm_eps initializer_range"
+    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
+    "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
+    "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range"
 ).split()
 NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "

@@ -1,0 +1,173 @@
+"""One expert per token: the same numbers as computing all of them, at the cost of one, chosen as the gate says."""
+
+import pytest
+import torch
+
+from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts
+
+
+@pytest.fixture
+def variant():
+    return "attention"  # experts and gate know no mixer
+
+
+@pytest.fixture
+def experts(make_config):
+    return YanExperts(make_config(num_experts=4))
+
+
+def gather_chosen(experts, states, chosen):
+    """Velocity of the chosen experts out of the dense computation of all."""
+    return experts(states).gather(2, chosen[..., None, None].expand(-1, -1, 1, states.shape[-1])).squeeze(2)
+
+
+def record_tokens_of_heads(experts):
+    """A list that every forward pass of a head appends (head index, number of tokens) to."""
+    seen = []
+    for index, head in enumerate(experts.heads):
+        head.register_forward_pre_hook(lambda _, args, index=index: seen.append((index, args[0][..., 0].numel())))
+    return seen
+
+
+def random_gate(*shape):
+    return torch.randn(*shape).log_softmax(-1)
+
+
+# --- experts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_chosen_experts_velocity_equals_the_dense_one(experts, seed):
+    torch.manual_seed(seed)
+    states, chosen = torch.randn(3, 5, 32), torch.randint(0, 4, (3, 5))
+    torch.testing.assert_close(experts.velocity_of(states, chosen), gather_chosen(experts, states, chosen))
+
+
+@pytest.mark.parametrize("num_used", [1, 3, 4])
+def test_the_chosen_experts_gradients_equal_the_dense_ones(experts, num_used):
+    states, weight = torch.randn(3, 5, 32, requires_grad=True), torch.randn(3, 5, 32)
+    chosen = torch.arange(15).view(3, 5) % num_used  # with fewer than four, some experts have no token
+    inputs = [states, *experts.parameters()]
+
+    def gradients(velocity):
+        return torch.autograd.grad((velocity * weight).sum(), inputs, materialize_grads=True)
+
+    for sparse, dense in zip(
+        gradients(experts.velocity_of(states, chosen)), gradients(gather_chosen(experts, states, chosen))
+    ):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_every_token_is_computed_by_its_own_expert_alone(experts):
+    chosen = torch.tensor([[0, 0, 2, 0, 2], [2, 2, 2, 1, 0]])
+    seen = record_tokens_of_heads(experts)
+    experts.velocity_of(torch.randn(2, 5, 32), chosen)
+    tokens = {index: sum(count for head, count in seen if head == index) for index in range(4)}
+    assert tokens == {0: 4, 1: 1, 2: 5, 3: 0}
+    assert sum(tokens.values()) == chosen.numel()
+
+
+def test_a_single_expert_needs_no_choice(make_config):
+    experts, states = YanExperts(make_config(num_experts=1)), torch.randn(2, 5, 32)
+    dense = experts(states)
+    assert dense.shape == (2, 5, 1, 32)
+    torch.testing.assert_close(experts.velocity_of(states, torch.zeros(2, 5, dtype=torch.long)), dense.squeeze(2))
+    torch.testing.assert_close(experts.velocity_of(states, None), dense.squeeze(2))
+
+
+def test_the_mixture_velocity_is_the_gates_mean(experts):
+    states, log_gate = torch.randn(2, 5, 32), random_gate(2, 5, 4)
+    expected = torch.einsum("blkd,blk->bld", experts(states), log_gate.exp())
+    torch.testing.assert_close(experts.mixture_velocity(states, log_gate), expected)
+    certain = (60 * torch.nn.functional.one_hot(torch.full((2, 5), 3), 4).float()).log_softmax(-1)
+    torch.testing.assert_close(experts.mixture_velocity(states, certain), experts.heads[3](states))
+
+
+# --- choice
+
+
+def test_argmax_takes_the_most_probable_expert():
+    log_gate = random_gate(3, 7, 5)
+    assert torch.equal(choose_experts(log_gate, "argmax"), log_gate.exp().argmax(-1))
+
+
+def test_mixture_takes_none():
+    assert choose_experts(random_gate(3, 7, 5), "mixture") is None
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match=r"expert_choice='best'.*argmax, sample, mixture"):
+        choose_experts(random_gate(1, 1, 2), "best")
+
+
+@pytest.mark.parametrize("seed", [None, 0, 11])
+def test_sampled_experts_are_as_frequent_as_the_gate_says(seed):
+    gate = torch.tensor([0.05, 0.1, 0.6, 0.25])
+    chosen = choose_experts(gate.log().expand(20, 1000, 4), "sample", seed)
+    frequencies = chosen.flatten().bincount(minlength=4) / chosen.numel()
+    assert frequencies.tolist() == pytest.approx(gate.tolist(), abs=0.015)
+
+
+def test_sampling_follows_each_tokens_own_gate():
+    certain = torch.arange(12).view(3, 4) % 5
+    log_gate = (200 * torch.nn.functional.one_hot(certain, 5).float()).log_softmax(-1)
+    for seed in (None, 1):
+        assert torch.equal(choose_experts(log_gate, "sample", seed), certain)
+
+
+def test_a_seed_repeats_a_sample_and_another_one_changes_it():
+    log_gate = random_gate(4, 50, 5)
+    sample = choose_experts(log_gate, "sample", 3)
+    assert torch.equal(choose_experts(log_gate, "sample", 3), sample)
+    assert torch.equal(choose_experts(log_gate[:2, :20], "sample", 3), sample[:2, :20])
+    assert not torch.equal(choose_experts(log_gate, "sample", 4), sample)
+
+
+def test_without_a_seed_a_sample_follows_the_global_random_state():
+    log_gate = random_gate(4, 50, 5)
+    torch.manual_seed(1)
+    first, second = (choose_experts(log_gate, "sample") for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(choose_experts(log_gate, "sample"), first)
+    assert not torch.equal(first, second)
+
+
+# --- gate
+
+
+def gate_inputs(batch=3, length=5):
+    return torch.randn(batch, length, 32), torch.randn(batch, 32), torch.randn(1, 32)
+
+
+def test_the_gate_is_a_distribution_over_experts_in_float32(make_config):
+    gate = YanGate(make_config(num_experts=3)).to(torch.bfloat16)
+    log_gate = gate(*(tensor.to(torch.bfloat16) for tensor in gate_inputs()))
+    assert log_gate.dtype == torch.float32
+    torch.testing.assert_close(log_gate.exp().sum(-1), torch.ones(3, 5))
+
+
+def test_the_gates_temperature_divides_its_logits(make_config):
+    gate, inputs = YanGate(make_config(num_experts=4)), gate_inputs()
+    at_one = gate(*inputs)
+    gate.temperature = 0.25
+    torch.testing.assert_close(gate(*inputs), (4 * at_one).log_softmax(-1))
+    assert YanGate(make_config(gate_temperature=0.25)).temperature == 0.25
+
+
+def test_the_gate_reads_the_token_the_prompt_and_the_time(make_config):
+    gate, (states, prompt_mean, time) = YanGate(make_config()), gate_inputs()
+    log_gate = gate(states, prompt_mean, time)
+    for row in range(3):  # one time for all rows, or one a row
+        alone = gate(states[row : row + 1], prompt_mean[row : row + 1], time)
+        torch.testing.assert_close(alone[0], log_gate[row])
+    torch.testing.assert_close(gate(states, prompt_mean, time.expand(3, -1)), log_gate)
+    other_token = states.clone()
+    other_token[0, 2] += 1
+    changed = (gate(other_token, prompt_mean, time) - log_gate).abs().sum(-1) > 1e-6
+    assert changed.nonzero().tolist() == [[0, 2]]
+    assert not torch.allclose(gate(states, prompt_mean + 1, time), log_gate)
+    assert not torch.allclose(gate(states, prompt_mean, time + 1), log_gate)
+
+
+def test_a_single_experts_gate_is_one(make_config):
+    assert torch.equal(YanGate(make_config(num_experts=1))(*gate_inputs()), torch.zeros(3, 5, 1))

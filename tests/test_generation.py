@@ -1,0 +1,635 @@
+"""What `generate` promises: what it costs, what it returns, what its result depends on, and what it refuses."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_yan import YanForFlowGeneration, YanGenerationConfig, YanGenerationOutput
+from modeling_yan.data import train_tokenizer
+from modeling_yan.flow_matching_yan import hashed_uniform
+
+CANVAS, POSITIONS, VOCABULARY, EXPERTS, HIDDEN = 8, 48, 64, 4, 32
+PAD, BOS, EOS = 0, 1, 2
+
+
+@pytest.fixture
+def make_lively_model(make_model):
+    """Function from overrides to a model whose every token depends on prompt, noise and time, and that writes no EOS."""
+
+    def make(**overrides):
+        model = make_model(**{"initializer_range": 0.3, **overrides})
+        nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
+        model.lm_head.bias.data[[PAD, EOS]] = -1e4
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(make_lively_model) -> YanForFlowGeneration:
+    return make_lively_model()
+
+
+@pytest.fixture
+def prompts() -> torch.LongTensor:
+    """Six prompts of seven tokens, without special ones."""
+    return torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def recorded_calls(*modules):
+    """A list that gets (module, positional inputs) at every call of the modules."""
+    calls = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: calls.append((module, args))) for module in modules]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def num_calls(calls, module) -> int:
+    return sum(called is module for called, _ in calls)
+
+
+def new_tokens(model, prompt, **options) -> torch.LongTensor:
+    return model.generate(prompt, return_prompt=False, **options)
+
+
+def write_eos_at(model, *places):
+    """Make EOS (id 2) the winner at these places of every canvas, and only there."""
+
+    def raise_eos(module, args, logits):
+        logits = logits.clone()
+        logits[..., EOS] = -1e4
+        logits[:, list(places), EOS] = 1e4
+        return logits
+
+    return model.lm_head.register_forward_hook(raise_eos)
+
+
+class Recorder(BaseStreamer):
+    """Keeps all that a streamer is given, in order."""
+
+    def __init__(self):
+        self.events = []
+
+    def put(self, value):
+        self.events.append(("put", value))
+
+    def put_draft(self, value, **kwargs):
+        self.events.append(("draft", value))
+
+    def end(self):
+        self.events.append(("end", None))
+
+    def of(self, kind) -> list[torch.Tensor]:
+        return [value for event, value in self.events if event == kind]
+
+
+class TestCost:
+    @pytest.mark.parametrize(("solver", "passes_per_step"), [("euler", 1), ("heun", 2)])
+    @pytest.mark.parametrize("num_steps", [1, 3, 5])
+    def test_n_steps_cost_n_trunk_passes_a_canvas(self, model, prompts, solver, passes_per_step, num_steps):
+        options = {"num_flow_steps": num_steps, "solver": solver, "max_new_tokens": 2 * CANVAS}
+        with recorded_calls(model.flow.norm) as calls:
+            output = model.generate(prompts, return_dict_in_generate=True, **options)
+        assert len(calls) == 2 * num_steps * passes_per_step
+        assert output.num_trunk_passes == len(calls)
+
+    def test_the_prompt_is_encoded_and_projected_once_a_canvas(self, model, prompts):
+        attentions = [layer.cross_attention for layer in model.flow.layers]
+        once = [model.model.norm, model.flow.modulation.proj]
+        once += [projection for attention in attentions for projection in (attention.k_proj, attention.v_proj)]
+        with recorded_calls(*once) as calls:
+            model.generate(prompts, num_flow_steps=4, max_new_tokens=3 * CANVAS)
+        assert [num_calls(calls, module) for module in once] == [3] * len(once)
+
+    def test_several_sequences_share_one_encoding(self, model, prompts):
+        with recorded_calls(model.model.norm) as calls:
+            model.generate(prompts, do_sample=True, num_return_sequences=3)
+        assert [len(states) for _, (states,) in calls] == [len(prompts)]
+
+    def test_each_token_passes_through_its_own_expert_only(self, model, prompts):
+        heads = list(model.flow.experts.heads)
+        with recorded_calls(*heads) as calls:
+            output = model.generate(prompts, num_flow_steps=3, return_dict_in_generate=True)
+        (experts,) = output.experts
+        assert len(experts.unique()) > 1
+        seen = [sum(args[0].shape[:-1].numel() for head, args in calls if head is wanted) for wanted in heads]
+        assert seen == [3 * int((experts == index).sum()) for index in range(EXPERTS)]
+        assert sum(seen) == 3 * len(prompts) * CANVAS
+
+    def test_the_gate_costs_no_pass_of_its_own(self, model, prompts):
+        with recorded_calls(model.flow.gate, model.flow.norm) as calls:
+            model.generate(prompts, num_flow_steps=3)
+        assert [module is model.flow.gate for module, _ in calls] == [False, True, False, False]
+
+
+class TestEqualsTheModel:
+    @pytest.mark.parametrize("num_steps", [1, 3])
+    def test_the_tokens_are_those_of_forward_without_labels(self, model, prompts, num_steps):
+        logits = model(prompts, num_flow_steps=num_steps).logits
+        assert torch.equal(new_tokens(model, prompts, num_flow_steps=num_steps), logits.argmax(-1))
+
+    def test_also_with_padding(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = mask[1, 4:] = 0
+        expected = model(prompts, attention_mask=mask).logits.argmax(-1)
+        assert torch.equal(new_tokens(model, prompts, attention_mask=mask), expected)
+
+    def test_the_default_number_of_steps_is_the_configs(self, make_lively_model, prompts):
+        model = make_lively_model(num_flow_steps=2)
+        assert torch.equal(new_tokens(model, prompts), new_tokens(model, prompts, num_flow_steps=2))
+        assert not torch.equal(new_tokens(model, prompts), new_tokens(model, prompts, num_flow_steps=5))
+
+    def test_the_prompt_comes_first_and_untouched(self, model, prompts):
+        mask = torch.ones_like(prompts)
+        prompts[:2, :3], mask[:2, :3] = PAD, 0
+        given = prompts.clone()
+        output = model.generate(prompts, attention_mask=mask)
+        assert torch.equal(output[:, :7], given)
+        assert torch.equal(prompts, given)
+        assert torch.equal(output[:, 7:], new_tokens(model, prompts, attention_mask=mask))
+
+    def test_heun_is_another_solver_with_the_same_limit(self, model, prompts):
+        def last_point(**options):
+            return model.generate(prompts, return_dict_in_generate=True, **options).trajectory[0][:, -1]
+
+        limit = last_point(num_flow_steps=512)
+        euler, heun = (last_point(num_flow_steps=32, solver=solver) for solver in ("euler", "heun"))
+        assert (heun - limit).norm() < 0.5 * (euler - limit).norm()
+
+
+class TestLength:
+    @pytest.mark.parametrize("length", [1, CANVAS - 1, CANVAS, CANVAS + 1, 4 * CANVAS + 3])
+    def test_max_new_tokens_may_have_any_size(self, model, prompts, length):
+        tokens = new_tokens(model, prompts, max_new_tokens=length)
+        assert tokens.shape == (len(prompts), length)
+        assert torch.equal(tokens[:, :CANVAS], new_tokens(model, prompts)[:, :length])
+
+    def test_max_length_counts_the_prompt(self, model, prompts):
+        assert torch.equal(model.generate(prompts, max_length=7 + 11), model.generate(prompts, max_new_tokens=11))
+
+    def test_a_passed_configs_max_length_beats_the_models_max_new_tokens(self, model, prompts):
+        output = model.generate(prompts, generation_config=GenerationConfig(max_length=7 + 11))
+        assert output.shape[1] == 7 + 11
+
+    def test_the_canvas_may_be_chosen(self, model, prompts):
+        tokens = new_tokens(model, prompts, canvas_length=12, max_new_tokens=12)
+        assert torch.equal(tokens, model(prompts, canvas_length=12).logits.argmax(-1))
+
+    def test_the_second_canvas_continues_the_first(self, model, prompts):
+        tokens = new_tokens(model, prompts, max_new_tokens=2 * CANVAS)
+        continued = torch.cat([prompts, tokens[:, :CANVAS]], dim=1)
+        # The second canvas starts from the noise of the next seed.
+        assert torch.equal(tokens[:, CANVAS:], new_tokens(model, continued, seed=1))
+        other = continued.clone()
+        other[:, 7:] = other[:, 7:].roll(1, 0)
+        assert not torch.equal(tokens[:, CANVAS:], new_tokens(model, other, seed=1))
+
+    def test_beyond_the_positions_the_context_slides(self, model, prompts):
+        tokens = new_tokens(model, prompts, max_new_tokens=7 * CANVAS)
+        assert tokens.shape == (len(prompts), 7 * CANVAS)
+        whole = torch.cat([prompts, tokens], dim=1)
+        for index in range(4, 7):
+            context = whole[:, : 7 + index * CANVAS][:, -POSITIONS:]
+            expected = new_tokens(model, context, seed=index)
+            assert torch.equal(tokens[:, index * CANVAS :][:, :CANVAS], expected)
+
+    def test_a_prompt_that_fills_all_positions_is_continued(self, model):
+        prompt = torch.arange(4, 4 + POSITIONS).unsqueeze(0)
+        tokens = new_tokens(model, prompt, max_new_tokens=2 * CANVAS)
+        context = torch.cat([prompt, tokens[:, :CANVAS]], dim=1)[:, -POSITIONS:]
+        assert torch.equal(tokens[:, CANVAS:], new_tokens(model, context, seed=1))
+
+
+class TestEndOfText:
+    def test_text_is_cut_at_the_first_eos(self, model, prompts):
+        free = new_tokens(model, prompts)
+        write_eos_at(model, 3, 5)
+        tokens = new_tokens(model, prompts, max_new_tokens=4 * CANVAS)
+        assert torch.equal(tokens[:, :3], free[:, :3])
+        assert tokens[:, 3:].tolist() == [[EOS]] * len(prompts)
+
+    def test_a_row_that_ended_is_padded_while_others_go_on(self, model, prompts):
+        ends = torch.tensor([0, 2, 4, 6, 8, 8])  # 8: no EOS in the canvas
+
+        def raise_eos(module, args, logits):
+            logits = logits.clone()
+            for row, end in zip(logits, ends):
+                row[end : end + 1, EOS] = 1e4
+            return logits
+
+        model.lm_head.register_forward_hook(raise_eos)
+        tokens = new_tokens(model, prompts, max_new_tokens=2 * CANVAS)
+        assert tokens.shape == (6, 2 * CANVAS)
+        for row, end in zip(tokens, ends):
+            is_pad = torch.arange(2 * CANVAS) > (end if end < CANVAS else 2 * CANVAS)
+            assert torch.equal(row == PAD, is_pad)
+            assert (row == EOS).sum() == (end < CANVAS)
+
+    def test_min_new_tokens_forbids_eos_up_to_there(self, model, prompts):
+        write_eos_at(model, *range(CANVAS))
+        tokens = new_tokens(model, prompts, min_new_tokens=CANVAS + 3, max_new_tokens=4 * CANVAS)
+        assert tokens.shape[1] == CANVAS + 4
+        assert (tokens == EOS).nonzero()[:, 1].tolist() == [CANVAS + 3] * len(prompts)
+
+    def test_min_length_counts_the_prompt(self, model, prompts):
+        write_eos_at(model, *range(CANVAS))
+        assert torch.equal(model.generate(prompts, min_length=7 + 3), model.generate(prompts, min_new_tokens=3))
+
+    def test_any_id_of_an_eos_list_ends_a_text(self, model, prompts):
+        free = new_tokens(model, prompts)
+        stops = [int(free[0, 2]), int(free[1, 4])]
+        tokens = new_tokens(model, prompts, eos_token_id=stops)
+        for row, free_row in zip(tokens, free):
+            ends = [place for place, token in enumerate(free_row.tolist()) if token in stops]
+            kept = ends[0] + 1 if ends else CANVAS
+            assert torch.equal(row[:kept], free_row[:kept])
+            assert (row[kept:] == PAD).all()
+        assert (tokens == PAD).any()
+
+    def test_suppressed_tokens_are_replaced_by_the_next_best(self, model, prompts):
+        logits = model(prompts).logits
+        banned = logits.argmax(-1).unique().tolist()[:2]
+        logits[..., banned] = -torch.inf
+        assert torch.equal(new_tokens(model, prompts, suppress_tokens=banned), logits.argmax(-1))
+
+    def test_tokens_per_forward_counts_each_rows_tokens_with_its_eos(self, model, prompts):
+        ends = torch.tensor([0, 2, 4, 6, 7, 8])
+
+        def raise_eos(module, args, logits):
+            logits = logits.clone()
+            for row, end in zip(logits, ends):
+                row[end : end + 1, EOS] = 1e4
+            return logits
+
+        model.lm_head.register_forward_hook(raise_eos)
+        output = model.generate(prompts, num_flow_steps=2, return_dict_in_generate=True)
+        assert output.tokens_per_forward.tolist() == [0.5, 1.5, 2.5, 3.5, 4.0, 4.0]
+
+
+class TestIndependence:
+    """`do_sample=False`: a prompt's result depends on nothing but the prompt."""
+
+    @pytest.fixture
+    def rows(self, prompts) -> list[torch.LongTensor]:
+        """Prompts of several lengths."""
+        return [row[: 2 + index] for index, row in enumerate(prompts)]
+
+    @pytest.fixture
+    def alone(self, model, rows) -> list[list[int]]:
+        return [new_tokens(model, row.unsqueeze(0), max_new_tokens=20)[0].tolist() for row in rows]
+
+    def test_repeated_calls_agree_and_prompts_matter(self, model, rows, alone):
+        again = [new_tokens(model, row.unsqueeze(0), max_new_tokens=20)[0].tolist() for row in rows]
+        assert again == alone
+        assert len({tuple(tokens) for tokens in alone}) == len(rows)
+
+    @pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
+    def test_neither_batch_mates_nor_padding_matter(self, model, rows, alone, side):
+        ids, mask = torch.full((len(rows), 12), 9), torch.zeros(len(rows), 12, dtype=torch.long)
+        for index, row in enumerate(rows):
+            places = {
+                "left": torch.arange(12 - len(row), 12),
+                "right": torch.arange(len(row)),
+                "both": torch.arange(2, 2 + len(row)),
+                "holes": torch.randperm(12)[: len(row)].sort().values,
+            }[side]
+            ids[index, places], mask[index, places] = row, 1
+        tokens = new_tokens(model, ids, attention_mask=mask, max_new_tokens=20)
+        assert tokens.tolist() == alone
+
+    def test_nor_the_order_and_size_of_the_batch(self, model, prompts):
+        whole = new_tokens(model, prompts, max_new_tokens=20)
+        for picked in ([3], [5, 0], [4, 4, 2, 1]):
+            assert torch.equal(new_tokens(model, prompts[picked], max_new_tokens=20), whole[picked])
+
+    def test_nor_a_mate_that_ends_early(self, model, prompts):
+        whole = new_tokens(model, prompts, max_new_tokens=20)
+        stop = next(token for token in whole[0].tolist() if token not in whole[1])
+        tokens = new_tokens(model, prompts[:2], max_new_tokens=20, eos_token_id=stop)
+        assert tokens[0, -1] == PAD
+        assert torch.equal(tokens[1], whole[1])
+
+    @pytest.mark.parametrize("expert_choice", ["argmax", "sample", "mixture"])
+    def test_whatever_the_choice_of_experts(self, model, prompts, expert_choice):
+        whole = new_tokens(model, prompts, expert_choice=expert_choice)
+        assert torch.equal(new_tokens(model, prompts[3:], expert_choice=expert_choice), whole[3:])
+
+    def test_the_global_random_state_is_neither_used_nor_changed(self, model, prompts):
+        torch.manual_seed(5)
+        first, state = new_tokens(model, prompts), torch.get_rng_state()
+        torch.manual_seed(5)
+        assert torch.equal(state, torch.get_rng_state())
+        torch.manual_seed(6)
+        assert torch.equal(new_tokens(model, prompts), first)
+
+
+class TestSampling:
+    def test_a_seed_repeats_and_another_one_differs(self, model, prompts):
+        options = {"do_sample": True, "max_new_tokens": 2 * CANVAS}
+        first = new_tokens(model, prompts, seed=3, **options)
+        assert torch.equal(new_tokens(model, prompts, seed=3, **options), first)
+        assert not torch.equal(new_tokens(model, prompts, seed=4, **options), first)
+
+    def test_a_generator_repeats(self, model, prompts):
+        def draw(seed):
+            return new_tokens(model, prompts, do_sample=True, generator=torch.Generator().manual_seed(seed))
+
+        assert torch.equal(draw(3), draw(3))
+        assert not torch.equal(draw(3), draw(4))
+
+    def test_the_global_seed_repeats(self, model, prompts):
+        def draw(seed):
+            torch.manual_seed(seed)
+            return new_tokens(model, prompts, do_sample=True)
+
+        assert torch.equal(draw(3), draw(3))
+        assert not torch.equal(draw(3), draw(4))
+
+    def test_without_a_seed_every_call_differs(self, model, prompts):
+        draws = [new_tokens(model, prompts, do_sample=True) for _ in range(2)]
+        assert not torch.equal(*draws)
+
+    def test_rows_get_noise_of_their_own(self, model, prompts):
+        output = model.generate(prompts[:1].repeat(2, 1), do_sample=True, seed=1, return_dict_in_generate=True)
+        start = output.trajectory[0][:, 0]
+        assert not torch.isclose(start[0], start[1]).any()
+
+    def test_the_temperature_scales_the_start_noise(self, model, prompts):
+        def start(**options):
+            output = model.generate(prompts, do_sample=True, seed=1, return_dict_in_generate=True, **options)
+            return output.trajectory[0][:, 0]
+
+        assert torch.equal(start(temperature=0.5), 0.5 * start())
+
+    def test_temperature_zero_starts_at_the_origin(self, model, prompts, monkeypatch):
+        tokens = [new_tokens(model, prompts, do_sample=True, temperature=0.0, seed=seed) for seed in (1, 2)]
+        monkeypatch.setattr(model, "start_noise", lambda shape, like, seed=0: like.new_zeros(*shape, HIDDEN))
+        assert torch.equal(tokens[0], model(prompts).logits.argmax(-1))
+        assert torch.equal(tokens[0], tokens[1])
+
+    def test_several_sequences_come_in_repeat_interleave_order(self, model, prompts):
+        options = {"do_sample": True, "seed": 5, "max_new_tokens": 12}
+        output = model.generate(prompts, num_return_sequences=3, **options)
+        assert torch.equal(output, model.generate(prompts.repeat_interleave(3, 0), **options))
+        assert torch.equal(output[:, :7], prompts.repeat_interleave(3, 0))
+        assert not torch.equal(output[0], output[1])
+
+
+class TestExperts:
+    def test_argmax_takes_the_gates_favourite(self, model, prompts):
+        output = model.generate(prompts, return_dict_in_generate=True)
+        assert torch.equal(output.experts[0], output.gate[0].argmax(-1))
+
+    def test_a_sample_follows_the_gate(self, model):
+        prompts = torch.randint(4, VOCABULARY, (200, 3))
+        options = {"do_sample": True, "seed": 2, "num_flow_steps": 1}
+        output = model.generate(prompts, expert_choice="sample", return_dict_in_generate=True, **options)
+        usage = nn.functional.one_hot(output.experts[0], EXPERTS).float().mean((0, 1))
+        assert torch.allclose(usage, output.gate[0].mean((0, 1)), atol=0.06)  # 4 sigma at 1,600 draws, at most
+        assert not torch.equal(output.experts[0], output.gate[0].argmax(-1))
+
+    def test_a_sample_is_not_a_function_of_the_start_noise(self, model, prompts):
+        output = model.generate(prompts, expert_choice="sample", do_sample=True, seed=3, return_dict_in_generate=True)
+        uniform = hashed_uniform(3, output.gate[0].shape)  # what the noise of seed 3 is made of
+        from_noise = (output.gate[0].log() - torch.log(-torch.log(uniform))).argmax(-1)
+        assert not torch.equal(output.experts[0], from_noise)
+
+    def test_a_samples_seed_repeats(self, model, prompts):
+        options = {"do_sample": True, "expert_choice": "sample"}
+        assert torch.equal(new_tokens(model, prompts, seed=3, **options), new_tokens(model, prompts, seed=3, **options))
+
+    def test_the_mixture_moves_along_the_weighted_mean_of_all_experts(self, model, prompts):
+        output = model.generate(prompts, expert_choice="mixture", num_flow_steps=1, return_dict_in_generate=True)
+        assert output.experts is None
+        start, end = output.trajectory[0].unbind(1)
+        condition = model.flow.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
+        modulation = model.flow.modulation(torch.zeros(1))
+        states = model.flow.trunk(start, model._positions(CANVAS), modulation, condition)
+        expected = (model.flow.experts(states) * output.gate[0].unsqueeze(-1)).sum(-2)
+        assert torch.allclose(end - start, expected, atol=1e-4)
+
+    def test_one_expert_needs_no_choice(self, make_lively_model, prompts):
+        model = make_lively_model(num_experts=1)
+        tokens = [new_tokens(model, prompts, expert_choice=choice) for choice in ("argmax", "mixture")]
+        assert torch.equal(*tokens)
+
+
+class TestOutput:
+    def test_fields_and_shapes(self, model, prompts):
+        options = {"num_flow_steps": 3, "max_new_tokens": CANVAS + 2, "do_sample": True, "num_return_sequences": 2}
+        output = model.generate(prompts, return_dict_in_generate=True, **options)
+        assert isinstance(output, YanGenerationOutput)
+        assert output.sequences.shape == (12, 7 + CANVAS + 2)
+        assert output.num_trunk_passes == 6
+        assert output.tokens_per_forward.tolist() == pytest.approx([(CANVAS + 2) / 6] * 12)
+        assert [path.shape for path in output.trajectory] == [(12, 4, CANVAS, HIDDEN)] * 2
+        assert [experts.shape for experts in output.experts] == [(12, CANVAS)] * 2
+        assert [gate.shape for gate in output.gate] == [(12, CANVAS, EXPERTS)] * 2
+        assert all(torch.allclose(gate.sum(-1), torch.ones(12, CANVAS)) for gate in output.gate)
+
+    def test_the_sequences_are_those_of_a_plain_call(self, model, prompts):
+        output = model.generate(prompts, return_dict_in_generate=True, max_new_tokens=20)
+        assert torch.equal(output.sequences, model.generate(prompts, max_new_tokens=20))
+
+    def test_the_trajectory_leads_from_the_start_noise_to_the_tokens(self, model, prompts):
+        output = model.generate(prompts, return_dict_in_generate=True, max_new_tokens=2 * CANVAS)
+        for index, path in enumerate(output.trajectory):
+            noise = model.start_noise((1, CANVAS), path, seed=index)
+            assert torch.equal(path[:, 0], noise.expand_as(path[:, 0]))
+            tokens = output.sequences[:, 7 + index * CANVAS :][:, :CANVAS]
+            assert torch.equal(model.decode(path[:, -1]).argmax(-1), tokens)
+
+    def test_without_the_prompt(self, model, prompts):
+        assert torch.equal(model.generate(prompts, return_prompt=False), model.generate(prompts)[:, 7:])
+
+    def test_half_precision_writes_text(self, model, prompts):
+        output = model.to(torch.bfloat16).generate(prompts, return_dict_in_generate=True)
+        assert output.trajectory[0].dtype == torch.bfloat16
+        assert output.sequences.shape == (6, 7 + CANVAS)
+
+
+class TestStreamer:
+    def test_it_gets_prompt_drafts_tokens_and_the_end(self, model, prompts):
+        recorder = Recorder()
+        output = model.generate(prompts, streamer=recorder, num_flow_steps=3, max_new_tokens=CANVAS + 5)
+        canvas = ["draft"] * 3 + ["put"]
+        assert [event for event, _ in recorder.events] == ["put", *canvas, *canvas, "end"]
+        assert torch.equal(torch.cat(recorder.of("put"), dim=1), output)
+
+    def test_the_last_draft_is_the_canvas(self, model, prompts):
+        recorder = Recorder()
+        tokens = new_tokens(model, prompts, streamer=recorder, num_flow_steps=3)
+        assert torch.equal(recorder.of("draft")[-1], tokens)
+        assert not torch.equal(recorder.of("draft")[0], tokens)
+
+    def test_a_draft_is_where_the_last_velocity_would_lead(self, model, prompts):
+        recorder = Recorder()
+        new_tokens(model, prompts, streamer=recorder, num_flow_steps=3)
+        one_step = new_tokens(model, prompts, num_flow_steps=1)
+        assert torch.equal(recorder.of("draft")[0], one_step)
+
+    def test_a_streamer_changes_nothing(self, model, prompts):
+        options = {"do_sample": True, "seed": 1, "max_new_tokens": 20}
+        assert torch.equal(model.generate(prompts, streamer=Recorder(), **options), model.generate(prompts, **options))
+
+    def test_the_text_streamer_prints_the_text(self, make_lively_model, capsys):
+        tokenizer = train_tokenizer(["The cat sat on the mat.", "The dog ran to the cat."] * 4, vocab_size=280)
+        model = make_lively_model(vocab_size=len(tokenizer))
+        write_eos_at(model, 5)
+        prompt = tokenizer("The cat", return_tensors="pt")
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = model.generate(**prompt, streamer=streamer)
+        new_text = tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+        assert capsys.readouterr().out.strip() == new_text.strip() != ""
+
+
+class TestOptions:
+    def test_keyword_beats_passed_config_beats_model_beats_default(self, model, prompts):
+        def num_passes(**options):
+            return model.generate(prompts, return_dict_in_generate=True, **options).num_trunk_passes
+
+        passed = YanGenerationConfig(num_flow_steps=4)
+        assert num_passes() == 3
+        model.generation_config.num_flow_steps = 5
+        assert num_passes() == 5
+        assert num_passes(generation_config=passed) == 4
+        assert num_passes(generation_config=passed, num_flow_steps=2) == 2
+
+    def test_what_a_passed_config_leaves_open_comes_from_the_model(self, model, prompts):
+        model.generation_config.max_new_tokens = 3
+        model.generation_config.solver = "heun"
+        passed = YanGenerationConfig(num_flow_steps=2)
+        output = model.generate(prompts, generation_config=passed, return_dict_in_generate=True)
+        assert output.sequences.shape[1] == 7 + 3
+        assert output.num_trunk_passes == 4
+
+    def test_a_plain_generation_config_works(self, model, prompts):
+        passed = GenerationConfig(max_new_tokens=5)
+        assert torch.equal(model.generate(prompts, passed), model.generate(prompts, max_new_tokens=5))
+
+    def test_generate_leaves_the_configs_alone(self, model, prompts):
+        passed = YanGenerationConfig(num_flow_steps=2)
+        before = model.generation_config.to_dict(), passed.to_dict()
+        model.generate(prompts, generation_config=passed, max_new_tokens=3, do_sample=True, seed=4)
+        assert (model.generation_config.to_dict(), passed.to_dict()) == before
+
+    def test_a_saved_generation_config_keeps_every_field(self, model, tmp_path):
+        fields = {"num_flow_steps": 5, "solver": "heun", "expert_choice": "mixture", "canvas_length": 6, "seed": 9}
+        fields |= {"return_prompt": False, "do_sample": True, "temperature": 0.5, "max_new_tokens": 13}
+        YanGenerationConfig(**fields).save_pretrained(tmp_path)
+        loaded = YanGenerationConfig.from_pretrained(tmp_path).to_dict()
+        assert {name: loaded[name] for name in fields} == fields
+
+    def test_a_models_generation_config_survives_its_checkpoint(self, model, prompts, tmp_path):
+        model.generation_config.num_flow_steps = 5
+        model.generation_config.solver = "heun"
+        model.generation_config.max_new_tokens = 11
+        model.save_pretrained(tmp_path)
+        loaded = YanForFlowGeneration.from_pretrained(tmp_path)
+        assert isinstance(loaded.generation_config, YanGenerationConfig)
+        assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+        output = loaded.generate(prompts, return_dict_in_generate=True)
+        assert output.num_trunk_passes == 20
+        assert torch.equal(output.sequences, model.generate(prompts))
+
+    def test_a_checkpoint_without_generation_config_has_the_defaults(self, model, prompts, tmp_path):
+        expected = model.generate(prompts)
+        model.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").unlink()
+        loaded = YanForFlowGeneration.from_pretrained(tmp_path)
+        assert torch.equal(loaded.generate(prompts), expected)
+        assert not loaded.generation_config.do_sample
+        loaded.save_pretrained(tmp_path)
+        assert torch.equal(YanForFlowGeneration.from_pretrained(tmp_path).generate(prompts), expected)
+
+
+AUTOREGRESSIVE = {
+    "num_beams": 2,
+    "top_k": 5,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "typical_p": 0.5,
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 1,
+    "bad_words_ids": [[5]],
+    "forced_bos_token_id": 1,
+    "forced_eos_token_id": 2,
+    "stop_strings": ["x"],
+    "guidance_scale": 2.0,
+    "penalty_alpha": 0.5,
+    "prompt_lookup_num_tokens": 1,
+    "output_scores": True,
+    "logits_processor": [lambda ids, scores: scores],
+    "prefix_allowed_tokens_fn": lambda batch, ids: [5],
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", AUTOREGRESSIVE)
+    def test_options_of_autoregressive_decoding(self, model, prompts, name):
+        with pytest.raises(ValueError, match=name):
+            model.generate(prompts, **{name: AUTOREGRESSIVE[name]})
+
+    @pytest.mark.parametrize("name", ["num_beams", "top_k", "repetition_penalty", "no_repeat_ngram_size"])
+    def test_also_in_a_passed_config(self, model, prompts, name):
+        passed = YanGenerationConfig(do_sample=True, **{name: AUTOREGRESSIVE[name]})
+        with pytest.raises(ValueError, match=name):
+            model.generate(prompts, generation_config=passed)
+
+    def test_also_in_the_models_config(self, model, prompts):
+        model.generation_config.num_beams = 2
+        with pytest.raises(ValueError, match="num_beams"):
+            model.generate(prompts)
+
+    def test_their_neutral_values_are_accepted(self, model, prompts):
+        neutral = {"num_beams": 1, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "stop_strings": None}
+        neutral |= {"logits_processor": [], "output_scores": False, "assistant_model": None}
+        assert torch.equal(model.generate(prompts, **neutral), model.generate(prompts))
+
+    def test_a_typo_is_named(self, model, prompts):
+        with pytest.raises(ValueError, match="num_flow_stepz"):
+            model.generate(prompts, num_flow_stepz=3)
+
+    def test_several_sequences_need_sampling(self, model, prompts):
+        with pytest.raises(ValueError, match="num_return_sequences"):
+            model.generate(prompts, num_return_sequences=2)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("num_flow_steps", 0),
+            ("num_flow_steps", 2.5),
+            ("solver", "rk4"),
+            ("expert_choice", "best"),
+            ("canvas_length", 0),
+            ("canvas_length", POSITIONS + 1),
+            ("seed", 0.5),
+            ("max_new_tokens", 0),
+        ],
+    )
+    def test_wrong_values_are_named(self, model, prompts, name, value):
+        with pytest.raises(ValueError, match="the canvas" if value == POSITIONS + 1 else name):
+            model.generate(prompts, **{name: value})
+
+    def test_a_negative_temperature(self, model, prompts):
+        with pytest.raises(ValueError, match="temperature"):
+            model.generate(prompts, do_sample=True, temperature=-0.5)
+
+    @pytest.mark.parametrize("name", ["num_flow_steps", "canvas_length"])
+    def test_a_generation_config_checks_itself(self, name):
+        with pytest.raises(ValueError, match=name):
+            YanGenerationConfig(**{name: -1})
+
+    def test_a_max_length_within_the_prompt(self, model, prompts):
+        with pytest.raises(ValueError, match="max_length=7"):
+            model.generate(prompts, max_length=7)
+
+    def test_the_prompt_twice(self, model, prompts):
+        with pytest.raises(ValueError, match="twice"):
+            model.generate(prompts, input_ids=prompts)
