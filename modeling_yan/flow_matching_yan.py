@@ -26,7 +26,7 @@ def hashed_uniform(seed: int, shape: tuple[int, ...], device=None) -> torch.Tens
     An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
     in every batch. Each axis is folded in by one round of a 32-bit integer hash.
     """
-    state = torch.full([1] * len(shape), seed % 2**32, dtype=torch.int64, device=device)
+    state = torch.full([1] * len(shape), (seed + 0x9E3779B9) % 2**32, dtype=torch.int64, device=device)
     for axis, size in enumerate(shape):
         index = torch.arange(size, dtype=torch.int64, device=device).view(-1, *[1] * (len(shape) - axis - 1))
         state = _hash32(_hash32(state) + index)

@@ -245,7 +245,7 @@ class YanGenerationMixin(GenerationMixin):
             latents = latents.repeat_interleave(options.num_return_sequences, 0)
             context_mask = context_mask.repeat_interleave(options.num_return_sequences, 0)
         num_rows, length = len(latents), options.canvas_length
-        condition = self.flow.condition(latents, context_mask, length)
+        condition = self.condition(latents, context_mask, length)
         seed = options.seed + index
         x_0 = self.start_noise((num_rows if options.do_sample else 1, length), latents, seed)
         x_0 = (options.temperature * x_0 if options.do_sample else x_0).expand(num_rows, -1, -1)

@@ -25,9 +25,20 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def position_ids_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, L) that count the valid tokens of each row, so that padding on either side shifts nothing."""
+def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Position ids (B, L), or (1, L) without a mask, of a sequence (B, L, ...).
+
+    They count each row's valid tokens, so that padding on either side shifts nothing.
+    """
+    if attention_mask is None:
+        return torch.arange(sequence.shape[1], device=sequence.device).unsqueeze(0)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:
+    """Angles (N, F) of places (N,), with F frequencies from 1 down to almost 1 / longest_period, geometrically."""
+    exponents = torch.arange(num_frequencies, device=places.device, dtype=torch.float32) / num_frequencies
+    return places.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
 
 
 class YanAttention(nn.Module):
@@ -49,13 +60,13 @@ class YanAttention(nn.Module):
     def _split_heads(self, states):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def key_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, L, D/H) of `states` (B, L, D)."""
-        return self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+    def key_values(self, key_states: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, L, D/H) of states (B, L, D)."""
+        return self._split_heads(self.k_proj(key_states)), self._split_heads(self.v_proj(states))
 
     def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs):
         """Return the attended states (B, L, D) and, with eager attention, the weights (B, H, L, S)."""
-        key, value = self.key_values(hidden_states) if key_values is None else key_values
+        key, value = self.key_values(hidden_states, hidden_states) if key_values is None else key_values
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
@@ -137,8 +148,7 @@ class YanTimeEmbedding(nn.Module):
         self.proj = nn.Linear(2 * self.num_frequencies, config.hidden_size)
 
     def forward(self, times):
-        exponents = torch.arange(self.num_frequencies, device=times.device, dtype=torch.float32) / self.num_frequencies
-        angles = 1000.0 * times.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        angles = sinusoid_angles(1000.0 * times, self.num_frequencies, longest_period=10000.0)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return F.gelu(self.proj(features.to(self.proj.weight.dtype)))
 

@@ -3,6 +3,7 @@
 Letters of the shape comments: B batch, S prompt length, L canvas length, D hidden size, K experts, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ from .layers_yan import (
     YanEncoderLayer,
     YanFlowLayer,
     YanTimeEmbedding,
-    position_ids_from_mask,
+    count_positions,
+    sinusoid_angles,
 )
 from .mamba_yan import YanMamba
 
@@ -109,6 +111,7 @@ class YanEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -117,6 +120,15 @@ class YanEmbeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         return self.dropout(inputs_embeds + self.position_embeddings(position_ids))
+
+    @torch.no_grad()
+    def reset_positions(self):
+        """Start from sinusoids of the words' size: attention to a fixed distance is then one rotation, easy to learn."""
+        length, size = self.position_embeddings.weight.shape
+        angles = sinusoid_angles(torch.arange(length), size // 2, longest_period=float(length))
+        table = torch.zeros(length, size)
+        table[:, : 2 * (size // 2)] = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=-1)
+        init.copy_(self.position_embeddings.weight, self.config.initializer_range * table)
 
 
 class YanPreTrainedModel(PreTrainedModel):
@@ -137,6 +149,8 @@ class YanPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, YanMamba):
             module.reset_parameters()
+        elif isinstance(module, YanEmbeddings):
+            module.reset_positions()
         elif isinstance(module, YanTimeModulation):  # every block starts as a plain pre-norm block
             init.zeros_(module.proj.weight)
 
@@ -202,8 +216,7 @@ class YanModel(YanPreTrainedModel):
         if input_ids is not None and attention_mask is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if position_ids is None:
-            position_ids = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
-            position_ids = position_ids if attention_mask is None else position_ids_from_mask(attention_mask)
+            position_ids = count_positions(given, attention_mask)
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         for layer in self.layers:
@@ -351,12 +364,20 @@ class YanFlow(nn.Module):
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
 
-    def condition(self, latents, attention_mask=None, canvas_length: int = 1) -> YanCondition:
-        """Prepare the encoded prompt, latents (B, S, D) with mask (B, S), for any number of velocity calls."""
+    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1) -> YanCondition:
+        """Prepare the encoded prompt for any number of velocity calls.
+
+        The keys of the cross-attention see where a latent stands, its values only what it says.
+
+        Args:
+            latents: (B, S, D). positions: Position embeddings of the prompt's tokens (B or 1, S, D).
+            attention_mask: (B, S), 0 on padding.
+        """
         canvas = latents[:, :1].expand(-1, canvas_length, -1)
         mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
+        placed = latents + self.position_norm(positions)
         key_values = [
-            layer.cross_attention.key_values(latents) if layer.has_cross_attention else (None, None)
+            layer.cross_attention.key_values(placed, latents) if layer.has_cross_attention else (None, None)
             for layer in self.layers
         ]
         if attention_mask is None:
@@ -464,7 +485,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")
-        condition = self.flow.condition(outputs.last_hidden_state, attention_mask, canvas_length)
+        condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if labels is None:
             x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
@@ -474,6 +495,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             terms = self._objective(canvas, condition, num_flow_steps)
             terms["logits"] = terms["logits"][:, : labels.shape[1]]
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
+        """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
+        if position_ids is None:
+            position_ids = count_positions(latents, attention_mask)
+        positions = self.model.embeddings.position_embeddings(position_ids)
+        return self.flow.condition(latents, positions, attention_mask, canvas_length)
 
     def _positions(self, canvas_length: int) -> torch.Tensor:
         """Position embeddings (L, D) of a canvas."""

@@ -118,8 +118,9 @@ class AutoencoderCollator:
 
     The fill is part of the text to learn, so nothing is masked out. A row gives its `input_ids` or its `text`, of
     which `mask_ratio` is hidden; a pair gives its source, whole, and behind it its target, of which
-    `target_mask_ratio` is hidden, so that the encoder learns to answer from the source. Each may be a string or token
-    ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits.
+    `target_mask_ratio` is hidden, so that the encoder learns to answer from the source. A source that ends in mask
+    tokens has its answer slot there: the target, filled up with EOS, is learned in its place. Each may be a string or
+    token ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits.
     L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
     `max_length` if `fixed_width`.
     """
@@ -154,6 +155,11 @@ class AutoencoderCollator:
         sources = _to_ids(self.tokenizer, [_entry(row, "source") if "target" in row else [] for row in rows])
         sources = [_keep_end(ids, self.max_length - len(text)) for ids, text in zip(sources, texts)]
         corrupted = self._corrupt(texts, ["target" in row for row in rows], generator)
+        for index, source in enumerate(sources):
+            if source and source[-1] == self.tokenizer.mask_token_id:
+                sources[index], corrupted[index] = self._split_slot(source)
+                slot_length = len(corrupted[index])
+                texts[index] = (texts[index] + [eos_token_id] * slot_length)[:slot_length]
 
         whole = [source + text for source, text in zip(sources, texts)]
         width = self._width(whole)
@@ -171,6 +177,11 @@ class AutoencoderCollator:
             for ratio in (self.mask_ratio, self.target_mask_ratio)
         )
         return torch.where(torch.tensor(is_target)[:, None], as_target, as_text).tolist()
+
+    def _split_slot(self, source: Ids) -> tuple[Ids, Ids]:
+        """The source without the mask tokens at its end, and those."""
+        slot_length = next((i for i, token in enumerate(reversed(source)) if token != self.tokenizer.mask_token_id), 0)
+        return source[:-slot_length], source[-slot_length:]
 
     def _width(self, sequences: Sequence[Ids]) -> int:
         longest = max(len(ids) for ids in sequences)

@@ -75,9 +75,16 @@ def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> St
 
 
 def generate_stories(
-    num_rows: int, seed: int, exclude: Collection[str] = frozenset(), max_sentences: int = MAX_SENTENCES
+    num_rows: int,
+    seed: int,
+    exclude: Collection[str] = frozenset(),
+    max_sentences: int = MAX_SENTENCES,
+    answer_slot: str = "",
 ) -> list[Row]:
-    """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`."""
+    """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`.
+
+    `answer_slot` ends every source, such as " Answer: <mask>" for a model that fills in masks.
+    """
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
     if max_sentences < MIN_SENTENCES:
@@ -86,8 +93,9 @@ def generate_stories(
     rows: dict[str, Row] = {}
     while len(rows) < num_rows:
         story = generate_story(rng, max_sentences)
-        if story.source not in excluded:
-            rows.setdefault(story.source, {"source": story.source, "target": story.target, "kind": story.kind})
+        source = story.source + answer_slot
+        if source not in excluded:
+            rows.setdefault(source, {"source": source, "target": story.target, "kind": story.kind})
     return list(rows.values())
 
 
@@ -173,11 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_rows", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_sentences", type=int, default=MAX_SENTENCES)
+    parser.add_argument("--answer_slot", default="", help='what ends every source, such as " Answer: <mask>"')
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     parser.add_argument("--exclude", nargs="*", default=[], help="files of pairs whose sources must not appear again")
     options = parser.parse_args(arguments)
     exclude = {row["source"] for path in options.exclude for row in read_rows(path)}
-    write_rows(options.output, generate_stories(options.num_rows, options.seed, exclude, options.max_sentences))
+    rows = generate_stories(options.num_rows, options.seed, exclude, options.max_sentences, options.answer_slot)
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

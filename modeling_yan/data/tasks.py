@@ -30,11 +30,16 @@ TextTask = Callable[[str, random.Random, str], Row | None]
 
 
 def infilling(
-    text: str, rng: random.Random, mask_token: str, mask_ratio: float = 0.08, max_span_words: int = 3
+    text: str,
+    rng: random.Random,
+    mask_token: str,
+    mask_ratio: float = 0.08,
+    max_span_words: int = 3,
+    count_tokens: Callable[[str], int] | None = None,
 ) -> Row | None:
     """Hide about `mask_ratio` of the words, at least one, in spans of 1 to `max_span_words`; restore the whole text.
 
-    Each span becomes one mask token, and at least one word stays between two spans. The pair's `masked` lists the
+    Each span becomes one mask token or, given `count_tokens`, as many as it has tokens; and at least one word stays between two spans. The pair's `masked` lists the
     words of every span, in order. White space is reduced to single spaces. None if the text has fewer than two words.
     """
     words = text.split()
@@ -45,7 +50,8 @@ def infilling(
     starts = [0, *(stop for _, stop in spans)]
     stops = [*(start for start, _ in spans), len(words)]
     kept = [words[start:stop] for start, stop in zip(starts, stops)]
-    shown = kept[0] + [word for part in kept[1:] for word in (mask_token, *part)]
+    masks = [mask_token * (count_tokens(span) if count_tokens else 1) for span in masked]
+    shown = kept[0] + [word for mask, part in zip(masks, kept[1:]) for word in (mask, *part)]
     return {
         "source": " ".join(["Fill in:", *shown]),
         "target": " ".join(words),

@@ -82,10 +82,14 @@ class TaskMixture(Dataset):
             return rng.choice(self.pairs)
         for _ in range(MAX_TRIES):
             text = crop_sentences(rng.choice(self.texts)["text"], self.max_words, rng)
-            row = text and ({"text": text} if task == TEXT else TEXT_TASKS[task](text, rng, self.tokenizer.mask_token))
+            row = text and ({"text": text} if task == TEXT else self._make_pair(task, text, rng))
             if row:
                 return row
         raise ValueError(f"{MAX_TRIES} texts in a row have no sentence of max_words={self.max_words} for task {task}")
+
+    def _make_pair(self, task, text, rng):
+        details = {"count_tokens": lambda span: len(self.tokenizer.tokenize(span))} if task == "infilling" else {}
+        return TEXT_TASKS[task](text, rng, self.tokenizer.mask_token, **details)
 
     def _collate_autoencoder(self, rows, rng):
         config = self.config

@@ -71,7 +71,7 @@ if suite is not None:
     class ForFlowGeneration(YanSuite, suite.TrainingTesterMixin):
         all_model_classes = (YanForFlowGeneration,)
 
-        @unittest.skip("GenerationTesterMixin tests token-by-token decoding; tests/test_generation_yan.py tests ours")
+        @unittest.skip("GenerationTesterMixin tests token-by-token decoding; tests/test_generation.py tests ours")
         def test_generation_tester_mixin_inheritance(self):
             pass
 

@@ -1,0 +1,204 @@
+"""Saving and loading: by the package, by the Auto classes, and in a process that has only the code beside the weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+import modeling_yan
+from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, YanGenerationConfig, YanModel
+
+PACKAGE = Path(modeling_yan.__file__).parent
+FLAT_MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+AUTO_CLASSES = {
+    AutoModel: YanModel,
+    AutoModelForMaskedLM: YanForAutoencoding,
+    AutoModelForCausalLM: YanForFlowGeneration,
+}
+
+WITHOUT_THE_PACKAGE = """
+import importlib.util, sys
+from pathlib import Path
+
+# An editable install is importable from everywhere; here it must not be.
+sys.path = [path for path in sys.path if not (Path(path) / "modeling_yan").is_dir()]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+assert importlib.util.find_spec("modeling_yan") is None
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+folder, again, results = sys.argv[1:]
+prompts = torch.load("prompts.pt")
+
+
+def load(auto_class, path):
+    model = auto_class.from_pretrained(path, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    return model
+
+
+def outputs(path):
+    writer = load(AutoModelForCausalLM, path)
+    with torch.no_grad():
+        return {
+            "latents": load(AutoModel, path)(prompts).last_hidden_state,
+            "restored": load(AutoModelForMaskedLM, path)(prompts).logits,
+            "logits": writer(prompts).logits,
+            "loss": writer(prompts, labels=prompts).loss,
+            "text": writer.generate(prompts, max_new_tokens=20),
+            "sampled": writer.generate(prompts, do_sample=True, seed=3, num_return_sequences=2),
+        }
+
+
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+first = outputs(folder)
+load(AutoModelForCausalLM, folder).save_pretrained(again)
+assert "modeling_yan" not in sys.modules
+torch.save({"config": config.to_dict(), "first": first, "again": outputs(again)}, results)
+"""
+
+
+@pytest.fixture
+def model(make_model) -> YanForFlowGeneration:
+    return make_model(initializer_range=0.3, num_flow_steps=2)
+
+
+@pytest.fixture
+def prompts() -> torch.LongTensor:
+    return torch.randint(4, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    """The saved model."""
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same_weights(first, second) -> bool:
+    weights, others = first.state_dict(), second.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@torch.no_grad()
+def outputs(path, prompts) -> dict[str, torch.Tensor]:
+    """What the script without the package computes, computed by the package."""
+    writer = YanForFlowGeneration.from_pretrained(path)
+    return {
+        "latents": YanModel.from_pretrained(path)(prompts).last_hidden_state,
+        "restored": YanForAutoencoding.from_pretrained(path)(prompts).logits,
+        "logits": writer(prompts).logits,
+        "loss": writer(prompts, labels=prompts).loss,
+        "text": writer.generate(prompts, max_new_tokens=20),
+        "sampled": writer.generate(prompts, do_sample=True, seed=3, num_return_sequences=2),
+    }
+
+
+def run_without_the_package(tmp_path, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *map(str, arguments)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_process_without_the_package_computes_the_same(folder, prompts, tmp_path):
+    torch.save(prompts, tmp_path / "prompts.pt")
+    run_without_the_package(tmp_path, folder, tmp_path / "again", tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt")
+    expected = outputs(folder, prompts)
+    for loaded in ("first", "again"):
+        assert results[loaded].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(results[loaded][name], value, rtol=0, atol=1e-6, msg=f"{loaded} {name}")
+    fields = YanConfig.from_pretrained(folder).to_dict()
+    assert {name: results["config"][name] for name in fields} == fields
+    # What the remote code saved is a checkpoint of the package too.
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == FLAT_MODULES
+    assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (folder, tmp_path / "again")))
+
+
+def test_with_the_package_nothing_remote_is_trusted(folder, prompts):
+    assert type(AutoConfig.from_pretrained(folder)) is YanConfig
+    for auto_class, model_class in AUTO_CLASSES.items():
+        assert type(auto_class.from_pretrained(folder)) is model_class
+    writer = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(writer.generate(prompts), YanForFlowGeneration.from_pretrained(folder).generate(prompts))
+
+
+@pytest.mark.parametrize("model_class", AUTO_CLASSES.values())
+def test_every_class_saves_the_code_of_all(make_model, model_class, tmp_path):
+    model = make_model(model_class)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == FLAT_MODULES
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+    assert same_weights(model, model_class.from_pretrained(tmp_path))
+
+
+def test_a_round_trip_keeps_weights_config_and_text(model, folder, prompts):
+    loaded = YanForFlowGeneration.from_pretrained(folder)
+    assert same_weights(model, loaded)
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert not loaded.training
+    assert torch.equal(loaded.generate(prompts), model.generate(prompts))
+    assert type(loaded.generation_config) is YanGenerationConfig
+
+
+def test_tied_embeddings_are_saved_once_and_stay_tied(make_model, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in saved) + ("model.embeddings.word_embeddings.weight" in saved) == 1
+    loaded = YanForFlowGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embeddings.word_embeddings.weight
+    assert same_weights(model, loaded)
+
+
+def test_half_precision_weights_stay_as_they_are(model, prompts, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = YanForFlowGeneration.from_pretrained(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert same_weights(model, loaded)
+    assert torch.equal(loaded.generate(prompts), model.generate(prompts))
+    full = YanForFlowGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {parameter.dtype for parameter in full.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_in_shards(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert same_weights(model, YanForFlowGeneration.from_pretrained(tmp_path))
+
+
+def test_stage_one_loads_into_stage_two_with_a_fresh_flow(make_model, tmp_path):
+    first = make_model(YanForAutoencoding)
+    first.save_pretrained(tmp_path)
+    second, info = YanForFlowGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"]
+    assert all(name.startswith("flow.") for name in info["missing_keys"])
+    assert not info["unexpected_keys"]
+    weights = second.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in first.state_dict().items())
+    fresh = make_model(YanForFlowGeneration).flow.state_dict()
+    for name, value in second.flow.state_dict().items():
+        assert value.isfinite().all(), name
+        assert (value.std() == 0) == (fresh[name].std() == 0), name
+        torch.testing.assert_close(value.std(), fresh[name].std(), rtol=0.5, atol=1e-6, msg=name)
+        torch.testing.assert_close(value.mean(), fresh[name].mean(), rtol=0.5, atol=0.05, msg=name)
+
+
+def test_stage_two_gives_its_encoder_back(model, folder):
+    encoder, info = YanModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert same_weights(encoder, model.model)
