@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .flow_matching_yan import hashed_uniform
 from .layers_yan import YanFeedForward
 
 
@@ -54,29 +53,31 @@ class YanExperts(nn.Module):
         return (self(states) * log_gate.exp().to(states.dtype).unsqueeze(-1)).sum(-2)
 
 
-def _argmax(log_gate, seed):
+def _argmax(log_gate, uniform):
     return log_gate.argmax(-1)
 
 
-def _sample(log_gate, seed):
-    """Gumbel-max: from the global random state, or, given a seed, the same for the same place in the batch."""
-    uniform = torch.rand_like(log_gate) if seed is None else hashed_uniform(seed, log_gate.shape, log_gate.device)
+def _sample(log_gate, uniform):
+    """The Gumbel-max trick."""
+    uniform = torch.rand_like(log_gate) if uniform is None else uniform
     return (log_gate - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(-1)
 
 
-def _mixture(log_gate, seed):
+def _mixture(log_gate, uniform):
     return None
 
 
 EXPERT_CHOICES = {"argmax": _argmax, "sample": _sample, "mixture": _mixture}
 
 
-def choose_experts(log_gate: torch.Tensor, choice: str, seed: int | None = None) -> torch.Tensor | None:
+def choose_experts(log_gate: torch.Tensor, choice: str, uniform: torch.Tensor | None = None) -> torch.Tensor | None:
     """One expert per token, (B, L), from the gate (B, L, K); None for "mixture", which uses them all.
+
+    "sample" draws from the global random state, or uses the numbers `uniform` (B or 1, L, K) in (0, 1).
 
     Raises:
         ValueError: `choice` is not a key of `EXPERT_CHOICES`.
     """
     if choice not in EXPERT_CHOICES:
         raise ValueError(f"expert_choice={choice!r}: must be one of {', '.join(EXPERT_CHOICES)}")
-    return EXPERT_CHOICES[choice](log_gate, seed)
+    return EXPERT_CHOICES[choice](log_gate, uniform)

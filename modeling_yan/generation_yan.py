@@ -12,18 +12,23 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
-from .flow_matching_yan import SOLVERS, solve_flow
+from .flow_matching_yan import SOLVERS, hashed_uniform, solve_flow
 
 FLOW_FIELDS = ("num_flow_steps", "solver", "expert_choice", "canvas_length", "seed", "return_prompt")
-IGNORED_KWARGS = ("labels", "use_cache")  # Seq2SeqTrainer hands its labels in
-REFUSED_OPTIONS = (
-    "num_beams penalty_alpha dola_layers top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
-    "no_repeat_ngram_size bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
-    "begin_suppress_tokens sequence_bias stop_strings guidance_scale watermarking_config prompt_lookup_num_tokens "
-    "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
-    "logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids custom_generate"
-).split()
-NEUTRAL_VALUES = (None, False, 1, 1.0, 0, [], ())
+IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
+# Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
+REFUSED_OPTIONS = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(
+        "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
+        "begin_suppress_tokens sequence_bias stop_strings watermarking_config prompt_lookup_num_tokens "
+        "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
+        "logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
+        (),
+    ),
+}
 
 
 class YanGenerationConfig(GenerationConfig):
@@ -79,7 +84,7 @@ _FIELD_RULES = (
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
     ("seed", lambda value: isinstance(value, int), "an integer"),
-    ("temperature", lambda value: value >= 0, "at least 0"),
+    ("temperature", lambda value: isinstance(value, (int, float)) and value >= 0, "a number of at least 0"),
 )
 
 
@@ -149,10 +154,11 @@ class YanGenerationMixin(GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
-        _refuse_autoregressive_options(kwargs)
+        _refuse_autoregressive_options(kwargs, generation_config, self.generation_config)
         options, model_kwargs = self._resolve_options(generation_config, kwargs, generator)
         prompt, mask = self._prepare_prompt(inputs, options, **model_kwargs)
-        max_new_tokens, min_new_tokens = _length_limits(options, kwargs, prompt.shape[1])
+        asked = [kwargs, *(config.to_diff_dict() for config in (generation_config, self.generation_config) if config)]
+        max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
             streamer.put(prompt.cpu())
         context, context_mask = _left_align(prompt, mask)
@@ -194,8 +200,9 @@ class YanGenerationMixin(GenerationMixin):
             "expert_choice": "argmax",
             "canvas_length": self.config.canvas_length,
             "return_prompt": True,
+            "max_new_tokens": self.config.canvas_length,
         }
-        for name in FLOW_FIELDS:
+        for name in (*FLOW_FIELDS, "max_new_tokens"):
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
@@ -203,8 +210,10 @@ class YanGenerationMixin(GenerationMixin):
         if options.num_return_sequences > 1 and not options.do_sample:
             raise ValueError(f"num_return_sequences={options.num_return_sequences}: must be 1 unless do_sample=True")
         if options.seed is None:
-            sampled = int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
-            options.seed = sampled if options.do_sample else 0
+            options.seed = _draw_seed(generator) if options.do_sample else 0
+        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
+            allowed = f"[0, vocab_size={self.config.vocab_size})"
+            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
         unknown = [name for name in model_kwargs if name not in ("input_ids", "attention_mask")]
         if unknown:
@@ -216,14 +225,14 @@ class YanGenerationMixin(GenerationMixin):
         if inputs is not None and input_ids is not None:
             raise ValueError("the prompt was given twice, as inputs and as input_ids")
         ids = inputs if inputs is not None else input_ids
-        if ids is None or ids.shape[1] == 0:
+        ids = torch.empty(1, 0, dtype=torch.long, device=self.device) if ids is None else ids
+        if not torch.is_tensor(ids) or ids.dim() != 2 or ids.is_floating_point() or len(ids) == 0:
+            found = f"{tuple(ids.shape)} of {ids.dtype}" if torch.is_tensor(ids) else type(ids).__name__
+            raise ValueError(f"the prompt is {found}: must be a tensor of integers (B, S), B at least 1")
+        if ids.shape[1] == 0:
             if options.bos_token_id is None:
                 raise ValueError("an empty prompt needs bos_token_id, which is None")
-            num_rows = 1 if ids is None else len(ids)
-            ids = torch.full((num_rows, 1), options.bos_token_id, device=self.device)
-            attention_mask = None
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise ValueError(f"the prompt has shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
+            ids, attention_mask = torch.full((len(ids), 1), options.bos_token_id, device=ids.device), None
         self._check_ids(ids)
         if attention_mask is None:
             pad_token_id = options.pad_token_id
@@ -245,12 +254,15 @@ class YanGenerationMixin(GenerationMixin):
             latents = latents.repeat_interleave(options.num_return_sequences, 0)
             context_mask = context_mask.repeat_interleave(options.num_return_sequences, 0)
         num_rows, length = len(latents), options.canvas_length
+        num_noises = num_rows if options.do_sample else 1  # without sampling, all rows share their noise
         condition = self.condition(latents, context_mask, length)
         seed = options.seed + index
-        x_0 = self.start_noise((num_rows if options.do_sample else 1, length), latents, seed)
+        x_0 = self.start_noise((num_noises, length), latents, seed)
+        # of another seed than the start noise, or the expert would be a function of it
+        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, (num_noises, length, self.config.num_experts), x_0.device)
         x_0 = (options.temperature * x_0 if options.do_sample else x_0).expand(num_rows, -1, -1)
         velocity = self.velocity_field(
-            condition, length, options.num_flow_steps, options.solver, options.expert_choice, seed
+            condition, length, options.num_flow_steps, options.solver, options.expert_choice, expert_noise
         )
         trajectory = [x_0]
 
@@ -286,23 +298,36 @@ class YanGenerationMixin(GenerationMixin):
         return _left_align(ids, mask)
 
 
-def _refuse_autoregressive_options(kwargs):
-    refused = [name for name in REFUSED_OPTIONS if kwargs.get(name) not in NEUTRAL_VALUES]
-    if refused:
-        raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(refused)}")
+def _refuse_autoregressive_options(kwargs, *configs):
+    """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
+    asked = [kwargs, *(config.to_diff_dict() for config in configs if config is not None)]
+    for options in asked:
+        names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
+        if names:
+            raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(names)}")
     for name in REFUSED_OPTIONS:
         kwargs.pop(name, None)
 
 
-def _length_limits(options, kwargs, prompt_length):
-    """Most and fewest new tokens. A `max_length` given by keyword counts more than the config's `max_new_tokens`."""
+def _is_off(value, neutral):
+    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+    return is_empty or (not isinstance(value, bool) and value in neutral)
+
+
+def _length_limits(options, asked, prompt_length):
+    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
+    decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
     max_new_tokens = options.max_new_tokens
-    if max_new_tokens is None or (kwargs.get("max_length") is not None and kwargs.get("max_new_tokens") is None):
-        max_new_tokens = options.max_length - prompt_length
+    if not decisive.get("max_new_tokens") and decisive.get("max_length"):
+        max_new_tokens = decisive["max_length"] - prompt_length
         if max_new_tokens < 1:
-            raise ValueError(f"max_length={options.max_length}: must be above the prompt's {prompt_length} tokens")
+            raise ValueError(f"max_length={decisive['max_length']}: must be above the prompt's {prompt_length} tokens")
     min_length = (options.min_length or 0) - prompt_length
     return max_new_tokens, max(options.min_new_tokens or 0, min_length)
+
+
+def _draw_seed(generator):
+    return int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
 
 
 def _left_align(ids, mask):

@@ -100,7 +100,8 @@ def selective_scan(x, dt, a_matrix, b, c):
         return torch.stack([_kernel_scan(*scan) for scan in zip(x, dt, a_matrix, b, c, strict=True)])
     time_major = [tensor.float().permute(2, 0, 1, 3).contiguous() for tensor in (x, dt, b, c)]
     a_matrix = a_matrix.float().transpose(1, 2).contiguous()
-    y = ChunkedSelectiveScan.apply(time_major[0], time_major[1], a_matrix, time_major[2], time_major[3])
+    with torch.autocast(x.device.type, enabled=False):
+        y = ChunkedSelectiveScan.apply(time_major[0], time_major[1], a_matrix, time_major[2], time_major[3])
     return y.permute(1, 2, 0, 3).to(x.dtype)
 
 

@@ -18,7 +18,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_yan import YanConfig
-from .experts_yan import YanExperts, YanGate, choose_experts
 from .flow_matching_yan import (
     gate_entropy,
     gaussian_mmd,
@@ -29,16 +28,14 @@ from .flow_matching_yan import (
     mixture_nll,
     sample_times,
     solve_flow,
-    solver_times,
     token_cross_entropy,
 )
+from .flow_yan import YanCondition, YanFlow, YanModulationProjection, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
     YanAttention,
     YanDecoderLayer,
     YanEncoderLayer,
-    YanFlowLayer,
-    YanTimeEmbedding,
     count_positions,
     sinusoid_angles,
 )
@@ -106,29 +103,31 @@ class YanFlowOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class YanPositionEmbedding(nn.Embedding):
+    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation."""
+
+    @torch.no_grad()
+    def reset_sinusoids(self, standard_deviation: float):
+        angles = sinusoid_angles(
+            torch.arange(self.num_embeddings), self.embedding_dim // 2, longest_period=float(self.num_embeddings)
+        )
+        table = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embedding_dim % 2))
+        init.copy_(self.weight, math.sqrt(2) * standard_deviation * table)
+
+
 class YanEmbeddings(nn.Module):
     """Token and learned position embeddings; the flow uses the positions too."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         return self.dropout(inputs_embeds + self.position_embeddings(position_ids))
-
-    @torch.no_grad()
-    def reset_positions(self):
-        """Start from sinusoids of the words' size: attention to a fixed distance is then one rotation, easy to learn."""
-        length, size = self.position_embeddings.weight.shape
-        angles = sinusoid_angles(torch.arange(length), size // 2, longest_period=float(length))
-        table = torch.zeros(length, size)
-        table[:, : 2 * (size // 2)] = math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=-1)
-        init.copy_(self.position_embeddings.weight, self.config.initializer_range * table)
 
 
 class YanPreTrainedModel(PreTrainedModel):
@@ -137,6 +136,7 @@ class YanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -149,10 +149,10 @@ class YanPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, YanMamba):
             module.reset_parameters()
-        elif isinstance(module, YanEmbeddings):
-            module.reset_positions()
-        elif isinstance(module, YanTimeModulation):  # every block starts as a plain pre-norm block
-            init.zeros_(module.proj.weight)
+        elif isinstance(module, YanPositionEmbedding):
+            module.reset_sinusoids(self.config.initializer_range)
+        elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block
+            init.zeros_(module.weight)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and this code; every class of the family can be loaded from the folder."""
@@ -166,6 +166,8 @@ class YanPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{name} has {length} tokens: must be 1 to max_position_embeddings={longest}")
 
     def _check_ids(self, ids: torch.LongTensor):
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
         low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
         if low < 0 or high >= size:
             raise ValueError(f"token ids from {low} to {high}: must be in [0, vocab_size={size})")
@@ -204,13 +206,16 @@ class YanModel(YanPreTrainedModel):
             position_ids: (B, S); counted over the valid tokens if None. inputs_embeds: (B, S, D) instead of ids.
 
         Raises:
-            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; on the
-                CPU, ids outside the vocabulary.
+            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
+                of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         given = input_ids if inputs_embeds is None else inputs_embeds
         self._check_length(given.shape[1], "the input")
+        if attention_mask is not None and attention_mask.shape != given.shape[:2]:
+            shape, allowed = tuple(attention_mask.shape), tuple(given.shape[:2])
+            raise ValueError(f"attention_mask of shape {shape}: must be {allowed} as the input")
         if given.device.type == "cpu" and input_ids is not None and not torch.compiler.is_compiling():
             self._check_ids(input_ids)  # on an accelerator it would cost a synchronisation; generate checks there too
         if input_ids is not None and attention_mask is None:
@@ -310,129 +315,10 @@ def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float
     return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
-@dataclass
-class YanCondition:
-    """What the flow needs of the prompt, computed once for all steps.
-
-    Args:
-        key_values: Keys and values (B, H, S, D/H) of the layers with cross-attention; None for the others.
-        attention_mask: In the form of the attention implementation. mean: Mean latent of the valid tokens (B, D).
-    """
-
-    key_values: list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]
-    attention_mask: torch.Tensor | None
-    mean: torch.Tensor
-
-
-@dataclass
-class YanModulation:
-    """Time embedding (T, D) and each flow layer's shifts and scales (T, num_modulations, D) at T times."""
-
-    embedding: torch.Tensor
-    layers: list[torch.Tensor]
-
-    def __getitem__(self, index) -> "YanModulation":
-        return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
-
-
-class YanTimeModulation(nn.Module):
-    """Times to the shifts and scales of all flow layers, in one product for all layers and all times."""
-
-    def __init__(self, config, sizes: list[int]):
-        super().__init__()
-        self.sizes = sizes
-        self.time_embedding = YanTimeEmbedding(config)
-        self.proj = nn.Linear(config.hidden_size, sum(sizes) * config.hidden_size)
-
-    def forward(self, times: torch.Tensor) -> YanModulation:
-        embedding = self.time_embedding(times)
-        modulations = self.proj(nn.functional.gelu(embedding)).unflatten(-1, (sum(self.sizes), -1))
-        return YanModulation(embedding, list(modulations.split(self.sizes, dim=1)))
-
-
-class YanFlow(nn.Module):
-    """The expert vector fields: a trunk that knows time and prompt, K velocity heads, and a gate."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(YanFlowLayer(config, index) for index in range(config.num_flow_layers))
-        # Noise has standard deviation 1 and embeddings start at 0.02: unscaled, the positions would drown in it.
-        self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.experts = YanExperts(config)
-        self.gate = YanGate(config)
-
-    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1) -> YanCondition:
-        """Prepare the encoded prompt for any number of velocity calls.
-
-        The keys of the cross-attention see where a latent stands, its values only what it says.
-
-        Args:
-            latents: (B, S, D). positions: Position embeddings of the prompt's tokens (B or 1, S, D).
-            attention_mask: (B, S), 0 on padding.
-        """
-        canvas = latents[:, :1].expand(-1, canvas_length, -1)
-        mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
-        placed = latents + self.position_norm(positions)
-        key_values = [
-            layer.cross_attention.key_values(placed, latents) if layer.has_cross_attention else (None, None)
-            for layer in self.layers
-        ]
-        if attention_mask is None:
-            return YanCondition(key_values, mask, latents.mean(1))
-        valid = attention_mask.unsqueeze(-1).to(latents.dtype)
-        return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
-
-    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
-        """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
-        states = x + self.position_norm(positions)
-        for layer, shifts_and_scales, key_value in zip(
-            self.layers, modulation.layers, condition.key_values, strict=True
-        ):
-            states = layer(states, shifts_and_scales, *key_value, cross_attention_mask=condition.attention_mask)
-        return self.norm(states)
-
-    def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
-        """log pi_k (B, L, K) from the trunk's states."""
-        return self.gate(states, condition.mean, modulation.embedding)
-
-
-class YanVelocity:
-    """Velocity field of one solve: every token is moved by the expert that the gate chose for it at t = 0.
-
-    The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
-    `solver_times(num_steps, solver)`.
-    """
-
-    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, seed=None):
-        self.flow, self.positions, self.condition = flow, positions, condition
-        self.expert_choice, self.seed = expert_choice, seed
-        times = solver_times(num_steps, solver)
-        self.index_of_time = {time: index for index, time in enumerate(times)}
-        self.modulation = flow.modulation(torch.tensor(times, device=positions.device))
-        self.log_gate = self.experts = None
-        self.num_trunk_passes = 0
-
-    def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
-        index = self.index_of_time[time]
-        modulation = self.modulation[index : index + 1]
-        states = self.flow.trunk(x, self.positions, modulation, self.condition)
-        self.num_trunk_passes += 1
-        if self.log_gate is None:
-            self.log_gate = self.flow.log_gate(states, modulation, self.condition)
-            self.experts = choose_experts(self.log_gate, self.expert_choice, self.seed)
-        if self.experts is None:
-            return self.flow.experts.mixture_velocity(states, self.log_gate)
-        return self.flow.experts.velocity_of(states, self.experts)
-
-
 class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
-    accepts_loss_kwargs = False  # every term is a mean, so the Trainer divides it over accumulated batches
 
     def __init__(self, config):
         super().__init__(config)
@@ -508,11 +394,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         return self.model.embeddings.position_embeddings.weight[:canvas_length]
 
     def velocity_field(
-        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", seed=None
+        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_noise=None
     ) -> YanVelocity:
         """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
         positions = self._positions(canvas_length)
-        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, seed)
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_noise)
 
     def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
         """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
@@ -533,8 +419,10 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
 
         Raises:
-            ValueError: `labels` are wider than the canvas.
+            ValueError: `labels` are wider than the canvas, or the config has no EOS to fill it with.
         """
+        if self.config.eos_token_id is None:
+            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
         if labels.shape[1] > canvas_length:
             raise ValueError(
                 f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"

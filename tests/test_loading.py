@@ -82,6 +82,11 @@ def folder(model, tmp_path) -> Path:
     return tmp_path / "model"
 
 
+def fields(config: dict) -> dict:
+    """Without the path that it was loaded from."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
+
+
 def same_weights(first, second) -> bool:
     weights, others = first.state_dict(), second.state_dict()
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
@@ -118,8 +123,7 @@ def test_a_process_without_the_package_computes_the_same(folder, prompts, tmp_pa
         assert results[loaded].keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(results[loaded][name], value, rtol=0, atol=1e-6, msg=f"{loaded} {name}")
-    fields = YanConfig.from_pretrained(folder).to_dict()
-    assert {name: results["config"][name] for name in fields} == fields
+    assert fields(results["config"]) == fields(YanConfig.from_pretrained(folder).to_dict())
     # What the remote code saved is a checkpoint of the package too.
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == FLAT_MODULES
     assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (folder, tmp_path / "again")))
@@ -149,7 +153,7 @@ def test_every_class_saves_the_code_of_all(make_model, model_class, tmp_path):
 def test_a_round_trip_keeps_weights_config_and_text(model, folder, prompts):
     loaded = YanForFlowGeneration.from_pretrained(folder)
     assert same_weights(model, loaded)
-    assert loaded.config.to_dict() == model.config.to_dict()
+    assert fields(loaded.config.to_dict()) == fields(model.config.to_dict())
     assert not loaded.training
     assert torch.equal(loaded.generate(prompts), model.generate(prompts))
     assert type(loaded.generation_config) is YanGenerationConfig
@@ -193,9 +197,7 @@ def test_stage_one_loads_into_stage_two_with_a_fresh_flow(make_model, tmp_path):
     fresh = make_model(YanForFlowGeneration).flow.state_dict()
     for name, value in second.flow.state_dict().items():
         assert value.isfinite().all(), name
-        assert (value.std() == 0) == (fresh[name].std() == 0), name
-        torch.testing.assert_close(value.std(), fresh[name].std(), rtol=0.5, atol=1e-6, msg=name)
-        torch.testing.assert_close(value.mean(), fresh[name].mean(), rtol=0.5, atol=0.05, msg=name)
+        torch.testing.assert_close(value.norm(), fresh[name].norm(), rtol=0.3, atol=0, msg=name)
 
 
 def test_stage_two_gives_its_encoder_back(model, folder):

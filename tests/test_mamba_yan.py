@@ -93,7 +93,8 @@ def test_the_scan_is_in_float32_under_autocast_too():
     arguments, weight = scan_arguments(37), torch.randn(2, 3, 37, 4)
     expected = output_and_gradients(selective_scan, arguments, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = output_and_gradients(selective_scan, arguments, weight)
+        output = selective_scan(*arguments)
+    actual = [output, *torch.autograd.grad((output * weight).sum(), arguments)]
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -234,7 +235,7 @@ def work_of(mamba, length):
 @pytest.mark.parametrize("chunk_elements", [1, 2**20])
 def test_work_and_memory_of_a_training_pass_are_linear_in_length(make_config, monkeypatch, chunk_elements):
     monkeypatch.setattr(mamba_yan, "SCAN_CHUNK_ELEMENTS", chunk_elements)
-    mamba = YanBidirectionalMamba(make_config())
+    mamba = randomised(YanBidirectionalMamba(make_config()))
     for name, short, long in zip(("operations", "elements", "memory"), work_of(mamba, 64), work_of(mamba, 128)):
         assert 0 < short <= long <= 2.2 * short, name
 

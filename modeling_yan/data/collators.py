@@ -120,8 +120,8 @@ class AutoencoderCollator:
     which `mask_ratio` is hidden; a pair gives its source, whole, and behind it its target, of which
     `target_mask_ratio` is hidden, so that the encoder learns to answer from the source. A source that ends in mask
     tokens has its answer slot there: the target, filled up with EOS, is learned in its place. Each may be a string or
-    token ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits.
-    L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
+    token ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that
+    fits. L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
     `max_length` if `fixed_width`.
     """
 

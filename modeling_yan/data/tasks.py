@@ -39,8 +39,9 @@ def infilling(
 ) -> Row | None:
     """Hide about `mask_ratio` of the words, at least one, in spans of 1 to `max_span_words`; restore the whole text.
 
-    Each span becomes one mask token or, given `count_tokens`, as many as it has tokens; and at least one word stays between two spans. The pair's `masked` lists the
-    words of every span, in order. White space is reduced to single spaces. None if the text has fewer than two words.
+    Each span becomes one mask token or, given `count_tokens`, as many as it has tokens; at least one word stays
+    between two spans. The pair's `masked` lists the words of every span, in order. White space is reduced to single
+    spaces. None if the text has fewer than two words.
     """
     words = text.split()
     if len(words) < 2:

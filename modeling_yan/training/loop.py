@@ -142,6 +142,12 @@ def make_optimizer(arguments, model):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def mean_terms(lines: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each term over the lines that have it."""
+    values = {name: [line[name] for line in lines if name in line] for line in lines for name in line}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
 @dataclass
 class Training:
     """One run: model and data, and the loop over them."""
@@ -160,20 +166,17 @@ class Training:
         output_dir = Path(self.arguments.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         progress = tqdm(total=self.arguments.max_steps, disable=not self.accelerator.is_main_process, mininterval=2)
-        step, sums, started = 0, {}, time.perf_counter()
+        step, lines, started = 0, [], time.perf_counter()
         self.model.train()
         for batch in DataLoader(self.mixture, batch_size=None):
-            terms = self._update(batch)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
+            lines.append(self._update(batch))
             if not self.accelerator.sync_gradients:
                 continue
             step += 1
             progress.update()
             if step % self.arguments.logging_steps == 0 or step == self.arguments.max_steps:
-                means = {name: value / sums["batches"] for name, value in sums.items() if name != "batches"}
-                self._log({"step": step, "seconds": time.perf_counter() - started, **means}, progress)
-                sums = {}
+                self._log({"step": step, "seconds": time.perf_counter() - started, **mean_terms(lines)}, progress)
+                lines = []
             if step % self.arguments.save_steps == 0 or step == self.arguments.max_steps:
                 self._log({"step": step, **self._validate()}, progress)
                 self._save(output_dir, step)
@@ -198,7 +201,7 @@ class Training:
             self.optimizer.zero_grad()
         if self.accelerator.sync_gradients:
             self.scheduler.step()
-        return {"batches": 1, "learning_rate": self.scheduler.get_last_lr()[0], **terms}
+        return {"learning_rate": self.scheduler.get_last_lr()[0], **terms}
 
     def _to_device(self, batch):
         device = self.accelerator.device
