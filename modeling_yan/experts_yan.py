@@ -45,7 +45,7 @@ class YanExperts(nn.Module):
         velocity = torch.zeros_like(states)
         for index, head in enumerate(self.heads):
             tokens = (chosen == index).nonzero(as_tuple=True)
-            velocity = velocity.index_put(tokens, head(states[tokens]))
+            velocity = velocity.index_put(tokens, head(states[tokens]).to(velocity.dtype))  # autocast narrows heads
         return velocity
 
     def mixture_velocity(self, states, log_gate):

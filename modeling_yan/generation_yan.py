@@ -57,9 +57,9 @@ class YanGenerationConfig(GenerationConfig):
 
     @classmethod
     def for_model(cls, config) -> "YanGenerationConfig":
-        """The default options of a fresh model: deterministic, one canvas."""
+        """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
         token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return cls(do_sample=False, max_new_tokens=config.canvas_length, **token_ids)
+        return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
 
     def validate(self, strict=False, **kwargs):
         """Check every field; raises ValueError with the field, its value and what is allowed."""

@@ -25,6 +25,7 @@ from .flow_matching_yan import (
     hashed_uniform,
     interpolate,
     load_balance,
+    masked_mean,
     mixture_nll,
     sample_times,
     solve_flow,
@@ -304,8 +305,8 @@ class YanForAutoencoding(YanPreTrainedModel):
 def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
     """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
     tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
-    terms = {"latent_norm_loss": tokens.float().square().mean()}
-    if model.config.mmd_weight > 0:
+    terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
+    if model.config.mmd_weight > 0 and len(tokens):
         terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
     return terms
 
