@@ -152,6 +152,14 @@ class YanConfig(PreTrainedConfig):
             logger.warning(f"YanConfig has no field {', '.join(unknown)}; kept as plain attributes without effect.")
         self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but a config of another model raises a ValueError."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_fields(self):
         """Check every number against its range, then the fields that depend on one another."""
         self._check_ranges()

@@ -322,8 +322,10 @@ def _length_limits(options, asked, prompt_length):
         max_new_tokens = decisive["max_length"] - prompt_length
         if max_new_tokens < 1:
             raise ValueError(f"max_length={decisive['max_length']}: must be above the prompt's {prompt_length} tokens")
-    min_length = (options.min_length or 0) - prompt_length
-    return max_new_tokens, max(options.min_new_tokens or 0, min_length)
+    min_new_tokens = max(options.min_new_tokens or 0, (options.min_length or 0) - prompt_length)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens}: must be at most max_new_tokens={max_new_tokens}")
+    return max_new_tokens, min_new_tokens
 
 
 def _draw_seed(generator):

@@ -161,6 +161,11 @@ class YanPreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def __init__(self, config, *args, **kwargs):
+        if config.model_type != YanConfig.model_type:
+            raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
+        super().__init__(config, *args, **kwargs)
+
     def _check_length(self, length: int, name: str):
         longest = self.config.max_position_embeddings
         if not 0 < length <= longest:
@@ -279,6 +284,8 @@ class YanForAutoencoding(YanPreTrainedModel):
         latents = outputs.last_hidden_state
         if labels is not None and labels.shape != latents.shape[:2]:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(latents.shape[:2])} as the input")
+        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(labels.clamp(min=0))
         logits = self.lm_head(self.decoder(self._add_noise(latents)))
         terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
         return YanAutoencodingOutput(
@@ -330,6 +337,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
         self.apply_freeze_switches()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freeze_switches()
+        return loaded
 
     def apply_freeze_switches(self):
         """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them."""

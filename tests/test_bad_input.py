@@ -105,20 +105,20 @@ class TestPrompts:
         assert torch.equal(output[:, :10], padded)
 
     def test_of_floats(self, model, prompts):
-        with pytest.raises(ValueError, match=r"float32.*must be integers"):
+        with pytest.raises(ValueError, match=r"float32.*integers"):
             model.generate(prompts.float())
 
     @pytest.mark.parametrize("shape", [(6,), (1, 2, 3), ()])
     def test_not_of_two_dimensions(self, model, shape):
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match=r"must be a tensor of integers \(B, S\)"):
             model.generate(torch.full(shape, 5))
 
     def test_a_batch_of_none(self, model, prompts):
-        with pytest.raises(ValueError, match="shape|empty"):
+        with pytest.raises(ValueError, match="B at least 1"):
             model.generate(prompts[:0])
 
     def test_a_list_instead_of_a_tensor(self, model, prompts):
-        with pytest.raises((ValueError, TypeError), match="tensor"):
+        with pytest.raises(ValueError, match="list: must be a tensor"):
             model.generate(prompts.tolist())
 
     @pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,)])

@@ -150,7 +150,7 @@ def test_the_terms_equal_their_definitions(lively_model):
     x_1, prompt = model.model(labels).last_hidden_state, model.model(ids).last_hidden_state
     x_0, time = model.start_noise((3, 8), x_1), hashed_uniform(1, (3,))
     x_t = torch.stack([(1 - t) * a + t * b for t, a, b in zip(time, x_0, x_1)])
-    condition, modulation = model.flow.condition(prompt, canvas_length=8), model.flow.modulation(time)
+    condition, modulation = model.condition(prompt, canvas_length=8), model.flow.modulation(time)
     states = model.flow.trunk(x_t, model.model.embeddings.position_embeddings.weight[:8], modulation, condition)
     gate = model.flow.log_gate(states, modulation, condition).exp()
     usage = gate.mean((0, 1))
@@ -166,7 +166,7 @@ def test_the_terms_equal_their_definitions(lively_model):
 
 def test_the_logits_are_those_of_euler_steps_along_each_tokens_first_expert(lively_model):
     model, ids = lively_model(num_flow_steps=3), random_ids(2)
-    flow, condition = model.flow, model.flow.condition(model.model(ids).last_hidden_state, canvas_length=8)
+    flow, condition = model.flow, model.condition(model.model(ids).last_hidden_state, canvas_length=8)
     positions = model.model.embeddings.position_embeddings.weight[:8]
     x = model.start_noise((1, 8), condition.mean).expand(2, -1, -1)
     for step in range(3):
@@ -225,7 +225,7 @@ def padded_labels(targets, layout, width=7):
     labels = torch.full((len(targets), width), -100)
     for row, ids in enumerate(targets):
         places = {"right": range(len(ids)), "left": range(width - len(ids), width), "holes": range(0, 2 * len(ids), 2)}
-        labels[row, list(places[layout])] = torch.tensor(ids)
+        labels[row, list(places[layout])] = torch.tensor(ids, dtype=torch.long)
     return labels
 
 
