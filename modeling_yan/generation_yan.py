@@ -300,8 +300,10 @@ class YanGenerationMixin(GenerationMixin):
 
 def _refuse_autoregressive_options(kwargs, *configs):
     """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
-    asked = [kwargs, *(config.to_diff_dict() for config in configs if config is not None)]
-    for options in asked:
+    defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
+    chosen = [config.to_diff_dict() for config in configs if config is not None]
+    chosen = [{name: value for name, value in options.items() if value != defaults.get(name)} for options in chosen]
+    for options in (kwargs, *chosen):
         names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
         if names:
             raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(names)}")

@@ -285,7 +285,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         if labels is not None and labels.shape != latents.shape[:2]:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(latents.shape[:2])} as the input")
         if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids(labels.clamp(min=0))
+            self._check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0))
         logits = self.lm_head(self.decoder(self._add_noise(latents)))
         terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
         return YanAutoencodingOutput(
