@@ -8,6 +8,7 @@ Every score stands beside a trivial baseline: the most frequent answer or word, 
 
 import argparse
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,16 +20,18 @@ from modeling_yan.data import build_pairs, generate_stories, read_rows
 from modeling_yan.evaluation import exact_match, generate_answers, masked_words_restored, mean_with_interval, rouge_l
 
 STORY_SEED = 1  # the seed of the stories that training leaves out
+ANSWER_LENGTH = 8  # mask tokens of the answer slot, whatever the answer
 
 
 def most_frequent(strings):
     return Counter(strings).most_common(1)[0][0]
 
 
-def score_stories(write, num_rows, max_sentences):
+def score_stories(write, num_rows, max_sentences, mask_token):
     """Exact match of the answers to held-out stories, in all and per kind of question."""
-    rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences)
-    answers = write([row["source"] for row in rows], canvas_length=8)
+    slot = " Answer:" + mask_token * ANSWER_LENGTH
+    rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences, answer_slot=slot)
+    answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
     scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
     constant = most_frequent(row["target"] for row in rows)
     results = {"stories: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
@@ -40,23 +43,30 @@ def score_stories(write, num_rows, max_sentences):
     return results
 
 
+def count_with(tokenizer):
+    """Number of tokens of a text, as `infilling` wants it."""
+    return lambda text: len(tokenizer.tokenize(text))
+
+
 def score_last_words(write, texts, num_rows, max_words):
     """Exact match of the last word of a text."""
     rows = build_pairs(texts, "last_word", num_rows, seed=0, max_words=max_words)
-    answers = write([row["source"] for row in rows], canvas_length=8)
+    answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
     constant = most_frequent(row["target"] for row in rows)
     scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
     return {"last word: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
 
 
-def score_infilling(write, texts, num_rows, max_words, mask_token):
-    """Share of the masked words restored, and ROUGE-L of the whole text."""
-    rows = build_pairs(texts, "infilling", num_rows, seed=0, max_words=max_words, mask_token=mask_token)
+def score_infilling(write, texts, num_rows, max_words, tokenizer):
+    """Share of the masked words restored, and ROUGE-L of the whole text; one mask stands for one hidden token."""
+    mask_token = tokenizer.mask_token
+    rows = build_pairs(texts, "infilling", num_rows, 0, max_words, mask_token, count_tokens=count_with(tokenizer))
     answers = write([row["source"] for row in rows])
     constant = most_frequent(word for row in rows for span in row["masked"] for word in span.split())
     shown = [row["source"].removeprefix("Fill in: ") for row in rows]
-    copies = [text.replace(mask_token, "").replace("  ", " ") for text in shown]
-    filled = [text.replace(mask_token, constant) for text in shown]
+    gap = re.compile(f"(?:{re.escape(mask_token)})+")
+    copies = [gap.sub("", text) for text in shown]
+    filled = [gap.sub(constant, text) for text in shown]
 
     def restored(texts):
         return [
@@ -81,7 +91,7 @@ def main():
     parser.add_argument("--num_rows", type=int, default=1000)
     parser.add_argument("--num_flow_steps", type=int, nargs="+", default=[3])
     parser.add_argument("--max_sentences", type=int, default=6)
-    parser.add_argument("--max_words", type=int, default=20)
+    parser.add_argument("--max_words", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="a .json file for the figures")
     options = parser.parse_args()
@@ -94,11 +104,11 @@ def main():
         def write(sources, **settings):
             return generate_answers(model, tokenizer, sources, num_flow_steps=steps, **settings)  # noqa: B023
 
-        results = score_stories(write, options.num_rows, options.max_sentences)
+        results = score_stories(write, options.num_rows, options.max_sentences, tokenizer.mask_token)
         if options.text_file:
             texts = read_rows(options.text_file)
             results |= score_last_words(write, texts, options.num_rows, options.max_words)
-            results |= score_infilling(write, texts, options.num_rows, options.max_words, tokenizer.mask_token)
+            results |= score_infilling(write, texts, options.num_rows, options.max_words, tokenizer)
         table[steps] = {name: [mean_with_interval(scores) for scores in pair] for name, pair in results.items()}
         print(f"\n{options.model}, {steps} steps, {options.num_rows} rows a task")
         print(f"{'':46} {'YAN':>6}  {'95% interval':15} {'baseline':>8}")

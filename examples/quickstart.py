@@ -14,13 +14,18 @@ import modeling_yan  # noqa: F401  registers the classes
 from modeling_yan.data import generate_stories
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-# None of these sentences was trained on: they are from documents of the validation split.
+# Sentences of documents that training left out. One mask stands for the last word, or for each token of a gap.
 LAST_WORDS = [
-    ("Last word: And the LORD spake unto <mask>.", "Moses"),
+    ("And the name thereof is called Bamah unto this {}.", "day"),
+    ("Lady Middleton proposed a rubber of Casino to the {}.", "others"),
+    ("I the LORD have spoken it, and will do {}.", "it"),
 ]
-INFILLING = [
-    ("Fill in: And the LORD said unto <mask>, Go in unto Pharaoh.", ""),
+GAPS = [
+    ("But {} morning will do for this. She would be extremely sorry to interfere with you.", "any"),
+    ("Then the lord of that servant was moved with compassion, and loosed {}, and forgave {} the debt.", "him"),
+    ("You are lucky in having {} a master.", "such"),
 ]
+ANSWER_LENGTH = 8  # mask tokens behind a question, whatever the answer
 
 
 class Drafts:
@@ -65,21 +70,34 @@ def timed(function, **arguments):
     return time.perf_counter() - start
 
 
+def prompts(tokenizer, seed):
+    """For each task: its title, prompts with the expected texts, and the width of its canvas."""
+    mask = tokenizer.mask_token
+    stories = generate_stories(3, seed, max_sentences=6, answer_slot=" Answer:" + mask * ANSWER_LENGTH)
+    gaps = [(text, word, len(tokenizer.tokenize(word))) for text, word in GAPS]
+    return [
+        ("Question answering", [(row["source"], row["target"]) for row in stories], ANSWER_LENGTH),
+        ("Last word", [("Last word: " + text.format(mask), word) for text, word in LAST_WORDS], ANSWER_LENGTH),
+        (
+            "Infilling",
+            [("Fill in: " + text.replace("{}", mask * n), text.replace("{}", word)) for text, word, n in gaps],
+            None,
+        ),
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_flow_steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of the stories; 1 gives stories that training left out")
     options = parser.parse_args()
-    stories = [(row["source"], row["target"]) for row in generate_stories(4, options.seed, max_sentences=6)]
     torch.set_num_threads(2)
     for folder in sorted(CHECKPOINTS.iterdir(), reverse=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         print(f"\n{folder.name}: {model.num_parameters() / 1e6:.1f} million parameters")
-        steps = options.num_flow_steps
-        show(model, tokenizer, "Question answering", stories, num_flow_steps=steps, canvas_length=8)
-        show(model, tokenizer, "Last word", LAST_WORDS, num_flow_steps=steps, canvas_length=8)
-        show(model, tokenizer, "Infilling", INFILLING, num_flow_steps=steps)
+        for title, pairs, width in prompts(tokenizer, options.seed):
+            show(model, tokenizer, title, pairs, num_flow_steps=options.num_flow_steps, canvas_length=width)
 
 
 if __name__ == "__main__":

@@ -116,12 +116,12 @@ class SeededDraws:
 class AutoencoderCollator:
     """Rows -> corrupted `input_ids`, clean `labels` and `attention_mask` of ones, all (B, L), filled up with EOS.
 
-    The fill is part of the text to learn, so nothing is masked out. A row gives its `input_ids` or its `text`, of
-    which `mask_ratio` is hidden; a pair gives its source, whole, and behind it its target, of which
-    `target_mask_ratio` is hidden, so that the encoder learns to answer from the source. A source that ends in mask
-    tokens has its answer slot there: the target, filled up with EOS, is learned in its place. Each may be a string or
-    token ids. From a text of more than `max_length` tokens a window is taken at random; a source keeps the end that
-    fits. L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
+    A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
+    its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
+    answer from the source. A source that ends in mask tokens has its answer slot there: the target, filled up with EOS,
+    is learned in its place. Of a pair only the target and one EOS are learned, the rest is -100: copying the source
+    would drown the few tokens of the answer in the mean loss. Strings may be token ids. From a text of more than
+    `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
     `max_length` if `fixed_width`.
     """
 
@@ -164,6 +164,10 @@ class AutoencoderCollator:
         whole = [source + text for source, text in zip(sources, texts)]
         width = self._width(whole)
         labels = _fill(whole, width, eos_token_id)
+        for row, source, text in zip(labels, sources, texts):
+            if source:
+                row[: len(source)] = IGNORED
+                row[len(source) + len(text) + 1 :] = IGNORED
         input_ids = _fill([(source + ids)[:width] for source, ids in zip(sources, corrupted)], width, eos_token_id)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
 

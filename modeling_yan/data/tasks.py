@@ -11,7 +11,9 @@ import argparse
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 from .rows import Row, read_rows, write_rows
 
@@ -116,11 +118,17 @@ def crop_sentences(text: str, max_words: int, rng: random.Random) -> str | None:
 
 
 def build_pairs(
-    text_rows: Sequence[Row], task: str, num_rows: int, seed: int, max_words: int, mask_token: str = "<mask>"
+    text_rows: Sequence[Row],
+    task: str,
+    num_rows: int,
+    seed: int,
+    max_words: int,
+    mask_token: str = "<mask>",
+    **details: Any,
 ) -> list[Row]:
     """Make `num_rows` pairs with different sources from texts in random order, each cropped to `max_words` words.
 
-    Every text is used once before any is used again.
+    Every text is used once before any is used again. `details` are handed to the task's formatter.
 
     Raises:
         ValueError: the task is unknown, or the texts have no more to give (a whole round over them added nothing).
@@ -131,7 +139,7 @@ def build_pairs(
     pairs: dict[str, Row] = {}
     while len(pairs) < num_rows:
         before = len(pairs)
-        for pair in _one_round(text_rows, TEXT_TASKS[task], max_words, mask_token, rng):
+        for pair in _one_round(text_rows, partial(TEXT_TASKS[task], **details), max_words, mask_token, rng):
             pairs.setdefault(pair["source"], pair)
             if len(pairs) == num_rows:
                 break

@@ -23,7 +23,7 @@ def masked_words_restored(prediction: str, source: str, target: str, masked: Seq
     with a word too many does not spoil the ones behind it.
 
     Args:
-        source: The prompt; its last words are the target with each span collapsed into one `mask_token`.
+        source: The prompt; its last words are the target with mask tokens in place of each span.
         masked: The words of every span, in order.
     """
     words = target.split()
@@ -38,8 +38,9 @@ def _masked_positions(source, num_target_words, masked, mask_token):
     shown, positions, position = source.split()[-num_shown:], set(), 0
     remaining = iter(spans)
     for word in shown:
-        length = len(next(remaining)) if word == mask_token else 1
-        if word == mask_token:
+        is_span = not word.replace(mask_token, "")
+        length = len(next(remaining)) if is_span else 1
+        if is_span:
             positions.update(range(position, position + length))
         position += length
     return positions

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from modeling_yan import YanConfig
 from modeling_yan.data import TEXT_TASKS, train_tokenizer
 from modeling_yan.training.mixture import TaskMixture
 
@@ -22,9 +23,9 @@ def tokenizer():
 
 
 @pytest.fixture
-def make_mixture(make_config, tokenizer):
+def make_mixture(tokenizer):
     """Function from overrides to a mixture of all rows, for the flow stage."""
-    config = make_config(vocab_size=len(tokenizer), canvas_length=40)
+    config = YanConfig(vocab_size=len(tokenizer), canvas_length=40, max_position_embeddings=48)
     defaults = {"rows": TEXTS + PAIRS, "stage": "flow", "batch_size": 4, "length": 200, "seed": 0}
     return lambda **overrides: TaskMixture(tokenizer=tokenizer, config=config, **{**defaults, **overrides})
 
@@ -45,15 +46,15 @@ def texts(tokenizer, batch, name) -> list[str]:
 class TestRepetition:
     def test_a_batch_is_the_same_whenever_it_is_asked_for(self, make_mixture, stage):
         mixture = make_mixture(stage=stage)
-        forwards = [mixture[index] for index in range(12)]
+        forwards = [mixture[index] for index in range(8)]
         other = make_mixture(stage=stage)
         torch.manual_seed(1)
-        backwards = [other[index] for index in reversed(range(12))]
+        backwards = [other[index] for index in reversed(range(8))]
         assert all(same(*pair) for pair in zip(forwards, reversed(backwards)))
 
     def test_batches_differ_from_one_another(self, make_mixture, stage):
         mixture = make_mixture(stage=stage)
-        assert not any(same(mixture[0], mixture[index]) for index in range(1, 12))
+        assert not any(same(mixture[0], mixture[index]) for index in range(1, 8))
 
     def test_seeds_and_processes_see_other_batches(self, make_mixture, stage):
         mixtures = [make_mixture(stage=stage), make_mixture(stage=stage, seed=1), make_mixture(stage=stage, process_index=1)]
@@ -119,16 +120,17 @@ class TestTasks:
             "Nobody saw it again.",
             "Mary has a red apple.",
             "She gave it to John.",
+            "John was very happy about it.",
             "It rained all day long.",
         }
 
 
 class TestShapes:
     def test_the_canvas_holds_the_labels_and_varies(self, make_mixture):
-        batches = list(make_mixture())
+        batches = list(make_mixture(length=100))
         canvases = Counter(batch["canvas_length"] - batch["labels"].shape[1] for batch in batches)
         assert min(canvases) == 0
-        assert sum(wider > 0 for wider in canvases.elements()) > 10
+        assert sum(wider > 0 for wider in canvases.elements()) > 5
         assert all(batch["canvas_length"] % 8 == 0 and batch["canvas_length"] <= 40 for batch in batches)
 
     @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
