@@ -118,11 +118,11 @@ class AutoencoderCollator:
 
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. A source that ends in mask tokens has its answer slot there: the target, filled up with EOS,
-    is learned in its place. Of a pair only the target and one EOS are learned, the rest is -100: copying the source
-    would drown the few tokens of the answer in the mean loss. Strings may be token ids. From a text of more than
-    `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always
-    `max_length` if `fixed_width`.
+    answer from the source. A source that ends in mask tokens has its answer slot there: the target, filled up with
+    EOS, is learned in its place. Of a pair only the target and one EOS are learned, the rest is -100: copying the
+    source would drown the few tokens of the answer in the mean loss. Strings may be token ids. From a text of more
+    than `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the longest row with
+    one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
     """
 
     def __init__(

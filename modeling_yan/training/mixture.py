@@ -55,6 +55,8 @@ class TaskMixture(Dataset):
         self.max_words, self.max_source_length = max_words, max_source_length
         self.pairs = [row for row in rows if "target" in row]
         self.texts = [row for row in rows if "target" not in row]
+        if stage not in COLLATE:
+            raise ValueError(f"stage={stage!r}: must be one of {', '.join(COLLATE)}")
         self.weights = _check_weights(weights, self._tasks())
 
     def _tasks(self) -> list[str]:
@@ -118,12 +120,14 @@ COLLATE: dict[str, Callable] = {
 
 
 def _check_weights(weights, tasks):
+    if not tasks:
+        raise ValueError("there are no rows to train on")
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(tasks))
     if unknown:
         raise ValueError(
             f"no rows for the task {', '.join(unknown)}: the files and the stage allow {', '.join(tasks)}"
         )
-    if min(weights.values()) < 0 or not sum(weights.values()):
+    if not all(weight >= 0 for weight in weights.values()) or not sum(weights.values()):
         raise ValueError(f"task weights {weights}: must be at least 0 and not all 0")
     return weights

@@ -1,0 +1,382 @@
+"""The training script and its loop: both stages from a preset to a checkpoint that writes, and what stops a run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from transformers import AutoTokenizer, pipeline
+
+from modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from modeling_yan.data import train_tokenizer
+from modeling_yan.data.rows import write_rows
+from modeling_yan.training import PretrainingArguments, pretrain
+from modeling_yan.training.loop import load_model, make_mixture, make_optimizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain.py"
+NAMES = ("Mary", "John", "Ann", "Tom", "the dog")
+PLACES = ("garden", "house", "park", "kitchen")
+TEXTS = [{"text": f"{name} went to the {place}. Then it was dark."} for name in NAMES for place in PLACES]
+PAIRS = [{"source": f"{name} is in the {place}. Where?", "target": place} for name in NAMES for place in PLACES]
+TINY = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_flow_steps": 2, "decoder_dropout": 0.0}
+FROZEN = {"freeze_encoder": True, "freeze_decoder": True, "freeze_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Folder with 20 texts, 20 pairs, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "texts.jsonl.gz", TEXTS)
+    write_rows(folder / "pairs.jsonl", PAIRS)
+    tokenizer = train_tokenizer([row["text"] for row in TEXTS], vocab_size=300)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one state for the process; every run here begins without."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def preset(make_config, tmp_path) -> Path:
+    """Folder of a config alone."""
+    make_config(**TINY, **FROZEN).save_pretrained(tmp_path / "preset")
+    return tmp_path / "preset"
+
+
+@pytest.fixture
+def arguments(data, preset, tmp_path):
+    """Function from overrides to the arguments of a few steps of stage one on everything."""
+    defaults = {
+        "stage": "autoencoder",
+        "config": str(preset),
+        "tokenizer": str(data / "tokenizer"),
+        "train_file": [str(data / "texts.jsonl.gz"), str(data / "pairs.jsonl")],
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "save_steps": 10,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "use_cpu": True,
+        "validation_batches": 1,
+    }
+    return lambda **overrides: PretrainingArguments(**{**defaults, **overrides})
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return YanForFlowGeneration.from_pretrained(folder).state_dict()
+
+
+def same(weights, others, part="") -> bool:
+    """Whether two state dicts agree bit for bit in the weights whose name begins with `part`."""
+    names = [name for name in weights if name.startswith(part)]
+    return bool(names) and all(torch.equal(weights[name], others[name]) for name in names)
+
+
+def command_line(arguments) -> list[str]:
+    """The arguments as one would type them."""
+    words = []
+    for name, value in vars(arguments).items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)] if values else []
+    return words
+
+
+def run(arguments, *launcher):
+    """The script, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": arguments.output_dir + "-home"}
+    command = [sys.executable, *launcher, str(SCRIPT), *command_line(arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+class TestScript:
+    def test_both_stages_lead_from_a_preset_to_text(self, arguments, data, preset, tmp_path):
+        one, two = str(tmp_path / "one"), str(tmp_path / "two")
+        run(arguments(output_dir=one, validation_file=[str(data / "pairs.jsonl")]))
+        run(arguments(stage="flow", config=one, output_dir=two, validation_file=[str(data / "pairs.jsonl")]))
+        terms = {"loss", "ce_loss", "learning_rate", "grad_norm", "seconds"}
+        self.check_log(one, terms | {"latent_norm_loss"})
+        flow_terms = {"nll_loss", "nll_loss_per_dim", "mse_loss", "gate_entropy", "load_balance_loss"}
+        self.check_log(two, terms | flow_terms)
+
+        # All but the flow is frozen here, so stage two still has what stage one learned.
+        first, second = YanForAutoencoding.from_pretrained(one).state_dict(), weights_of(two)
+        assert same(first, second)
+        torch.manual_seed(0)
+        fresh = load_model("autoencoder", str(preset), AutoTokenizer.from_pretrained(one)).state_dict()
+        assert not same(first, fresh, "model.")
+
+        write = pipeline("text-generation", model=two)
+        assert write.model.config.vocab_size == len(write.tokenizer) == len(AutoTokenizer.from_pretrained(one))
+        assert type(write.model) is YanForFlowGeneration
+        answers = write([row["source"] for row in PAIRS[:2]], batch_size=2)
+        assert [answer[0]["generated_text"].startswith(row["source"]) for answer, row in zip(answers, PAIRS)] == [True] * 2
+
+    def check_log(self, folder, terms):
+        *steps, validation = log_of(folder)
+        assert [line["step"] for line in steps] == [1, 2, 3]
+        assert all(set(line) == terms | {"step"} for line in steps)
+        assert set(validation) == {"step", "pairs/loss", "pairs/tokens", "pairs/exact"}
+        assert 0 <= validation["pairs/exact"] <= validation["pairs/tokens"] <= 1
+        settings = json.loads((Path(folder) / "training_arguments.json").read_text())
+        assert settings["step"] == settings["max_steps"] == 3
+
+    def test_accelerate_launches_it(self, arguments, variant):
+        if variant == "mamba":
+            pytest.skip("the launcher does not see the variant")
+        settings = arguments(max_steps=2)
+        run(settings, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
+        launched = YanForAutoencoding.from_pretrained(settings.output_dir).state_dict()
+        alone = arguments(max_steps=2, output_dir=settings.output_dir + "-alone")
+        pretrain(alone)
+        assert same(launched, YanForAutoencoding.from_pretrained(alone.output_dir).state_dict())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
+    def test_two_processes_train_on_the_batches_of_both(self, arguments, data, stage):
+        # Without dropout and noise, two processes equal one that accumulates the batches of both.
+        settings = arguments(stage=stage, max_steps=4)
+        run(settings, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
+        assert len(log_of(settings.output_dir)) == 5  # one process writes
+        trained = load_model(stage, settings.output_dir, AutoTokenizer.from_pretrained(settings.tokenizer)).state_dict()
+        if stage == "flow":  # its noise differs from process to process: only that it ran can be seen
+            assert all(value.isfinite().all() for value in trained.values())
+            return
+        for num_processes in (1, 2):
+            expected = self.simulate(settings, num_processes)
+            error = max(float((expected[name] - value).abs().max()) for name, value in trained.items())
+            assert (error < 1e-4) == (num_processes == 2)
+
+    def simulate(self, arguments, num_processes) -> dict[str, torch.Tensor]:
+        """Weights after training on the mean gradient of so many processes."""
+        set_seed(arguments.seed)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        model = load_model(arguments.stage, arguments.config, tokenizer).train()
+        mixtures = [
+            make_mixture(arguments, arguments.train_file, tokenizer, model.config, process)
+            for process in range(num_processes)
+        ]
+        optimizer, scheduler = make_optimizer(arguments, model)
+        for step in range(arguments.max_steps):
+            for mixture in mixtures:
+                (model(**mixture[step]).loss / num_processes).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return model.state_dict()
+
+
+class TestLearning:
+    def test_stage_one_learns_to_restore_texts(self, arguments):
+        settings = arguments(max_steps=60, logging_steps=10)
+        pretrain(settings)
+        losses = [line["ce_loss"] for line in log_of(settings.output_dir) if "ce_loss" in line]
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_stage_two_learns_a_constant_answer(self, arguments, data, tmp_path):
+        write_rows(tmp_path / "constant.jsonl", [{**row, "target": "here"} for row in PAIRS])
+        files = {"train_file": [str(tmp_path / "constant.jsonl")], "validation_file": [str(tmp_path / "constant.jsonl")]}
+        settings = arguments(stage="flow", max_steps=60, logging_steps=10, **files)
+        pretrain(settings)
+        *steps, validation = log_of(settings.output_dir)
+        assert steps[-1]["ce_loss"] < 0.5 * steps[0]["ce_loss"]
+        assert steps[-1]["nll_loss"] < 0.9 * steps[0]["nll_loss"]
+        assert validation["pairs/tokens"] > 0.3  # the answer has no fewer than two tokens, of 300
+
+    @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
+    def test_one_seed_gives_one_result(self, arguments, stage):
+        weights = []
+        for name, seed in {"first": 0, "again": 0, "other": 1}.items():
+            settings = arguments(stage=stage, seed=seed)
+            settings.output_dir += name
+            pretrain(settings)
+            weights.append(load_model(stage, settings.output_dir, AutoTokenizer.from_pretrained(settings.tokenizer)))
+        first, again, other = (model.state_dict() for model in weights)
+        assert same(first, again)
+        assert not same(first, other)
+
+    def test_validating_and_saving_on_the_way_change_nothing(self, arguments, data):
+        weights = []
+        for name, options in {"plain": {}, "watched": {"save_steps": 1, "validation_file": [str(data / "pairs.jsonl")]}}.items():
+            settings = arguments(stage="flow", **options)
+            settings.output_dir += name
+            pretrain(settings)
+            weights.append(weights_of(settings.output_dir))
+        assert same(*weights)
+
+    def test_accumulation_sees_more_batches_an_update(self, arguments):
+        settings = arguments(gradient_accumulation_steps=2, max_steps=2)
+        pretrain(settings)
+        trained = YanForAutoencoding.from_pretrained(settings.output_dir).state_dict()
+        set_seed(settings.seed)
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        model = load_model("autoencoder", settings.config, tokenizer).train()
+        mixture = make_mixture(settings, settings.train_file, tokenizer, model.config)
+        optimizer, scheduler = make_optimizer(settings, model)
+        norms, losses = [], []
+        for step in range(2):
+            terms = [model(**mixture[2 * step + index]).loss for index in range(2)]
+            (sum(terms) / 2).backward()
+            losses.append(float(sum(terms) / 2))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(trained[name], value, atol=1e-4, rtol=1e-3)
+        steps = [line for line in log_of(settings.output_dir) if "loss" in line]
+        assert [line["loss"] for line in steps] == pytest.approx(losses, abs=1e-4)
+        assert [line["grad_norm"] for line in steps] == pytest.approx(norms, rel=1e-3)
+
+    def test_the_learning_rate_warms_up_stays_and_decays(self, arguments):
+        settings = arguments(max_steps=8, warmup_steps=3, decay_steps=2, learning_rate=0.012)
+        optimizer, scheduler = make_optimizer(settings, torch.nn.Linear(2, 2))
+        rates = []
+        for _ in range(8):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates == pytest.approx([0.004, 0.008, 0.012, 0.012, 0.012, 0.012, 0.012, 0.006])
+        assert optimizer.param_groups[0]["lr"] == 0
+
+    def test_neither_biases_nor_norms_nor_embeddings_decay(self, arguments, make_model):
+        model = make_model()
+        optimizer, _ = make_optimizer(arguments(weight_decay=0.5), model)
+        decayed, spared = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert len(decayed) + len(spared) == len(names)
+        assert all("embeddings" not in names[p] and "bias" not in names[p] and "norm" not in names[p] for p in decayed)
+        assert id(model.flow.modulation.proj.weight) in decayed
+
+
+class TestLoading:
+    def test_stage_two_starts_from_stage_one(self, arguments, data):
+        settings = arguments()
+        pretrain(settings)
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        second = load_model("flow", settings.output_dir, tokenizer)
+        assert same(YanForAutoencoding.from_pretrained(settings.output_dir).state_dict(), second.state_dict())
+        assert not second.model.norm.weight.requires_grad
+        assert second.flow.norm.weight.requires_grad
+
+    def test_a_preset_is_fitted_to_the_tokenizer(self, preset, data):
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        model = load_model("flow", str(preset), tokenizer)
+        assert model.lm_head.out_features == model.config.vocab_size == len(tokenizer)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"):
+            assert getattr(model.config, name) == getattr(tokenizer, name)
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    def test_a_tokenizer_with_more_tokens_than_the_checkpoint(self, make_model, data, tmp_path):
+        make_model(vocab_size=299).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"300 tokens.*does not fit the checkpoint.*vocab_size=299"):
+            load_model("flow", str(tmp_path), AutoTokenizer.from_pretrained(data / "tokenizer"))
+
+    def test_a_tokenizer_with_other_special_tokens_than_the_checkpoint(self, make_model, data, tmp_path):
+        make_model(vocab_size=300, eos_token_id=7).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="does not fit the checkpoint"):
+            load_model("flow", str(tmp_path), AutoTokenizer.from_pretrained(data / "tokenizer"))
+
+    @pytest.mark.parametrize("name", ["pad", "eos", "mask"])
+    def test_a_tokenizer_without_a_special_token(self, preset, data, name):
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        setattr(tokenizer, f"{name}_token", None)
+        with pytest.raises(ValueError, match=f"the tokenizer has no {name}_token_id"):
+            load_model("flow", str(preset), tokenizer)
+
+    def test_a_folder_that_is_not_there(self, data, tmp_path):
+        with pytest.raises(OSError, match="nowhere"):
+            load_model("flow", str(tmp_path / "nowhere"), AutoTokenizer.from_pretrained(data / "tokenizer"))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("task", ["pairs", "pairs=much"])
+    def test_a_task_without_weight(self, arguments, task):
+        with pytest.raises(ValueError, match="every entry must be TASK=WEIGHT"):
+            pretrain(arguments(tasks=[task]))
+
+    def test_an_unknown_task(self, arguments):
+        with pytest.raises(ValueError, match="no rows for the task translation"):
+            pretrain(arguments(tasks=["translation=1"]))
+
+    def test_a_file_without_rows(self, arguments, tmp_path):
+        (tmp_path / "empty.jsonl").write_text("\n")
+        with pytest.raises(ValueError, match="empty.jsonl.*no rows"):
+            pretrain(arguments(train_file=[str(tmp_path / "empty.jsonl")]))
+
+    def test_an_unknown_stage(self, arguments):
+        with pytest.raises((ValueError, KeyError), match="both"):
+            pretrain(arguments(stage="both"))
+
+
+class TestFailures:
+    @pytest.fixture
+    def fail_at_call(self, monkeypatch):
+        """Function that makes a method raise, or do something else, at its n-th call."""
+
+        def install(owner, method, number, failure):
+            original, calls = getattr(owner, method), []
+
+            def wrapped(self, *args, **kwargs):
+                calls.append(method)
+                return (failure if len(calls) == number else original)(self, *args, **kwargs)
+
+            monkeypatch.setattr(owner, method, wrapped)
+
+        return install
+
+    def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(self, arguments, fail_at_call):
+        forward = YanForAutoencoding.forward
+
+        def broken(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            output.loss = output.loss * float("nan")
+            return output
+
+        fail_at_call(YanForAutoencoding, "forward", 3, broken)
+        settings = arguments(max_steps=5, save_steps=2)
+        with pytest.raises(FloatingPointError, match="nan"):
+            pretrain(settings)
+        self.check_checkpoint(settings, step=2)
+
+    def test_a_save_that_is_cut_off_leaves_the_checkpoint_before_it_whole(self, arguments, fail_at_call):
+        def cut_off(self, folder, *args, **kwargs):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError("no space left on device")
+
+        fail_at_call(YanForAutoencoding, "save_pretrained", 2, cut_off)
+        settings = arguments(max_steps=4, save_steps=2)
+        with pytest.raises(OSError, match="no space left"):
+            pretrain(settings)
+        self.check_checkpoint(settings, step=2)
+
+    def check_checkpoint(self, settings, step):
+        """The checkpoint is the one that a run of so many steps would have left."""
+        saved = YanForAutoencoding.from_pretrained(settings.output_dir).state_dict()
+        folder = Path(settings.output_dir)
+        assert json.loads((folder / "training_arguments.json").read_text())["step"] == step
+        assert len(AutoTokenizer.from_pretrained(folder)) == 300
+        settings.max_steps, settings.output_dir = step, settings.output_dir + "-short"
+        pretrain(settings)
+        assert same(saved, YanForAutoencoding.from_pretrained(settings.output_dir).state_dict())
