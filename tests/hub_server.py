@@ -51,7 +51,9 @@ class Hub(BaseHTTPRequestHandler):
             case ["api", "whoami-v2"]:
                 self._send_json({"name": OWNER, "type": "user", "orgs": []})
             case ["api", "models", owner, name, "tree", _, *_]:
-                self._send_json([{"type": "file", "path": path.name, **_size(path)} for path in self._files(owner, name)])
+                self._send_json(
+                    [{"type": "file", "path": path.name, **_size(path)} for path in self._files(owner, name)]
+                )
             case ["api", "models", owner, name, *_]:
                 files = [{"rfilename": path.name} for path in self._files(owner, name)]
                 self._send_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": files})

@@ -183,7 +183,7 @@ class TestCheckpoints:
 
     def test_no_weights_at_all(self, folder):
         (folder / "model.safetensors").unlink()
-        with pytest.raises(OSError, match="model.safetensors"):
+        with pytest.raises(OSError, match=r"model\.safetensors"):
             YanForFlowGeneration.from_pretrained(folder)
 
     def test_a_missing_tensor_is_reported(self, folder):
@@ -196,7 +196,7 @@ class TestCheckpoints:
     def test_weights_of_another_size(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY + 1}))
-        with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        with pytest.raises(RuntimeError, match=r"mismatch"):
             YanForFlowGeneration.from_pretrained(folder)
 
     def test_a_config_that_is_no_json(self, folder):

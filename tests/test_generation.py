@@ -18,7 +18,7 @@ PAD, BOS, EOS = 0, 1, 2
 
 @pytest.fixture
 def make_lively_model(make_model):
-    """Function from overrides to a model whose every token depends on prompt, noise and time, and that writes no EOS."""
+    """Function from overrides to a model whose tokens depend on prompt, noise and time, and that writes no EOS."""
 
     def make(**overrides):
         model = make_model(**{"initializer_range": 0.3, **overrides})
@@ -401,7 +401,9 @@ class TestExperts:
 
     def test_a_samples_seed_repeats(self, model, prompts):
         options = {"do_sample": True, "expert_choice": "sample"}
-        assert torch.equal(new_tokens(model, prompts, seed=3, **options), new_tokens(model, prompts, seed=3, **options))
+        assert torch.equal(
+            new_tokens(model, prompts, seed=3, **options), new_tokens(model, prompts, seed=3, **options)
+        )
 
     def test_the_mixture_moves_along_the_weighted_mean_of_all_experts(self, model, prompts):
         output = model.generate(prompts, expert_choice="mixture", num_flow_steps=1, return_dict_in_generate=True)

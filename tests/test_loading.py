@@ -1,4 +1,4 @@
-"""Saving and loading: by the package, by the Auto classes, and in a process that has only the code beside the weights."""
+"""Saving and loading: by the package, by the Auto classes, and in a process that has only what was saved."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, Ya
 
 PACKAGE = Path(modeling_yan.__file__).parent
 FLAT_MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+VARIANTS = ("attention", "mamba")
 AUTO_CLASSES = {
     AutoModel: YanModel,
     AutoModelForMaskedLM: YanForAutoencoding,
@@ -34,8 +35,7 @@ assert importlib.util.find_spec("modeling_yan") is None
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-folder, again, results = sys.argv[1:]
-prompts = torch.load("prompts.pt")
+prompts, results = torch.load("prompts.pt"), {}
 
 
 def load(auto_class, path):
@@ -57,11 +57,13 @@ def outputs(path):
         }
 
 
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-first = outputs(folder)
-load(AutoModelForCausalLM, folder).save_pretrained(again)
+for variant in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(variant, trust_remote_code=True)
+    first, again = outputs(variant), f"{variant}-again"
+    load(AutoModelForCausalLM, variant).save_pretrained(again)
+    results[variant] = {"config": config.to_dict(), "first": first, "again": outputs(again)}
 assert "modeling_yan" not in sys.modules
-torch.save({"config": config.to_dict(), "first": first, "again": outputs(again)}, results)
+torch.save(results, "results.pt")
 """
 
 
@@ -106,27 +108,39 @@ def outputs(path, prompts) -> dict[str, torch.Tensor]:
     }
 
 
-def run_without_the_package(tmp_path, *arguments):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """Folder in which a process without the package has loaded, saved and loaded a model of each variant."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1}
+    sizes |= {"num_flow_layers": 1, "max_position_embeddings": 48, "canvas_length": 8, "initializer_range": 0.3}
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        config = YanConfig(**sizes, encoder_mixer=variant, flow_mixer=variant)
+        YanForFlowGeneration(config).save_pretrained(root / variant)
+    torch.save(torch.randint(4, 64, (3, 7)), root / "prompts.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *map(str, arguments)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    environment |= {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *VARIANTS]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    return root
 
 
-def test_a_process_without_the_package_computes_the_same(folder, prompts, tmp_path):
-    torch.save(prompts, tmp_path / "prompts.pt")
-    run_without_the_package(tmp_path, folder, tmp_path / "again", tmp_path / "results.pt")
-    results = torch.load(tmp_path / "results.pt")
-    expected = outputs(folder, prompts)
+def test_a_process_without_the_package_computes_the_same(elsewhere, variant):
+    result = torch.load(elsewhere / "results.pt")[variant]
+    assert fields(result["config"]) == fields(YanConfig.from_pretrained(elsewhere / variant).to_dict())
+    expected = outputs(elsewhere / variant, torch.load(elsewhere / "prompts.pt"))
     for loaded in ("first", "again"):
-        assert results[loaded].keys() == expected.keys()
+        assert result[loaded].keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(results[loaded][name], value, rtol=0, atol=1e-6, msg=f"{loaded} {name}")
-    assert fields(results["config"]) == fields(YanConfig.from_pretrained(folder).to_dict())
-    # What the remote code saved is a checkpoint of the package too.
-    assert {path.name for path in (tmp_path / "again").glob("*.py")} == FLAT_MODULES
-    assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (folder, tmp_path / "again")))
+            torch.testing.assert_close(result[loaded][name], value, rtol=0, atol=1e-6, msg=f"{loaded} {name}")
+
+
+def test_what_remote_code_saves_is_a_checkpoint_of_the_package(elsewhere, variant):
+    again = elsewhere / f"{variant}-again"
+    assert {path.name for path in again.glob("*.py")} == FLAT_MODULES
+    assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (elsewhere / variant, again)))
 
 
 def test_with_the_package_nothing_remote_is_trusted(folder, prompts):

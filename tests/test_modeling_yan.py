@@ -391,28 +391,30 @@ def test_hidden_states_and_attentions_are_of_the_prompts_encoder(lively_model, v
 # --- learning
 
 
-def test_a_few_updates_learn_a_few_pairs(make_model):
-    model = make_model(decoder_dropout=0.0, max_train_flow_steps=2)
-    ids, labels = random_ids(8, 5), random_ids(8, 4)
-    before = model(ids, labels=labels).ce_loss
-    train(model, 60, lr=5e-3, input_ids=ids, labels=labels)
-    after = model(ids, labels=labels)
+def test_both_stages_learn_a_few_pairs_by_heart(make_model):
+    sizes = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_experts": 2, "canvas_length": 4, "decoder_dropout": 0}
+    frozen = dict.fromkeys(("freeze_encoder", "freeze_decoder", "freeze_embeddings"), True)
+    ids, labels = random_ids(8, 4), random_ids(8, 4)
+    texts = torch.cat([ids, labels])
+    stage_one = make_model(YanForAutoencoding, **sizes, latent_noise=0.1)
+    before = stage_one(texts, labels=texts).ce_loss
+    train(stage_one, 40, lr=5e-3, input_ids=texts, labels=texts)
+    restored = stage_one(texts, labels=texts)
+    assert restored.ce_loss < 0.2 * before
+    assert (restored.logits.argmax(-1) == texts).float().mean() > 0.9
+
+    stage_two = make_model(**sizes, **frozen, max_train_flow_steps=2)
+    stage_two.load_state_dict(stage_one.state_dict(), strict=False)
+    before = stage_two(ids, labels=labels).ce_loss
+    train(stage_two, 60, lr=1e-2, input_ids=ids, labels=labels)
+    after = stage_two(ids, labels=labels)
     assert after.ce_loss < 0.3 * before
-    assert after.loss.isfinite()
-
-
-def test_the_autoencoder_learns_to_restore_its_input(make_model):
-    model, ids = make_model(YanForAutoencoding, decoder_dropout=0.0, latent_noise=0.1), random_ids(8, 6)
-    before = model(ids, labels=ids).ce_loss
-    train(model, 40, lr=5e-3, input_ids=ids, labels=ids)
-    after = model(ids, labels=ids)
-    assert after.ce_loss < 0.2 * before
-    assert (after.logits.argmax(-1) == ids).float().mean() > 0.9
+    assert (after.logits.argmax(-1) == labels).float().mean() > 0.5  # by chance: one in 60
 
 
 def test_a_single_expert_trains_as_plain_flow_matching(make_model):
-    model, ids = make_model(num_experts=1, decoder_dropout=0.0), random_ids(8, 5)
-    losses = train(model, 15, input_ids=ids, labels=ids)
+    model, ids = make_model(num_experts=1, num_flow_layers=1, decoder_dropout=0.0), random_ids(8, 5)
+    losses = train(model, 10, input_ids=ids, labels=ids)
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     output = model(ids, labels=ids)
     assert output.gate_entropy == 0
@@ -501,13 +503,15 @@ def test_autocast_trains(make_model):
 
 def compiled_and_eager_logits(model, backend):
     torch._dynamo.reset()
-    (ids, mask) = pad(random_ids(2), "right")
+    ids, mask = pad(random_ids(2), "right")
     with torch.no_grad():
         return torch.compile(model, backend=backend)(ids, mask).logits, model(ids, mask).logits
 
 
-def test_the_compiled_forward_pass_gives_the_same_logits(lively_model):
-    compiled, eager = compiled_and_eager_logits(lively_model(), "eager")
+@pytest.mark.parametrize(("variant", "num_experts"), [("attention", 2), ("mamba", 1)])  # tracing takes its time
+def test_the_compiled_forward_pass_gives_the_same_logits(lively_model, num_experts):
+    model = lively_model(num_encoder_layers=1, num_flow_layers=1, num_flow_steps=1, num_experts=num_experts)
+    compiled, eager = compiled_and_eager_logits(model, "eager")
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 

@@ -106,7 +106,9 @@ def test_without_options_it_is_deterministic_and_one_canvas_long(write, model):
     first = write(PROMPTS, return_tensors=True)
     torch.manual_seed(1)
     assert write(PROMPTS, return_tensors=True) == first
-    new = [len(answer[0]["generated_token_ids"]) - len(write.tokenizer(p).input_ids) for answer, p in zip(first, PROMPTS)]
+    new = [
+        len(answer[0]["generated_token_ids"]) - len(write.tokenizer(p).input_ids) for answer, p in zip(first, PROMPTS)
+    ]
     assert all(0 < length <= model.config.canvas_length for length in new)
 
 

@@ -57,7 +57,11 @@ class TestRepetition:
         assert not any(same(mixture[0], mixture[index]) for index in range(1, 8))
 
     def test_seeds_and_processes_see_other_batches(self, make_mixture, stage):
-        mixtures = [make_mixture(stage=stage), make_mixture(stage=stage, seed=1), make_mixture(stage=stage, process_index=1)]
+        mixtures = [
+            make_mixture(stage=stage),
+            make_mixture(stage=stage, seed=1),
+            make_mixture(stage=stage, process_index=1),
+        ]
         for index in range(5):
             first, *others = [mixture[index] for mixture in mixtures]
             assert not any(same(first, other) for other in others)
@@ -86,7 +90,9 @@ class TestTasks:
             sources = [texts(tokenizer, batch, "input_ids")[0] for batch in mixture]
             prefixes = {"Where is": "pairs", "Fill in:": "infilling", "Last word:": "last_word"}
             prefixes["Continue:"] = "continuation"
-            return Counter(task for source in sources for prefix, task in prefixes.items() if source.startswith(prefix))
+            return Counter(
+                task for source in sources for prefix, task in prefixes.items() if source.startswith(prefix)
+            )
 
         return count
 
@@ -147,7 +153,7 @@ class TestShapes:
 
 class TestRefusals:
     def test_an_unknown_task(self, make_mixture):
-        with pytest.raises(ValueError, match="no rows for the task translation.*allow pairs, infilling"):
+        with pytest.raises(ValueError, match=r"no rows for the task translation.*allow pairs, infilling"):
             make_mixture(weights={"translation": 1.0})
 
     def test_a_task_without_rows(self, make_mixture):
