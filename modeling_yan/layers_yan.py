@@ -8,10 +8,12 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba
 
 
@@ -79,6 +81,37 @@ class YanAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class YanAlignedLinear(nn.Linear):
+    """A linear layer whose weights start as a fixed function of their shape: two of them start equal."""
+
+    @torch.no_grad()
+    def reset_aligned(self, standard_deviation: float):
+        init.copy_(self.weight, standard_deviation * hashed_normal(0, self.weight.shape))
+
+
+class YanIdentityLinear(nn.Linear):
+    """A square linear layer that starts as the identity."""
+
+    @torch.no_grad()
+    def reset_identity(self):
+        init.copy_(self.weight, torch.eye(len(self.weight)))
+
+
+class YanCrossAttention(YanAttention):
+    """Attention of the canvas to the prompt, which starts as a blurred copy of it.
+
+    Queries and keys start with equal weights, so that a canvas position first looks at the same place of the prompt;
+    values are handed on as they are, because prompt and answer live in one latent space.
+    """
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
 
 
 class YanSelfAttentionMixer(nn.Module):
@@ -171,7 +204,7 @@ class YanFlowLayer(GradientCheckpointingLayer):
         self.num_modulations = 6 if self.has_cross_attention else 4
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
         self.mixer = SELF_MIXERS[config.flow_mixer](config, layer_idx)
-        self.cross_attention = YanAttention(config, layer_idx) if self.has_cross_attention else None
+        self.cross_attention = YanCrossAttention(config, layer_idx) if self.has_cross_attention else None
         self.feed_forward = YanFeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 

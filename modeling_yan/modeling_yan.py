@@ -34,9 +34,11 @@ from .flow_matching_yan import (
 from .flow_yan import YanCondition, YanFlow, YanModulationProjection, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
+    YanAlignedLinear,
     YanAttention,
     YanDecoderLayer,
     YanEncoderLayer,
+    YanIdentityLinear,
     count_positions,
     sinusoid_angles,
 )
@@ -152,6 +154,10 @@ class YanPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, YanPositionEmbedding):
             module.reset_sinusoids(self.config.initializer_range)
+        elif isinstance(module, YanAlignedLinear):
+            module.reset_aligned(self.config.initializer_range)
+        elif isinstance(module, YanIdentityLinear):
+            module.reset_identity()
         elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block
             init.zeros_(module.weight)
 

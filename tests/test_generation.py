@@ -59,7 +59,7 @@ def new_tokens(model, prompt, **options) -> torch.LongTensor:
 
 
 def write_eos_at(model, *places):
-    """Make EOS (id 2) the winner at these places of every canvas, and only there."""
+    """Make EOS the winner at these places of every canvas, and only there."""
 
     def raise_eos(module, args, logits):
         logits = logits.clone()
@@ -67,7 +67,19 @@ def write_eos_at(model, *places):
         logits[:, list(places), EOS] = 1e4
         return logits
 
-    return model.lm_head.register_forward_hook(raise_eos)
+    model.lm_head.register_forward_hook(raise_eos)
+
+
+def end_rows_at(model, ends):
+    """Make EOS the winner at one place of each row's canvas; none where the place is beyond the canvas."""
+
+    def raise_eos(module, args, logits):
+        logits = logits.clone()
+        for row, end in zip(logits, ends):
+            row[end : end + 1, EOS] = 1e4
+        return logits
+
+    model.lm_head.register_forward_hook(raise_eos)
 
 
 class Recorder(BaseStreamer):
@@ -157,7 +169,7 @@ class TestEqualsTheModel:
     def test_heun_averages_the_velocities_at_both_ends_of_a_step(self, model, prompts):
         output = model.generate(prompts, solver="heun", num_flow_steps=1, return_dict_in_generate=True)
         start, end = output.trajectory[0].unbind(1)
-        condition = model.flow.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
+        condition = model.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
         velocity = model.velocity_field(condition, CANVAS, 1, "heun")
         first = velocity(start, 0.0)
         assert torch.allclose(end, start + (first + velocity(start + first, 1.0)) / 2, atol=1e-5)
@@ -216,14 +228,7 @@ class TestEndOfText:
 
     def test_a_row_that_ended_is_padded_while_others_go_on(self, model, prompts):
         ends = torch.tensor([0, 2, 4, 6, 8, 8])  # 8: no EOS in the canvas
-
-        def raise_eos(module, args, logits):
-            logits = logits.clone()
-            for row, end in zip(logits, ends):
-                row[end : end + 1, EOS] = 1e4
-            return logits
-
-        model.lm_head.register_forward_hook(raise_eos)
+        end_rows_at(model, ends)
         tokens = new_tokens(model, prompts, max_new_tokens=2 * CANVAS)
         assert tokens.shape == (6, 2 * CANVAS)
         for row, end in zip(tokens, ends):
@@ -260,14 +265,7 @@ class TestEndOfText:
 
     def test_tokens_per_forward_counts_each_rows_tokens_with_its_eos(self, model, prompts):
         ends = torch.tensor([0, 2, 4, 6, 7, 8])
-
-        def raise_eos(module, args, logits):
-            logits = logits.clone()
-            for row, end in zip(logits, ends):
-                row[end : end + 1, EOS] = 1e4
-            return logits
-
-        model.lm_head.register_forward_hook(raise_eos)
+        end_rows_at(model, ends)
         output = model.generate(prompts, num_flow_steps=2, return_dict_in_generate=True)
         assert output.tokens_per_forward.tolist() == [0.5, 1.5, 2.5, 3.5, 4.0, 4.0]
 
@@ -310,9 +308,9 @@ class TestIndependence:
 
     def test_nor_a_mate_that_ends_early(self, model, prompts):
         whole = new_tokens(model, prompts, max_new_tokens=20)
-        stop = next(token for token in whole[0].tolist() if token not in whole[1])
-        tokens = new_tokens(model, prompts[:2], max_new_tokens=20, eos_token_id=stop)
-        assert tokens[0, -1] == PAD
+        end_rows_at(model, [3, CANVAS])
+        tokens = new_tokens(model, prompts[:2], max_new_tokens=20)
+        assert (tokens[0, 4:] == PAD).all()
         assert torch.equal(tokens[1], whole[1])
 
     @pytest.mark.parametrize("expert_choice", ["argmax", "sample", "mixture"])
@@ -409,7 +407,7 @@ class TestExperts:
         output = model.generate(prompts, expert_choice="mixture", num_flow_steps=1, return_dict_in_generate=True)
         assert output.experts is None
         start, end = output.trajectory[0].unbind(1)
-        condition = model.flow.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
+        condition = model.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
         modulation = model.flow.modulation(torch.zeros(1))
         states = model.flow.trunk(start, model._positions(CANVAS), modulation, condition)
         expected = (model.flow.experts(states) * output.gate[0].unsqueeze(-1)).sum(-2)

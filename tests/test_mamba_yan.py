@@ -127,7 +127,9 @@ def test_it_equals_transformers_mixer_in_output_and_gradients(make_config, use_b
 
     expected = results(theirs)
     for name, tensor in results(ours).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_one_direction_is_causal(make_config):

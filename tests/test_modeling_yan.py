@@ -28,6 +28,8 @@ def lively_model(make_model):
         for name, parameter in model.named_parameters():
             if "flow.modulation.proj" in name or (name.endswith("bias") and "dt_proj" not in name):
                 nn.init.normal_(parameter, std=0.1)
+            if "flow.gate" in name and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.5)
         return model
 
     return make
@@ -192,7 +194,8 @@ def test_training_solves_with_every_allowed_number_of_steps_and_evaluation_with_
     assert steps_of_one_pass() == 6
     assert steps_of_one_pass(num_flow_steps=2) == 2
     model.train()
-    assert {steps_of_one_pass() for _ in range(25)} == {2, 3, 4}
+    with torch.no_grad():
+        assert {steps_of_one_pass() for _ in range(15)} == {2, 3, 4}
 
 
 @pytest.mark.parametrize("is_constant", [True, False])
@@ -297,7 +300,9 @@ def trained_parts(model):
     return {part for part, values in found.items() if values == {True}}
 
 
-@pytest.mark.parametrize("frozen", [(), ("encoder",), ("decoder",), ("embeddings",), ("encoder", "decoder", "embeddings")])
+@pytest.mark.parametrize(
+    "frozen", [(), ("encoder",), ("decoder",), ("embeddings",), ("encoder", "decoder", "embeddings")]
+)
 def test_the_freeze_switches_freeze_exactly_their_part(make_model, tmp_path, frozen):
     switches = {f"freeze_{part}": part in frozen for part in ("encoder", "decoder", "embeddings")}
     expected = set(PARTS) - set(frozen)
@@ -429,13 +434,17 @@ def test_every_way_to_choose_experts_trains(make_model, choice):
     assert found["flow.experts.heads.0.up_proj.weight"].abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # its new name is not in every version
 def test_gradient_checkpointing_gives_the_same_gradients(make_model):
     model, ids = make_model(hidden_dropout=0.1).train(), random_ids()
     passes = []
     model.model.layers[0].feed_forward.register_forward_hook(lambda *_: passes.append(1))
     plain, num_plain = gradients(model, input_ids=ids, labels=ids, num_flow_steps=2), len(passes)
     model.gradient_checkpointing_enable()
-    checkpointed, num_checkpointed = gradients(model, input_ids=ids, labels=ids, num_flow_steps=2), len(passes) - num_plain
+    checkpointed, num_checkpointed = (
+        gradients(model, input_ids=ids, labels=ids, num_flow_steps=2),
+        len(passes) - num_plain,
+    )
     assert num_checkpointed > num_plain  # something was indeed computed twice
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():

@@ -16,6 +16,8 @@ from modeling_yan.data import train_tokenizer
 
 SENTENCES = ["The cat sat on the mat.", "Where is the dog?", "Mary is in the garden.", "John has the red apple."]
 
+SMALL = {"num_encoder_layers": 1, "num_flow_layers": 1}
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -34,7 +36,7 @@ def rows(tokenizer) -> list[dict[str, list[int]]]:
 
 @pytest.fixture
 def model(make_model, tokenizer) -> YanForFlowGeneration:
-    return make_model(vocab_size=len(tokenizer))
+    return make_model(vocab_size=len(tokenizer), **SMALL)
 
 
 class Losses(TrainerCallback):
@@ -68,7 +70,7 @@ def make_trainer(trainer_class, model, tokenizer, rows, tmp_path, **options):
 
 def test_the_trainer_trains(model, tokenizer, rows, tmp_path):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    options = {"max_steps": 30, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+    options = {"max_steps": 30, "learning_rate": 1e-2}
     trainer, losses = make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
     trainer.train()
     logged = losses.of("loss")
@@ -80,7 +82,7 @@ def test_the_trainer_trains(model, tokenizer, rows, tmp_path):
 
 @pytest.mark.parametrize("frozen", ["freeze_encoder", "freeze_decoder"])
 def test_frozen_parts_stay_as_they_are(make_model, tokenizer, rows, tmp_path, frozen):
-    model = make_model(vocab_size=len(tokenizer), freeze_embeddings=True, **{frozen: True})
+    model = make_model(vocab_size=len(tokenizer), **SMALL, freeze_embeddings=True, **{frozen: True})
     part = model.model if frozen == "freeze_encoder" else model.decoder
     before = {name: parameter.clone() for name, parameter in part.named_parameters()}
     trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, max_steps=2)
@@ -91,7 +93,7 @@ def test_frozen_parts_stay_as_they_are(make_model, tokenizer, rows, tmp_path, fr
 def test_accumulation_leaves_the_logged_loss_alone(make_model, tokenizer, rows, tmp_path):
     logged = []
     for accumulation in (1, 4):
-        model = make_model(vocab_size=len(tokenizer))
+        model = make_model(vocab_size=len(tokenizer), **SMALL)
         options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 16 // accumulation}
         trainer, losses = make_trainer(Trainer, model, tokenizer, rows, tmp_path, max_steps=1, **options)
         trainer.train()
@@ -113,9 +115,9 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
 
 def test_resuming_gives_the_weights_of_an_unbroken_run(make_model, tokenizer, rows, tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = make_model(vocab_size=len(tokenizer))
+    whole = make_model(vocab_size=len(tokenizer), **SMALL)
     make_trainer(Trainer, whole, tokenizer, rows, tmp_path, **options)[0].train()
-    resumed = make_model(vocab_size=len(tokenizer))
+    resumed = make_model(vocab_size=len(tokenizer), **SMALL)
     trainer, _ = make_trainer(Trainer, resumed, tokenizer, rows, tmp_path, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     weights = whole.state_dict()
