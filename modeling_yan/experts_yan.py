@@ -1,4 +1,4 @@
-"""Velocity experts and their gate: K heads on the trunk's state, of which a token needs one (arXiv 2604.15009).
+"""Experts and their gate: K heads on the trunk's state, of which a token needs one (arXiv 2604.15009).
 
 Letters: B batch, L canvas length, D hidden size, K experts.
 """
@@ -28,28 +28,28 @@ class YanGate(nn.Module):
 
 
 class YanExperts(nn.Module):
-    """K feed-forward heads from trunk state to velocity."""
+    """K feed-forward heads on the trunk's state."""
 
     def __init__(self, config):
         super().__init__()
         self.heads = nn.ModuleList(YanFeedForward(config) for _ in range(config.num_experts))
 
     def forward(self, states):
-        """Velocities of all experts, (B, L, K, D), from states (B, L, D)."""
+        """Outputs of all heads, (B, L, K, D), from states (B, L, D)."""
         return torch.stack([head(states) for head in self.heads], dim=-2)
 
-    def velocity_of(self, states, chosen):
-        """Velocity (B, L, D) of each token's own expert; `chosen` (B, L) holds indices. No other head is computed."""
+    def output_of(self, states, chosen):
+        """Output (B, L, D) of each token's own head; `chosen` (B, L) holds indices. No other head is computed."""
         if len(self.heads) == 1:
             return self.heads[0](states)
-        velocity = torch.zeros_like(states)
+        output = torch.zeros_like(states)
         for index, head in enumerate(self.heads):
             tokens = (chosen == index).nonzero(as_tuple=True)
-            velocity = velocity.index_put(tokens, head(states[tokens]).to(velocity.dtype))  # autocast narrows heads
-        return velocity
+            output = output.index_put(tokens, head(states[tokens]).to(output.dtype))  # autocast narrows heads
+        return output
 
-    def mixture_velocity(self, states, log_gate):
-        """Gate-weighted mean velocity (B, L, D) of all experts."""
+    def mixture_of(self, states, log_gate):
+        """Gate-weighted mean output (B, L, D) of all heads."""
         return (self(states) * log_gate.exp().to(states.dtype).unsqueeze(-1)).sum(-2)
 
 

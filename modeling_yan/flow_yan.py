@@ -102,6 +102,14 @@ class YanFlow(nn.Module):
             states = layer(states, shifts_and_scales, *key_value, cross_attention_mask=condition.attention_mask)
         return self.norm(states)
 
+    def velocities(self, states, x):
+        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
+
+        A head predicts where its token goes and x is subtracted: the trunk, no wider than the latents, would
+        otherwise have to carry the noise through every layer beside everything else.
+        """
+        return self.experts(states) - x.unsqueeze(-2)
+
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states."""
         return self.gate(states, condition.mean, modulation.embedding)
@@ -132,5 +140,5 @@ class YanVelocity:
             self.log_gate = self.flow.log_gate(states, modulation, self.condition)
             self.experts = choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
         if self.experts is None:
-            return self.flow.experts.mixture_velocity(states, self.log_gate)
-        return self.flow.experts.velocity_of(states, self.experts)
+            return self.flow.experts.mixture_of(states, self.log_gate) - x
+        return self.flow.experts.output_of(states, self.experts) - x

@@ -479,9 +479,10 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         x_0, time = self._draw_path(x_1)
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1])
-        states = self.flow.trunk(interpolate(x_0, x_1, time), positions, modulation, condition)
+        x_t = interpolate(x_0, x_1, time)
+        states = self.flow.trunk(x_t, positions, modulation, condition)
         log_gate = self.flow.log_gate(states, modulation, condition)
-        nll = mixture_nll(x_1 - x_0, self.flow.experts(states), log_gate, config.flow_sigma)
+        nll = mixture_nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate, config.flow_sigma)
         x_1_hat = self._solve(x_0, condition, num_flow_steps)
         logits = self.decode(x_1_hat)
         terms = {

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig, TextStreamer
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from modeling_yan import YanForFlowGeneration, YanGenerationConfig, YanGenerationOutput
 from modeling_yan.data import train_tokenizer
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 CANVAS, POSITIONS, VOCABULARY, EXPERTS, HIDDEN = 8, 48, 64, 4, 32
-PAD, BOS, EOS = 0, 1, 2
+PAD, EOS = 0, 2
+DRAFT, CLEAR = "\033[33m", "\0338\033[J"  # what transformers' streamer prints before a draft, and to take it back
 
 
 @pytest.fixture
@@ -477,15 +478,27 @@ class TestStreamer:
         options = {"do_sample": True, "seed": 1, "max_new_tokens": 20}
         assert torch.equal(model.generate(prompts, streamer=Recorder(), **options), model.generate(prompts, **options))
 
-    def test_the_text_streamer_prints_the_text(self, make_lively_model, capsys):
-        tokenizer = train_tokenizer(["The cat sat on the mat.", "The dog ran to the cat."] * 4, vocab_size=280)
+    @pytest.fixture
+    def tokenizer(self):
+        return train_tokenizer(["The cat sat on the mat.", "The dog ran to the cat."] * 4, vocab_size=280)
+
+    @pytest.fixture
+    def text_model(self, make_lively_model, tokenizer):
+        """A model that ends every text after five tokens."""
         model = make_lively_model(vocab_size=len(tokenizer))
         write_eos_at(model, 5)
+        return model
+
+    @pytest.mark.parametrize("streamer_class", [TextStreamer, TextDiffusionStreamer])
+    def test_transformers_own_streamers_print_the_text(self, text_model, tokenizer, streamer_class, capsys):
         prompt = tokenizer("The cat", return_tensors="pt")
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(**prompt, streamer=streamer)
+        streamer = streamer_class(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = text_model.generate(**prompt, streamer=streamer, num_flow_steps=3)
+        printed = capsys.readouterr().out
+        drafts, *_ = printed.rpartition(CLEAR)
+        assert drafts.count(DRAFT) == (3 if streamer_class is TextDiffusionStreamer else 0)
         new_text = tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
-        assert capsys.readouterr().out.strip() == new_text.strip() != ""
+        assert printed.removeprefix(drafts).removeprefix(CLEAR).strip() == new_text.strip() != ""
 
 
 class TestOptions:

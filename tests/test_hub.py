@@ -80,7 +80,12 @@ def run(script, address, home, *arguments, **environment):
     """Run a script that knows only the hub at `address`."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_dummy", "HF_HUB_OFFLINE": "0", **environment}
     environment |= {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_MODULES_CACHE": str(home / "modules")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    environment |= {
+        "HF_HUB_DISABLE_XET": "1",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
