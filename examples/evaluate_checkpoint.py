@@ -29,7 +29,7 @@ def most_frequent(strings):
 
 def score_stories(write, num_rows, max_sentences, mask_token):
     """Exact match of the answers to held-out stories, in all and per kind of question."""
-    slot = " Answer:" + mask_token * ANSWER_LENGTH
+    slot = mask_token * ANSWER_LENGTH + " "
     rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences, answer_slot=slot)
     answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
     scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
@@ -48,9 +48,10 @@ def count_with(tokenizer):
     return lambda text: len(tokenizer.tokenize(text))
 
 
-def score_last_words(write, texts, num_rows, max_words):
+def score_last_words(write, texts, num_rows, max_words, mask_token):
     """Exact match of the last word of a text."""
-    rows = build_pairs(texts, "last_word", num_rows, seed=0, max_words=max_words)
+    slot = mask_token * ANSWER_LENGTH + " "
+    rows = build_pairs(texts, "last_word", num_rows, 0, max_words, mask_token, answer_slot=slot)
     answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
     constant = most_frequent(row["target"] for row in rows)
     scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
@@ -63,7 +64,7 @@ def score_infilling(write, texts, num_rows, max_words, tokenizer):
     rows = build_pairs(texts, "infilling", num_rows, 0, max_words, mask_token, count_tokens=count_with(tokenizer))
     answers = write([row["source"] for row in rows])
     constant = most_frequent(word for row in rows for span in row["masked"] for word in span.split())
-    shown = [row["source"].removeprefix("Fill in: ") for row in rows]
+    shown = [row["source"].removesuffix(" Fill in.") for row in rows]
     gap = re.compile(f"(?:{re.escape(mask_token)})+")
     copies = [gap.sub("", text) for text in shown]
     filled = [gap.sub(constant, text) for text in shown]
@@ -107,7 +108,7 @@ def main():
         results = score_stories(write, options.num_rows, options.max_sentences, tokenizer.mask_token)
         if options.text_file:
             texts = read_rows(options.text_file)
-            results |= score_last_words(write, texts, options.num_rows, options.max_words)
+            results |= score_last_words(write, texts, options.num_rows, options.max_words, tokenizer.mask_token)
             results |= score_infilling(write, texts, options.num_rows, options.max_words, tokenizer)
         table[steps] = {name: [mean_with_interval(scores) for scores in pair] for name, pair in results.items()}
         print(f"\n{options.model}, {steps} steps, {options.num_rows} rows a task")

@@ -31,18 +31,19 @@ class VelocityNet(nn.Module):
 
     def __init__(self, num_experts: int, width: int = 64, expert_width: int = 256):
         super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(5, width), nn.GELU(), nn.Linear(width, expert_width), nn.GELU())
+        self.trunk = nn.Sequential(nn.Linear(5, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.gate = nn.Linear(width, num_experts)
+        self.up = nn.Linear(width, expert_width)
         hidden = expert_width // num_experts
-        self.heads = nn.Parameter(torch.randn(num_experts, hidden, 2) / math.sqrt(hidden))
-        self.biases = nn.Parameter(torch.randn(num_experts, 2))
-        self.gate = nn.Linear(expert_width, num_experts)
+        self.down = nn.Parameter(torch.randn(num_experts, hidden, 2) / math.sqrt(hidden))
 
     def forward(self, x, time):
         """Velocities (B, 1, K, 2) and log gate (B, 1, K) at points (B, 1, 2) and times (B,) or (1,)."""
         time = time.view(-1, 1, 1).expand(len(x), 1, 1)
         states = self.trunk(torch.cat([x, time, torch.cos(math.pi * time), torch.sin(math.pi * time)], dim=-1))
-        velocities = torch.einsum("blkh,khd->blkd", states.unflatten(-1, (len(self.heads), -1)), self.heads)
-        return velocities + self.biases, self.gate(states).log_softmax(-1)
+        hidden = nn.functional.gelu(self.up(states)).unflatten(-1, (len(self.down), -1))
+        velocities = torch.einsum("blkh,khd->blkd", hidden, self.down)
+        return velocities, self.gate(states).log_softmax(-1)
 
 
 @dataclass
@@ -58,11 +59,15 @@ def sample_target(num_samples: int, evenly: bool = False) -> torch.Tensor:
     """Points (N, 2) of the ring of Gaussians; `evenly`: equally many of each."""
     modes = torch.arange(num_samples) % NUM_MODES if evenly else torch.randint(NUM_MODES, (num_samples,))
     angles = 2 * math.pi * modes / NUM_MODES
-    centres = RADIUS * torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return centres + SPREAD * torch.randn(num_samples, 2)
+    return RADIUS * directions(angles) + SPREAD * torch.randn(num_samples, 2)
 
 
-def train(num_experts: int, num_updates: int, batch_size: int = 256) -> VelocityNet:
+def directions(angles: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (N, 2) at angles (N,)."""
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def train(num_experts: int, num_updates: int, batch_size: int = 512) -> VelocityNet:
     """A network fitted to the target by the mixture likelihood."""
     net = VelocityNet(num_experts)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
@@ -102,11 +107,10 @@ def train_and_sample(num_experts: int, seed: int, num_updates=1000, num_samples=
     return Result(sum(parameter.numel() for parameter in net.parameters()), drawn, experts)
 
 
-def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, num_directions: int = 128) -> float:
+def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, num_directions: int = 64) -> float:
     """Sliced 2-Wasserstein distance of two samples (N, 2), over evenly spread directions."""
-    angles = math.pi * torch.arange(num_directions) / num_directions
-    directions = torch.stack([angles.cos(), angles.sin()])
-    difference = (a @ directions).sort(0).values - (b @ directions).sort(0).values
+    lines = directions(math.pi * torch.arange(num_directions) / num_directions).T
+    difference = (a @ lines).sort(0).values - (b @ lines).sort(0).values
     return difference.square().mean().sqrt().item()
 
 
@@ -115,14 +119,24 @@ def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
-METRICS = {"sliced 2-Wasserstein distance": sliced_wasserstein, "energy distance": energy_distance}
+def share_astray(a: torch.Tensor, b: torch.Tensor | None = None) -> float:
+    """Share of points (N, 2) that are more than three standard deviations from the centre of every Gaussian."""
+    centres = RADIUS * directions(2 * math.pi * torch.arange(NUM_MODES) / NUM_MODES)
+    return (torch.cdist(a, centres).amin(-1) > 3 * SPREAD).float().mean().item()
+
+
+METRICS = {
+    "sliced 2-Wasserstein distance to the target": sliced_wasserstein,
+    "energy distance to the target": energy_distance,
+    "share of samples that belong to no Gaussian": share_astray,
+}
 
 
 @dataclass
 class Distances:
-    """Distances to the target, mean and standard deviation over seeds: K to (mean, deviation) for each of STEPS.
+    """One metric of all results: for each K, its (mean, standard deviation) over seeds after each of STEPS.
 
-    `perfect` is the mean distance that as many fresh samples of the target itself have.
+    `perfect` is its mean for as many fresh samples of the target itself.
     """
 
     by_experts: dict[int, list[tuple[float, float]]]
@@ -130,7 +144,7 @@ class Distances:
 
 
 def measure(results: dict[int, list[Result]], metric, target, fresh: list[torch.Tensor]) -> Distances:
-    """Distances of all results to `target`, and those of the samples in `fresh`."""
+    """The metric of all results, and of the samples in `fresh`, against `target`."""
 
     def over_seeds(runs, num_steps):
         values = torch.tensor([metric(run.samples[num_steps], target) for run in runs])
@@ -161,7 +175,7 @@ def draw(path: Path, target, results: dict[int, list[Result]], distances: Distan
     figure, axes = pyplot.subplots(1, num_panels, figsize=(4 * num_panels, 4.3), layout="constrained")
     draw_points(axes[0], target, "0.35", "target: eight Gaussians")
     for axis, (num_experts, runs) in zip(axes[1:], results.items()):
-        colours = "tab:red" if num_experts == 1 else matplotlib.colormaps["Dark2"](runs[0].experts % 8)
+        colours = "tab:red" if num_experts == 1 else matplotlib.colormaps["Dark2"](runs[0].experts.numpy() % 8)
         title = "one expert" if num_experts == 1 else f"{num_experts} experts, one colour each"
         draw_points(axis, runs[0].samples[3], colours, f"3 steps, {title}")
     draw_distances(axes[-1], distances)
@@ -212,7 +226,7 @@ def main(arguments: list[str] | None = None):
     for title, table in distances.items():
         print_table(title, table)
     if options.output is not None:
-        draw(options.output, target, results, distances["sliced 2-Wasserstein distance"])
+        draw(options.output, target, results, distances["sliced 2-Wasserstein distance to the target"])
 
 
 if __name__ == "__main__":

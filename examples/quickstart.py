@@ -25,7 +25,7 @@ GAPS = [
     ("Then the lord of that servant was moved with compassion, and loosed {}, and forgave {} the debt.", "him"),
     ("You are lucky in having {} a master.", "such"),
 ]
-ANSWER_LENGTH = 8  # mask tokens behind a question, whatever the answer
+ANSWER_LENGTH = 8  # mask tokens before a question, whatever the answer
 
 
 class Drafts:
@@ -73,14 +73,15 @@ def timed(function, **arguments):
 def prompts(tokenizer, seed):
     """For each task: its title, prompts with the expected texts, and the width of its canvas."""
     mask = tokenizer.mask_token
-    stories = generate_stories(3, seed, max_sentences=6, answer_slot=" Answer:" + mask * ANSWER_LENGTH)
+    slot = mask * ANSWER_LENGTH + " "
+    stories = generate_stories(3, seed, max_sentences=6, answer_slot=slot)
     gaps = [(text, word, len(tokenizer.tokenize(word))) for text, word in GAPS]
     return [
         ("Question answering", [(row["source"], row["target"]) for row in stories], ANSWER_LENGTH),
-        ("Last word", [("Last word: " + text.format(mask), word) for text, word in LAST_WORDS], ANSWER_LENGTH),
+        ("Last word", [(f"{slot}Last word: {text.format(mask)}", word) for text, word in LAST_WORDS], ANSWER_LENGTH),
         (
             "Infilling",
-            [("Fill in: " + text.replace("{}", mask * n), text.replace("{}", word)) for text, word, n in gaps],
+            [(text.replace("{}", mask * n) + " Fill in.", text.replace("{}", word)) for text, word, n in gaps],
             None,
         ),
     ]

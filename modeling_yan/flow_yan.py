@@ -95,11 +95,14 @@ class YanFlow(nn.Module):
 
     def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
         """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
-        states = x + self.position_norm(positions)
+        positions = self.position_norm(positions)
+        states = x + positions
         for layer, shifts_and_scales, key_value in zip(
             self.layers, modulation.layers, condition.key_values, strict=True
         ):
-            states = layer(states, shifts_and_scales, *key_value, cross_attention_mask=condition.attention_mask)
+            states = layer(
+                states, shifts_and_scales, positions, *key_value, cross_attention_mask=condition.attention_mask
+            )
         return self.norm(states)
 
     def velocities(self, states, x):

@@ -87,7 +87,9 @@ class YanAlignedLinear(nn.Linear):
     """A linear layer whose weights start as a fixed function of their shape: two of them start equal."""
 
     @torch.no_grad()
-    def reset_aligned(self, standard_deviation: float):
+    def reset_aligned(self, head_dim: int):
+        # The logit of the same position is then about 44, and that of its neighbour about 4 less.
+        standard_deviation = math.sqrt(26 / (self.in_features * math.sqrt(head_dim)))
         init.copy_(self.weight, standard_deviation * hashed_normal(0, self.weight.shape))
 
 
@@ -100,10 +102,10 @@ class YanIdentityLinear(nn.Linear):
 
 
 class YanCrossAttention(YanAttention):
-    """Attention of the canvas to the prompt, which starts as a blurred copy of it.
+    """Attention of the canvas to the prompt, which starts as a copy of it, place by place.
 
-    Queries and keys start with equal weights, so that a canvas position first looks at the same place of the prompt;
-    values are handed on as they are, because prompt and answer live in one latent space.
+    Queries and keys see positions and start with equal weights, so that a canvas position first looks at the same
+    position of the prompt; values are handed on as they are, because prompt and answer live in one latent space.
     """
 
     def __init__(self, config, layer_idx: int | None = None):
@@ -194,8 +196,9 @@ def modulate(norm: nn.LayerNorm, states, shift, scale):
 class YanFlowLayer(GradientCheckpointingLayer):
     """Pre-norm block of the flow: self-mixer, cross-attention to the prompt where configured, feed-forward.
 
-    `modulation` (B or 1, num_modulations, D) holds shift and scale of each of its norms; `key` and `value` come from
-    the prompt and are the same at every step. The canvas has no padding, so the mixer needs no mask.
+    `modulation` (B or 1, num_modulations, D) holds shift and scale of each of its norms; `positions` (L, D) are added
+    to the queries of the cross-attention; `key` and `value` come from the prompt and are the same at every step. The
+    canvas has no padding, so the mixer needs no mask.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -212,6 +215,7 @@ class YanFlowLayer(GradientCheckpointingLayer):
         self,
         hidden_states,
         modulation,
+        positions,
         key=None,
         value=None,
         cross_attention_mask=None,
@@ -222,7 +226,7 @@ class YanFlowLayer(GradientCheckpointingLayer):
         mixed, _ = self.mixer(normed, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         if self.has_cross_attention:
-            normed = modulate(self.norm, hidden_states, *shifts_and_scales[4:])
+            normed = modulate(self.norm, hidden_states, *shifts_and_scales[4:]) + positions
             attended, _ = self.cross_attention(normed, cross_attention_mask, (key, value), **kwargs)
             hidden_states = hidden_states + self.dropout(attended)
         normed = modulate(self.norm, hidden_states, *shifts_and_scales[2:4])

@@ -155,7 +155,7 @@ class YanPreTrainedModel(PreTrainedModel):
         elif isinstance(module, YanPositionEmbedding):
             module.reset_sinusoids(self.config.initializer_range)
         elif isinstance(module, YanAlignedLinear):
-            module.reset_aligned(self.config.initializer_range)
+            module.reset_aligned(self.config.hidden_size // self.config.num_attention_heads)
         elif isinstance(module, YanIdentityLinear):
             module.reset_identity()
         elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block

@@ -260,7 +260,7 @@ def test_the_velocity_is_called_as_often_and_at_the_times_that_are_promised(num_
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1.5, "3", None])
 def test_a_number_of_steps_that_is_no_positive_integer_is_refused(num_steps):
-    with pytest.raises(ValueError, match="num_flow_steps=.*at least 1"):
+    with pytest.raises(ValueError, match=r"num_flow_steps=.*at least 1"):
         solve_flow(lambda x, t: x, torch.zeros(1), num_steps)
 
 

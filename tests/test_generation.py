@@ -71,16 +71,16 @@ def write_eos_at(model, *places):
     model.lm_head.register_forward_hook(raise_eos)
 
 
-def end_rows_at(model, ends):
-    """Make EOS the winner at one place of each row's canvas; none where the place is beyond the canvas."""
+def end_rows_at(model, ends, token=EOS):
+    """Make the token the winner at one place of each row's canvas; nowhere if the place is beyond the canvas."""
 
-    def raise_eos(module, args, logits):
+    def raise_token(module, args, logits):
         logits = logits.clone()
         for row, end in zip(logits, ends):
-            row[end : end + 1, EOS] = 1e4
+            row[end : end + 1, token] = 1e4
         return logits
 
-    model.lm_head.register_forward_hook(raise_eos)
+    model.lm_head.register_forward_hook(raise_token)
 
 
 class Recorder(BaseStreamer):
@@ -249,14 +249,15 @@ class TestEndOfText:
 
     def test_any_id_of_an_eos_list_ends_a_text(self, model, prompts):
         free = new_tokens(model, prompts)
-        stops = [int(free[0, 2]), int(free[1, 4])]
+        stops = [int(free[0, -1]), int(free[1, -1]), EOS]
+        model.lm_head.bias.data[stops] = -1e4
+        free = new_tokens(model, prompts)
+        end_rows_at(model, [2, CANVAS, CANVAS, CANVAS, CANVAS, CANVAS], stops[0])
+        end_rows_at(model, [CANVAS, 4, CANVAS, CANVAS, CANVAS, CANVAS], stops[1])
         tokens = new_tokens(model, prompts, eos_token_id=stops)
-        for row, free_row in zip(tokens, free):
-            ends = [place for place, token in enumerate(free_row.tolist()) if token in stops]
-            kept = ends[0] + 1 if ends else CANVAS
-            assert torch.equal(row[:kept], free_row[:kept])
-            assert (row[kept:] == PAD).all()
-        assert (tokens == PAD).any()
+        for row, free_row, (end, stop) in zip(tokens, free, [(2, stops[0]), (4, stops[1])]):
+            assert row.tolist() == [*free_row[:end].tolist(), stop] + [PAD] * (CANVAS - end - 1)
+        assert torch.equal(tokens[2:], free[2:])
 
     def test_suppressed_tokens_are_replaced_by_the_next_best(self, model, prompts):
         logits = model(prompts).logits
@@ -411,7 +412,7 @@ class TestExperts:
         condition = model.condition(model.model(prompts).last_hidden_state, canvas_length=CANVAS)
         modulation = model.flow.modulation(torch.zeros(1))
         states = model.flow.trunk(start, model._positions(CANVAS), modulation, condition)
-        expected = (model.flow.experts(states) * output.gate[0].unsqueeze(-1)).sum(-2)
+        expected = (model.flow.velocities(states, start) * output.gate[0].unsqueeze(-1)).sum(-2)
         assert torch.allclose(end - start, expected, atol=1e-4)
 
     def test_one_expert_needs_no_choice(self, make_lively_model, prompts):

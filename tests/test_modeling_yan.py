@@ -11,6 +11,7 @@ from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 TERMS = ("nll", "mse", "ce", "gate_entropy", "load_balance")
+SWITCHES = ("encoder", "decoder", "embeddings")
 PARTS = {
     "encoder": ("model.layers.", "model.norm."),
     "embeddings": ("model.embeddings.",),
@@ -163,7 +164,7 @@ def test_the_terms_equal_their_definitions(lively_model):
         "ce_loss": nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(output[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(output[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_logits_are_those_of_euler_steps_along_each_tokens_first_expert(lively_model):
@@ -304,7 +305,7 @@ def trained_parts(model):
     "frozen", [(), ("encoder",), ("decoder",), ("embeddings",), ("encoder", "decoder", "embeddings")]
 )
 def test_the_freeze_switches_freeze_exactly_their_part(make_model, tmp_path, frozen):
-    switches = {f"freeze_{part}": part in frozen for part in ("encoder", "decoder", "embeddings")}
+    switches = {f"freeze_{part}": part in frozen for part in SWITCHES}
     expected = set(PARTS) - set(frozen)
     model = make_model(**switches)
     assert trained_parts(model) == expected
@@ -398,7 +399,7 @@ def test_hidden_states_and_attentions_are_of_the_prompts_encoder(lively_model, v
 
 def test_both_stages_learn_a_few_pairs_by_heart(make_model):
     sizes = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_experts": 2, "canvas_length": 4, "decoder_dropout": 0}
-    frozen = dict.fromkeys(("freeze_encoder", "freeze_decoder", "freeze_embeddings"), True)
+    frozen = {f"freeze_{part}": True for part in SWITCHES}
     ids, labels = random_ids(8, 4), random_ids(8, 4)
     texts = torch.cat([ids, labels])
     stage_one = make_model(YanForAutoencoding, **sizes, latent_noise=0.1)

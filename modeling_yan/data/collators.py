@@ -118,11 +118,12 @@ class AutoencoderCollator:
 
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. A source that ends in mask tokens has its answer slot there: the target, filled up with
-    EOS, is learned in its place. Of a pair only the target and one EOS are learned, the rest is -100: copying the
-    source would drown the few tokens of the answer in the mean loss. Strings may be token ids. From a text of more
-    than `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the longest row with
-    one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+    answer from the source. A source that begins with more mask tokens than the target has its answer slot there: the
+    target, filled up with EOS, is learned in its place. Of a pair only the target and one EOS are learned, the rest is
+    -100: copying the source would drown the few tokens of the answer in the mean loss. Strings may be token ids. From
+    a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the
+    longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length`
+    if `fixed_width`.
     """
 
     def __init__(
@@ -153,21 +154,25 @@ class AutoencoderCollator:
         texts = _to_ids(self.tokenizer, [_learned_text(row) for row in rows])
         texts = [_choose_window(ids, self.max_length, generator) for ids in texts]
         sources = _to_ids(self.tokenizer, [_entry(row, "source") if "target" in row else [] for row in rows])
-        sources = [_keep_end(ids, self.max_length - len(text)) for ids, text in zip(sources, texts)]
+        slots = [self._slot_length(source, text) for source, text in zip(sources, texts)]
+        sources = [
+            source[: self.max_length] if slot else _keep_end(source, self.max_length - len(text))
+            for source, text, slot in zip(sources, texts, slots)
+        ]
         corrupted = self._corrupt(texts, ["target" in row for row in rows], generator)
-        for index, source in enumerate(sources):
-            if source and source[-1] == self.tokenizer.mask_token_id:
-                sources[index], corrupted[index] = self._split_slot(source)
-                slot_length = len(corrupted[index])
-                texts[index] = (texts[index] + [eos_token_id] * slot_length)[:slot_length]
+        for index, slot in enumerate(slots):
+            if slot:
+                source, text = sources[index], (texts[index] + [eos_token_id] * slot)[:slot]
+                # read as a text that is hidden in the slot and followed by the rest of the source
+                sources[index], texts[index], corrupted[index] = [], text + source[slot:], source
 
         whole = [source + text for source, text in zip(sources, texts)]
         width = self._width(whole)
         labels = _fill(whole, width, eos_token_id)
-        for row, source, text in zip(labels, sources, texts):
-            if source:
+        for row, source, text, slot in zip(labels, sources, texts, slots):
+            if source or slot:
                 row[: len(source)] = IGNORED
-                row[len(source) + len(text) + 1 :] = IGNORED
+                row[slot or len(source) + len(text) + 1 :] = IGNORED
         input_ids = _fill([(source + ids)[:width] for source, ids in zip(sources, corrupted)], width, eos_token_id)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
 
@@ -182,10 +187,10 @@ class AutoencoderCollator:
         )
         return torch.where(torch.tensor(is_target)[:, None], as_target, as_text).tolist()
 
-    def _split_slot(self, source: Ids) -> tuple[Ids, Ids]:
-        """The source without the mask tokens at its end, and those."""
-        slot_length = next((i for i, token in enumerate(reversed(source)) if token != self.tokenizer.mask_token_id), 0)
-        return source[:-slot_length], source[-slot_length:]
+    def _slot_length(self, source: Ids, target: Ids) -> int:
+        """Number of mask tokens that begin the source, if they are enough for the target and one EOS; else 0."""
+        masks = next((i for i, token in enumerate(source) if token != self.tokenizer.mask_token_id), len(source))
+        return masks if masks > len(target) else 0
 
     def _width(self, sequences: Sequence[Ids]) -> int:
         longest = max(len(ids) for ids in sequences)

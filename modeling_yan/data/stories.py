@@ -83,7 +83,7 @@ def generate_stories(
 ) -> list[Row]:
     """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`.
 
-    `answer_slot` ends every source, such as " Answer: <mask>" for a model that fills in masks.
+    `answer_slot` begins every source, such as "<mask><mask> " for a model that fills in masks.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
@@ -93,7 +93,7 @@ def generate_stories(
     rows: dict[str, Row] = {}
     while len(rows) < num_rows:
         story = generate_story(rng, max_sentences)
-        source = story.source + answer_slot
+        source = answer_slot + story.source
         if source not in excluded:
             rows.setdefault(source, {"source": source, "target": story.target, "kind": story.kind})
     return list(rows.values())
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_rows", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_sentences", type=int, default=MAX_SENTENCES)
-    parser.add_argument("--answer_slot", default="", help='what ends every source, such as " Answer: <mask>"')
+    parser.add_argument("--answer_slot", default="", help="what begins every source, such as '<mask><mask> '")
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     parser.add_argument("--exclude", nargs="*", default=[], help="files of pairs whose sources must not appear again")
     options = parser.parse_args(arguments)

@@ -56,16 +56,17 @@ def infilling(
     masks = [mask_token * (count_tokens(span) if count_tokens else 1) for span in masked]
     shown = kept[0] + [word for mask, part in zip(masks, kept[1:]) for word in (mask, *part)]
     return {
-        "source": " ".join(["Fill in:", *shown]),
+        "source": " ".join([*shown, "Fill in."]),  # behind the text, so that target and source begin alike
         "target": " ".join(words),
         "task": "infilling",
         "masked": masked,
     }
 
 
-def last_word(text: str, rng: random.Random, mask_token: str) -> Row | None:
+def last_word(text: str, rng: random.Random, mask_token: str, answer_slot: str = "") -> Row | None:
     """Cut the text at a random end of a sentence and hide the last word (letters, apostrophes, hyphens), the target.
 
+    `answer_slot` begins the source, such as "<mask><mask> " for a model that fills in masks.
     None if that sentence does not end in a word with its full stop, or if no other word comes before.
     """
     sentences = split_sentences(text)
@@ -74,7 +75,7 @@ def last_word(text: str, rng: random.Random, mask_token: str) -> Row | None:
     if match is None:
         return None
     return {
-        "source": f"Last word: {match['head']}{mask_token}{match['end']}",
+        "source": f"{answer_slot}Last word: {match['head']}{mask_token}{match['end']}",
         "target": match["word"],
         "task": "last_word",
     }
@@ -187,10 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_words", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mask_token", default="<mask>")
+    parser.add_argument("--answer_slot", help="what begins every source of last_word, such as '<mask><mask> '")
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     options = parser.parse_args(arguments)
     rows = read_rows(options.file)
-    pairs = build_pairs(rows, options.task, options.num_rows, options.seed, options.max_words, options.mask_token)
+    details = {} if options.answer_slot is None else {"answer_slot": options.answer_slot}
+    sizes = options.num_rows, options.seed, options.max_words
+    pairs = build_pairs(rows, options.task, *sizes, options.mask_token, **details)
     write_rows(options.output, pairs)
 
 

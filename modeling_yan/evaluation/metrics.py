@@ -23,7 +23,7 @@ def masked_words_restored(prediction: str, source: str, target: str, masked: Seq
     with a word too many does not spoil the ones behind it.
 
     Args:
-        source: The prompt; its last words are the target with mask tokens in place of each span.
+        source: The prompt; it begins with the target's words, with mask tokens in place of each span.
         masked: The words of every span, in order.
     """
     words = target.split()
@@ -35,7 +35,7 @@ def _masked_positions(source, num_target_words, masked, mask_token):
     """Positions of the masked words in the target."""
     spans = [span.split() for span in masked]
     num_shown = num_target_words - sum(map(len, spans)) + len(spans)
-    shown, positions, position = source.split()[-num_shown:], set(), 0
+    shown, positions, position = source.split()[:num_shown], set(), 0
     remaining = iter(spans)
     for word in shown:
         is_span = not word.replace(mask_token, "")

@@ -131,8 +131,26 @@ def test_autoencoder_shows_the_source_of_a_pair_and_hides_in_its_target(tokenize
         source, target = tokenizer([row["source"], row["target"]])["input_ids"]
         assert ids[: len(source)].tolist() == source
         assert tokenizer.mask_token_id in ids[len(source) :]
-        whole = [*source, *target]
-        assert labels.tolist() == whole + [tokenizer.eos_token_id] * (len(labels) - len(whole))
+        learned = [*target, tokenizer.eos_token_id]
+        ignored = len(labels) - len(source) - len(learned)
+        assert labels.tolist() == [-100] * len(source) + learned + [-100] * ignored
+
+
+def test_autoencoder_learns_the_answer_in_its_slot(tokenizer):
+    rows = generate_stories(20, seed=1, answer_slot=tokenizer.mask_token * 8 + " ")
+    batch = AutoencoderCollator(tokenizer, 128)(rows)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        source, target = tokenizer([row["source"], row["target"]])["input_ids"]
+        assert ids[: len(source)].tolist() == source
+        assert set(ids[len(source) :].tolist()) <= {tokenizer.eos_token_id}
+        answer = target + [tokenizer.eos_token_id] * (8 - len(target))
+        assert labels.tolist() == answer + [-100] * (len(labels) - 8)
+
+
+def test_a_slot_too_short_for_its_answer_is_none(tokenizer):
+    mask = tokenizer.mask_token_id
+    batch = AutoencoderCollator(tokenizer, 16, target_mask_ratio=0)([{"source": [mask, mask], "target": [10, 11]}])
+    assert batch["labels"][0].tolist() == [-100, -100, 10, 11, 2, -100, -100, -100]
 
 
 def test_autoencoder_mixes_texts_and_pairs_each_with_its_ratio(tokenizer):
@@ -140,14 +158,15 @@ def test_autoencoder_mixes_texts_and_pairs_each_with_its_ratio(tokenizer):
     batch = AutoencoderCollator(tokenizer, 16, mask_ratio=0, target_mask_ratio=0.5)(rows)
     assert tokenizer.decode(batch["labels"][0], skip_special_tokens=True) == rows[0]["text"]
     assert torch.equal(batch["input_ids"][0], batch["labels"][0])
-    assert batch["labels"][1].tolist() == [20, 21, 10, 11, 12, 13, 2, 2]
+    assert batch["labels"][1].tolist() == [-100, -100, 10, 11, 12, 13, 2, -100]
     assert batch["input_ids"][1].tolist().count(tokenizer.mask_token_id) in (1, 2)
 
 
 def test_autoencoder_keeps_the_end_of_a_source_that_is_too_long(tokenizer):
     collator = AutoencoderCollator(tokenizer, 8, target_mask_ratio=0)
     labels = collator([{"source": range(20, 30), "target": [10, 11, 12]}, {"source": [9], "target": range(10, 30)}])
-    assert labels["labels"][0].tolist() == [25, 26, 27, 28, 29, 10, 11, 12]
+    assert labels["input_ids"][0].tolist() == [25, 26, 27, 28, 29, 10, 11, 12]
+    assert labels["labels"][0].tolist() == [-100] * 5 + [10, 11, 12]
     assert (labels["labels"][1].diff() == 1).all()
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from modeling_yan.data import TEXT_TASKS, build_pairs, crop_sentences, read_rows, split_sentences, write_rows
-from modeling_yan.data.tasks import infilling, main
+from modeling_yan.data.tasks import infilling, last_word, main
 
 MASK = "<mask>"
 TEXT = 'Mr. Hall saw it. "Is it far?" he asked. It was a well-known road! Nobody\nknew J. Smith, of St. Ives.'
@@ -55,13 +55,30 @@ def test_infilling_can_be_put_together_again():
         text = numbered(rng.randint(2, 60))
         pair = infilling(text, rng, MASK, mask_ratio=0.3)
         assert pair["target"] == text
-        shown = pair["source"].removeprefix("Fill in: ")
+        shown = pair["source"].removesuffix(" Fill in.")
         assert f"{MASK} {MASK}" not in shown
         assert shown.split().count(MASK) == len(pair["masked"]) >= 1
         assert all(1 <= len(span.split()) <= 3 for span in pair["masked"])
         for span in pair["masked"]:
             shown = shown.replace(MASK, span, 1)
         assert shown == text
+
+
+def test_infilling_can_show_one_mask_per_token():
+    def count(span):
+        return len(span.replace(" ", ""))
+
+    text = numbered(40)
+    for seed in range(50):
+        pair = infilling(text, random.Random(seed), MASK, mask_ratio=0.2, count_tokens=count)
+        gaps = [word for word in pair["source"].split() if word.startswith(MASK)]
+        assert gaps == [MASK * count(span) for span in pair["masked"]]
+
+
+def test_an_answer_slot_begins_the_source_of_a_last_word():
+    pair = last_word("The cat sat on the mat.", random.Random(0), MASK, answer_slot=f"{MASK}{MASK} ")
+    assert pair["source"] == f"{MASK}{MASK} Last word: The cat sat on the {MASK}."
+    assert pair["target"] == "mat"
 
 
 @pytest.mark.parametrize("mask_ratio", [0.08, 0.15, 0.5])

@@ -7,7 +7,7 @@ import pytest
 
 from modeling_yan.evaluation import exact_match, masked_words_restored, mean_with_interval, rouge_l
 
-SOURCE = "Fill in: the <mask> sat on <mask> mat"
+SOURCE = "the <mask> sat on <mask> mat Fill in."
 TARGET = "the old cat sat on a mat"
 MASKED = ["old cat", "a"]
 
@@ -28,7 +28,7 @@ def test_restored_words_are_counted_where_they_belong(prediction, expected):
 
 
 def test_one_mask_per_token_hides_the_same_words():
-    source = "Fill in: the <mask><mask><mask> sat on <mask> mat"
+    source = "the <mask><mask><mask> sat on <mask> mat Fill in."
     prediction = "the old dog sat on a mat"
     assert masked_words_restored(prediction, source, TARGET, MASKED, "<mask>") == pytest.approx(2 / 3)
 
