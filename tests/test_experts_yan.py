@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts
+from modeling_yan.flow_matching_yan import hashed_uniform
 
 
 @pytest.fixture
@@ -100,10 +101,16 @@ def test_an_unknown_choice_is_refused():
         choose_experts(random_gate(1, 1, 2), "best")
 
 
+def uniform_numbers(seed, log_gate):
+    """None for the global random state, else the numbers of a seed."""
+    return None if seed is None else hashed_uniform(seed, log_gate.shape)
+
+
 @pytest.mark.parametrize("seed", [None, 0, 11])
 def test_sampled_experts_are_as_frequent_as_the_gate_says(seed):
     gate = torch.tensor([0.05, 0.1, 0.6, 0.25])
-    chosen = choose_experts(gate.log().expand(20, 1000, 4), "sample", seed)
+    log_gate = gate.log().expand(20, 1000, 4)
+    chosen = choose_experts(log_gate, "sample", uniform_numbers(seed, log_gate))
     frequencies = chosen.flatten().bincount(minlength=4) / chosen.numel()
     assert frequencies.tolist() == pytest.approx(gate.tolist(), abs=0.015)
 
@@ -112,18 +119,26 @@ def test_sampling_follows_each_tokens_own_gate():
     certain = torch.arange(12).view(3, 4) % 5
     log_gate = (200 * torch.nn.functional.one_hot(certain, 5).float()).log_softmax(-1)
     for seed in (None, 1):
-        assert torch.equal(choose_experts(log_gate, "sample", seed), certain)
+        assert torch.equal(choose_experts(log_gate, "sample", uniform_numbers(seed, log_gate)), certain)
 
 
-def test_a_seed_repeats_a_sample_and_another_one_changes_it():
+def test_given_numbers_decide_the_sample():
     log_gate = random_gate(4, 50, 5)
-    sample = choose_experts(log_gate, "sample", 3)
-    assert torch.equal(choose_experts(log_gate, "sample", 3), sample)
-    assert torch.equal(choose_experts(log_gate[:2, :20], "sample", 3), sample[:2, :20])
-    assert not torch.equal(choose_experts(log_gate, "sample", 4), sample)
+    numbers = torch.rand(4, 50, 5)
+    sample = choose_experts(log_gate, "sample", numbers)
+    assert torch.equal(choose_experts(log_gate, "sample", numbers), sample)
+    assert torch.equal(choose_experts(log_gate[:2, :20], "sample", numbers[:2, :20]), sample[:2, :20])
+    assert not torch.equal(choose_experts(log_gate, "sample", torch.rand(4, 50, 5)), sample)
+    for_all_rows = choose_experts(log_gate[:1].expand(4, -1, -1), "sample", numbers[:1])
+    assert torch.equal(for_all_rows, for_all_rows[:1].expand(4, -1))
 
 
-def test_without_a_seed_a_sample_follows_the_global_random_state():
+def test_a_number_of_zero_does_no_harm():
+    numbers = torch.tensor([0.0, 0.5, 0.25]).expand(1, 1, 3)  # the global random state may give a zero
+    assert choose_experts(torch.zeros(1, 1, 3).log_softmax(-1), "sample", numbers).item() == 1
+
+
+def test_without_numbers_a_sample_follows_the_global_random_state():
     log_gate = random_gate(4, 50, 5)
     torch.manual_seed(1)
     first, second = (choose_experts(log_gate, "sample") for _ in range(2))

@@ -296,7 +296,7 @@ def hashed_element(seed, indices):
         x = ((x ^ (x >> 15)) * 0x735A2D97) % 2**32
         return x ^ (x >> 15)
 
-    state = seed % 2**32
+    state = (seed + 0x9E3779B9) % 2**32
     for index in indices:
         state = mix(mix(state) + index)
     return ((state >> 9) + 0.5) / 2**23

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
-from modeling_yan.layers_yan import YanAttention, YanTimeEmbedding, modulate, position_ids_from_mask
+from modeling_yan.layers_yan import YanAttention, YanTimeEmbedding, count_positions, modulate
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
@@ -27,7 +27,7 @@ def make_attention(make_config):
 def attend(attention, queries, padding, source=None):
     """Output and weights of `queries` (B, L, D) attending to themselves or to `source` (B, S, D) without padding."""
     mask = create_bidirectional_mask(attention.config, queries, padding, encoder_hidden_states=source)
-    return attention(queries, mask, None if source is None else attention.key_values(source))
+    return attention(queries, mask, None if source is None else attention.key_values(source, source))
 
 
 def as_torch_attention(attention):
@@ -91,8 +91,10 @@ def test_eager_and_sdpa_give_the_same_model(make_model):
 def test_positions_count_the_valid_tokens():
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
     expected = [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 2], [0, 0, 0, 0]]
-    assert position_ids_from_mask(mask).tolist() == expected
-    assert position_ids_from_mask(mask.bool()).tolist() == expected
+    states = torch.zeros(5, 4, 8)
+    assert count_positions(states, mask).tolist() == expected
+    assert count_positions(states, mask.bool()).tolist() == expected
+    assert count_positions(states).tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("variant", ["attention"])
@@ -126,7 +128,7 @@ def test_modulation_scales_and_shifts_a_norm():
     torch.testing.assert_close(modulate(norm, states, shift, scale), expected)
 
 
-def plain_block(layer, states, key=None, value=None):
+def plain_block(layer, states, positions, key=None, value=None):
     """The layer without any time: pre-norm self-mixer, cross-attention where there is one, feed-forward."""
 
     def norm(states):
@@ -134,7 +136,7 @@ def plain_block(layer, states, key=None, value=None):
 
     states = states + layer.mixer(norm(states))[0]
     if layer.cross_attention is not None:
-        states = states + layer.cross_attention(norm(states), None, (key, value))[0]
+        states = states + layer.cross_attention(norm(states) + positions, None, (key, value))[0]
     return states + layer.feed_forward(norm(states))
 
 
@@ -142,24 +144,39 @@ def test_every_flow_layer_starts_as_a_plain_pre_norm_block(make_model):
     flow = make_model(cross_attention_layers=[1]).flow
     modulation = flow.modulation(torch.tensor([0.0, 0.4]))
     states, latents = torch.randn(2, 8, 32), torch.randn(2, 5, 32)
-    key_values = flow.condition(latents, canvas_length=8).key_values
+    positions = torch.randn(8, 32)
+    key_values = flow.condition(latents, torch.randn(5, 32), canvas_length=8).key_values
     assert [keys is None for keys, _ in key_values] == [True, False]
     for layer, shifts_and_scales, key_value in zip(flow.layers, modulation.layers, key_values):
-        output = layer(states, shifts_and_scales, *key_value)
-        torch.testing.assert_close(output, plain_block(layer, states, *key_value))
+        output = layer(states, shifts_and_scales, positions, *key_value)
+        torch.testing.assert_close(output, plain_block(layer, states, positions, *key_value))
+
+
+def test_cross_attention_starts_as_a_copy_of_the_prompt_place_by_place(make_model):
+    model = make_model(hidden_size=128, intermediate_size=128, num_attention_heads=4)
+    latents = torch.randn(2, 20, 128)
+    condition = model.condition(latents, canvas_length=8)
+    positions = model.flow.position_norm(model.model.embeddings.position_embeddings.weight[:8])
+    noise = F.layer_norm(torch.randn(2, 8, 128) + positions, (128,))
+    attended, _ = model.flow.layers[0].cross_attention(noise + positions, None, condition.key_values[0])
+    similarity = torch.einsum("bld,bsd->bls", attended, latents) / 128
+    nearest = similarity.argmax(-1)
+    assert ((nearest - torch.arange(8)).abs() <= 2).float().mean() > 0.9
+    assert similarity[:, torch.arange(8), torch.arange(8)].mean() > 5 * similarity.mean()
 
 
 def test_once_trained_every_norm_of_a_flow_layer_hears_of_the_time(make_model):
     flow = make_model().flow
-    layer, (key, value) = flow.layers[0], flow.condition(torch.randn(1, 5, 32), canvas_length=8).key_values[0]
+    condition = flow.condition(torch.randn(1, 5, 32), torch.randn(5, 32), canvas_length=8)
+    layer, (key, value), positions = flow.layers[0], condition.key_values[0], torch.randn(8, 32)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     states = torch.randn(1, 8, 32)
-    plain = layer(states, torch.zeros(1, 6, 32), key, value)
+    plain = layer(states, torch.zeros(1, 6, 32), positions, key, value)
     for index in range(6):
         modulation = torch.zeros(1, 6, 32)
         modulation[:, index] = 0.5
-        changed = layer(states, modulation, key, value)
+        changed = layer(states, modulation, positions, key, value)
         assert (changed - plain).abs().max() > 0.01, f"modulation {index} has no effect"
 
 
