@@ -281,8 +281,8 @@ def test_hashed_noise_does_not_depend_on_the_shape_around_an_element():
 
 def test_hashed_noise_is_pinned():
     expected = {
-        1: [-0.5613075, -0.5297962, 1.9042767, 0.6589901, -1.7577177, 0.7971221],
-        2: [1.178825, 1.2353137, -0.3338255, 0.5378999, -0.009328, -1.5220079],
+        0: [-0.625542, 0.9096196, -0.3605895, 0.4054455, -0.2806381, -1.1386153],
+        1: [0.8508043, 1.8847003, -0.0260877, -0.5269681, 0.2174669, -1.1180125],
     }
     for seed, values in expected.items():
         assert hashed_normal(seed, (2, 1, 3)).flatten().tolist() == pytest.approx(values, abs=1e-6)
@@ -355,8 +355,8 @@ def test_training_times_follow_the_beta_distribution(alpha, beta):
 
 
 def test_mmd_is_small_for_normal_latents_and_large_for_all_others():
-    normal = torch.randn(1500, 16)
-    shifted, collapsed, spread = normal + 1, torch.zeros(1500, 16), 3 * normal
+    normal = torch.randn(600, 16)
+    shifted, collapsed, spread = normal + 1, torch.zeros(600, 16), 3 * normal
     at_normal = gaussian_mmd(normal).item()
     assert 0 <= at_normal < 0.02
     for latents in (shifted, collapsed, spread):

@@ -1,0 +1,219 @@
+"""Configuration of YAN, a language model that writes a whole text in a few flow-matching steps (arXiv 2604.15009)."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MIXERS = ("attention", "mamba")
+EXPERT_CHOICES = ("argmax", "sample", "mixture")
+POSITIVE_FIELDS = (
+    "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
+    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
+    "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
+    "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range"
+).split()
+NON_NEGATIVE_FIELDS = (
+    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
+    "latent_norm_weight"
+).split()
+PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
+TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
+
+
+@strict
+class YanConfig(PreTrainedConfig):
+    r"""Sizes, choices and loss weights of a YAN model.
+
+    Args:
+        vocab_size: Number of tokens V.
+        hidden_size: Width d of every latent, shared by encoder, flow and decoder.
+        intermediate_size: Width of the feed-forward layers and of the expert heads; `4 * hidden_size` if None.
+        num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part. The decoder has no self-mixer.
+        num_attention_heads: Heads of self- and cross-attention; must divide `hidden_size`.
+        encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently.
+        cross_attention_layers: Flow layers (0-based) that attend to the encoded prompt; all of them if None.
+        max_position_embeddings: Longest prompt and longest canvas, in tokens.
+        state_size, conv_kernel, expand, time_step_rank, time_step_min, time_step_max, time_step_floor, use_bias,
+        use_conv_bias: As in transformers' `MambaConfig`; `time_step_rank` is `ceil(hidden_size / 16)` if None.
+        num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
+        flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
+        gate_temperature: The gate's logits are divided by it.
+        init_noise: Standard deviation of the start point x0.
+        latent_noise: Upper end of the uniform noise level that training adds to encoder latents, per sequence.
+        time_alpha, time_beta: Training times are drawn from Beta(time_alpha, time_beta).
+        canvas_length: Tokens written at once. A target that ends earlier is filled with EOS up to here.
+        num_flow_steps: Default number of solver steps.
+        min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
+        train_expert_choice: How the solver of the training objective picks each token's expert: `"sample"` from the
+            gate, its `"argmax"`, or the gate-weighted `"mixture"` of all.
+        mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
+        freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are.
+        detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
+            trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
+        nll_weight, mse_weight, ce_weight, gate_entropy_weight, load_balance_weight, mmd_weight, latent_norm_weight:
+            Weights of the loss terms, at least 0. Likelihood and squared error count per latent dimension, so that
+            one set of weights serves every width.
+
+    Raises:
+        ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
+    """
+
+    model_type = "yan"
+    attribute_map = {"num_hidden_layers": "num_encoder_layers"}
+    keys_to_ignore_at_inference = [
+        "nll_loss",
+        "nll_loss_per_dim",
+        "mse_loss",
+        "ce_loss",
+        "gate_entropy",
+        "load_balance_loss",
+        "mmd_loss",
+        "latent_norm_loss",
+        "hidden_states",
+        "attentions",
+    ]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_encoder_layers: int = 8
+    num_flow_layers: int = 8
+    num_decoder_layers: int = 2
+    num_attention_heads: int = 12
+    encoder_mixer: str = "attention"
+    flow_mixer: str = "attention"
+    cross_attention_layers: list[int] | None = None
+    max_position_embeddings: int = 1024
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    decoder_dropout: float | int = 0.1
+    tie_word_embeddings: bool = False
+
+    state_size: int = 16
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_rank: int | None = None
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float | int = 1e-4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+
+    num_experts: int = 4
+    flow_sigma: float | int = 1.0
+    gate_temperature: float | int = 1.0
+    init_noise: float | int = 1.0
+    latent_noise: float | int = 0.0
+    time_alpha: float | int = 1.0
+    time_beta: float | int = 1.0
+    canvas_length: int = 128
+    num_flow_steps: int = 3
+    min_train_flow_steps: int = 1
+    max_train_flow_steps: int = 4
+    train_expert_choice: str = "sample"
+    mask_ratio: float | int = 0.15
+    max_span_len: int = 3
+
+    freeze_encoder: bool = True
+    freeze_decoder: bool = True
+    freeze_embeddings: bool = True
+    detach_target_latents: bool = True
+    nll_weight: float | int = 1.0
+    mse_weight: float | int = 1.0
+    ce_weight: float | int = 1.0
+    gate_entropy_weight: float | int = 0.01
+    load_balance_weight: float | int = 0.1
+    mmd_weight: float | int = 0.0
+    latent_norm_weight: float | int = 0.0
+
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    mask_token_id: int | None = 3
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.time_step_rank is None:
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        known = set(dir(self))
+        super().__post_init__(**kwargs)
+        unknown = sorted(
+            set(kwargs) & set(vars(self)) - known - {"auto_map", "custom_pipelines", "quantization_config"}
+        )
+        unknown = [name for name in unknown if not name.startswith("_")]
+        if unknown:
+            logger.warning(f"YanConfig has no field {', '.join(unknown)}; kept as plain attributes without effect.")
+        self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but a config of another model raises a ValueError."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_fields(self):
+        """Check every number against its range, then the fields that depend on one another."""
+        self._check_ranges()
+        self._check_choices()
+
+    def _check_ranges(self):
+        for name in POSITIVE_FIELDS:
+            self._require(name, lambda value: value > 0 and math.isfinite(value), "greater than 0")
+        for name in NON_NEGATIVE_FIELDS:
+            self._require(name, lambda value: value >= 0 and math.isfinite(value), "at least 0")
+        for name in PROBABILITY_FIELDS:
+            self._require(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        for name in TOKEN_ID_FIELDS:
+            if getattr(self, name) is not None:
+                self._require(
+                    name, lambda value: 0 <= value < self.vocab_size, f"in [0, vocab_size={self.vocab_size})"
+                )
+
+    def _check_choices(self):
+        for name in ("encoder_mixer", "flow_mixer"):
+            self._require(name, lambda value: value in MIXERS, f"one of {', '.join(MIXERS)}")
+        choices = f"one of {', '.join(EXPERT_CHOICES)}"
+        self._require("train_expert_choice", lambda value: value in EXPERT_CHOICES, choices)
+        heads = f"a divisor of hidden_size={self.hidden_size}"
+        self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
+        layers, depth = self.cross_attention_layers, self.num_flow_layers
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            raise ValueError(f"cross_attention_layers={layers}: must be None or a non-empty list without repetition")
+        self._require(
+            "cross_attention_layers",
+            lambda value: value is None or all(0 <= layer < depth for layer in value),
+            f"None or layers in [0, num_flow_layers={depth})",
+        )
+        longest = f"at most max_position_embeddings={self.max_position_embeddings}"
+        self._require("canvas_length", lambda value: value <= self.max_position_embeddings, longest)
+        fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
+        self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
+        slowest = f"at least time_step_min={self.time_step_min}"
+        self._require("time_step_max", lambda value: value >= self.time_step_min, slowest)
+
+    def _require(self, name, is_allowed, allowed):
+        value = getattr(self, name)
+        if not is_allowed(value):
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+    @property
+    def flow_layers_with_cross_attention(self) -> list[int]:
+        """The flow layers that attend to the prompt, in order."""
+        return sorted(self.cross_attention_layers or range(self.num_flow_layers))
+
+    @property
+    def mamba_intermediate_size(self) -> int:
+        """Width of the Mamba mixer between its projections, `expand * hidden_size`."""
+        return self.expand * self.hidden_size
+
+
+__all__ = ["YanConfig"]

@@ -1,0 +1,147 @@
+"""The flow of YAN: a trunk that knows time and prompt, K velocity experts and their gate (arXiv 2604.15009).
+
+Letters of the shape comments: B batch, S prompt length, L canvas length, D hidden size, K experts, T times.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from .experts_yan import YanExperts, YanGate, choose_experts
+from .flow_matching_yan import solver_times
+from .layers_yan import YanFlowLayer, YanTimeEmbedding
+
+
+@dataclass
+class YanCondition:
+    """What the flow needs of the prompt, computed once for all steps.
+
+    Args:
+        key_values: Keys and values (B, H, S, D/H) of the layers with cross-attention; None for the others.
+        attention_mask: In the form of the attention implementation. mean: Mean latent of the valid tokens (B, D).
+    """
+
+    key_values: list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]
+    attention_mask: torch.Tensor | None
+    mean: torch.Tensor
+
+
+@dataclass
+class YanModulation:
+    """Time embedding (T, D) and each flow layer's shifts and scales (T, num_modulations, D) at T times."""
+
+    embedding: torch.Tensor
+    layers: list[torch.Tensor]
+
+    def __getitem__(self, index) -> "YanModulation":
+        return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
+
+
+class YanModulationProjection(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class YanTimeModulation(nn.Module):
+    """Times to the shifts and scales of all flow layers, in one product for all layers and all times."""
+
+    def __init__(self, config, sizes: list[int]):
+        super().__init__()
+        self.sizes = sizes
+        self.time_embedding = YanTimeEmbedding(config)
+        self.proj = YanModulationProjection(config.hidden_size, sum(sizes) * config.hidden_size)
+
+    def forward(self, times: torch.Tensor) -> YanModulation:
+        embedding = self.time_embedding(times)
+        modulations = self.proj(nn.functional.gelu(embedding)).unflatten(-1, (sum(self.sizes), -1))
+        return YanModulation(embedding, list(modulations.split(self.sizes, dim=1)))
+
+
+class YanFlow(nn.Module):
+    """The expert vector fields: a trunk that knows time and prompt, K velocity heads, and a gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(YanFlowLayer(config, index) for index in range(config.num_flow_layers))
+        # Noise has standard deviation 1 and embeddings start at 0.02: unscaled, the positions would drown in it.
+        self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.experts = YanExperts(config)
+        self.gate = YanGate(config)
+
+    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1) -> YanCondition:
+        """Prepare the encoded prompt for any number of velocity calls.
+
+        The keys of the cross-attention see where a latent stands, its values only what it says.
+
+        Args:
+            latents: (B, S, D). positions: Position embeddings of the prompt's tokens (B or 1, S, D).
+            attention_mask: (B, S), 0 on padding.
+        """
+        canvas = latents[:, :1].expand(-1, canvas_length, -1)
+        mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
+        placed = latents + self.position_norm(positions)
+        key_values = [
+            layer.cross_attention.key_values(placed, latents) if layer.has_cross_attention else (None, None)
+            for layer in self.layers
+        ]
+        if attention_mask is None:
+            return YanCondition(key_values, mask, latents.mean(1))
+        valid = attention_mask.unsqueeze(-1).to(latents.dtype)
+        return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
+
+    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
+        """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
+        positions = self.position_norm(positions)
+        states = x + positions
+        for layer, shifts_and_scales, key_value in zip(
+            self.layers, modulation.layers, condition.key_values, strict=True
+        ):
+            states = layer(
+                states, shifts_and_scales, positions, *key_value, cross_attention_mask=condition.attention_mask
+            )
+        return self.norm(states)
+
+    def velocities(self, states, x):
+        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
+
+        A head predicts where its token goes and x is subtracted: the trunk, no wider than the latents, would
+        otherwise have to carry the noise through every layer beside everything else.
+        """
+        return self.experts(states) - x.unsqueeze(-2)
+
+    def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
+        """log pi_k (B, L, K) from the trunk's states."""
+        return self.gate(states, condition.mean, modulation.embedding)
+
+
+class YanVelocity:
+    """Velocity field of one solve: every token is moved by the expert that the gate chose for it at t = 0.
+
+    The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
+    `solver_times(num_steps, solver)`.
+    """
+
+    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_noise=None):
+        self.flow, self.positions, self.condition = flow, positions, condition
+        self.expert_choice, self.expert_noise = expert_choice, expert_noise
+        times = solver_times(num_steps, solver)
+        self.index_of_time = {time: index for index, time in enumerate(times)}
+        self.modulation = flow.modulation(torch.tensor(times, device=positions.device))
+        self.log_gate = self.experts = None
+        self.num_trunk_passes = 0
+
+    def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
+        index = self.index_of_time[time]
+        modulation = self.modulation[index : index + 1]
+        states = self.flow.trunk(x, self.positions, modulation, self.condition)
+        self.num_trunk_passes += 1
+        if self.log_gate is None:
+            self.log_gate = self.flow.log_gate(states, modulation, self.condition)
+            self.experts = choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
+        if self.experts is None:
+            return self.flow.experts.mixture_of(states, self.log_gate) - x
+        return self.flow.experts.output_of(states, self.experts) - x

@@ -1,0 +1,245 @@
+"""Building blocks that encoder and flow share: positions, attention, feed-forward, time-conditioned norms.
+
+Letters of the shape comments: B batch, L sequence length, S source length, D hidden size, H heads, T times.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .flow_matching_yan import hashed_normal
+from .mamba_yan import YanBidirectionalMamba
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain attention over (B, H, L, D/H) tensors, in the form of transformers' attention interface."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Position ids (B, L), or (1, L) without a mask, of a sequence (B, L, ...).
+
+    They count each row's valid tokens, so that padding on either side shifts nothing.
+    """
+    if attention_mask is None:
+        return torch.arange(sequence.shape[1], device=sequence.device).unsqueeze(0)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:
+    """Angles (N, F) of places (N,), with F frequencies from 1 down to almost 1 / longest_period, geometrically."""
+    exponents = torch.arange(num_frequencies, device=places.device, dtype=torch.float32) / num_frequencies
+    return places.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
+
+
+class YanAttention(nn.Module):
+    """Multi-head attention of a sequence to itself, or to another one whose keys and values are handed in."""
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False  # without it sdpa runs causally wherever the mask is None
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _split_heads(self, states):
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def key_values(self, key_states: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, L, D/H) of states (B, L, D)."""
+        return self._split_heads(self.k_proj(key_states)), self._split_heads(self.v_proj(states))
+
+    def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs):
+        """Return the attended states (B, L, D) and, with eager attention, the weights (B, H, L, S)."""
+        key, value = self.key_values(hidden_states, hidden_states) if key_values is None else key_values
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            self._split_heads(self.q_proj(hidden_states)),
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class YanAlignedLinear(nn.Linear):
+    """A linear layer whose weights start as a fixed function of their shape: two of them start equal."""
+
+    @torch.no_grad()
+    def reset_aligned(self, head_dim: int):
+        # The logit of the same position is then about 44, and that of its neighbour about 4 less.
+        standard_deviation = math.sqrt(26 / (self.in_features * math.sqrt(head_dim)))
+        init.copy_(self.weight, standard_deviation * hashed_normal(0, self.weight.shape))
+
+
+class YanIdentityLinear(nn.Linear):
+    """A square linear layer that starts as the identity."""
+
+    @torch.no_grad()
+    def reset_identity(self):
+        init.copy_(self.weight, torch.eye(len(self.weight)))
+
+
+class YanCrossAttention(YanAttention):
+    """Attention of the canvas to the prompt, which starts as a copy of it, place by place.
+
+    Queries and keys see positions and start with equal weights, so that a canvas position first looks at the same
+    position of the prompt; values are handed on as they are, because prompt and answer live in one latent space.
+    """
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
+
+
+class YanSelfAttentionMixer(nn.Module):
+    """Self-attention under the common signature of the self-mixers."""
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__()
+        self.attention = YanAttention(config, layer_idx)
+
+    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+        return self.attention(hidden_states, attention_mask, **kwargs)
+
+
+class YanMambaMixer(nn.Module):
+    """Bidirectional Mamba under the common signature of the self-mixers; it has no attention weights."""
+
+    def __init__(self, config, layer_idx: int | None = None):
+        super().__init__()
+        self.mamba = YanBidirectionalMamba(config)
+
+    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+        return self.mamba(hidden_states, padding_mask), None
+
+
+SELF_MIXERS = {"attention": YanSelfAttentionMixer, "mamba": YanMambaMixer}
+
+
+class YanFeedForward(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN["gelu"]
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class YanEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: self-mixer, then feed-forward."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = SELF_MIXERS[config.encoder_mixer](config, layer_idx)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = YanFeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, padding_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+
+
+class YanTimeEmbedding(nn.Module):
+    """Sinusoidal features of 1000 t, then Linear and GELU: times (T,) to (T, D).
+
+    Times lie in [0, 1]; without the factor most of the frequencies would hardly move.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_frequencies = config.hidden_size // 2
+        self.proj = nn.Linear(2 * self.num_frequencies, config.hidden_size)
+
+    def forward(self, times):
+        angles = sinusoid_angles(1000.0 * times, self.num_frequencies, longest_period=10000.0)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return F.gelu(self.proj(features.to(self.proj.weight.dtype)))
+
+
+def modulate(norm: nn.LayerNorm, states, shift, scale):
+    """A weightless norm of `states` (B, L, D) with the scale and shift, (B or 1, 1, D), that the time asks for."""
+    return norm(states) * (1 + scale) + shift
+
+
+class YanFlowLayer(GradientCheckpointingLayer):
+    """Pre-norm block of the flow: self-mixer, cross-attention to the prompt where configured, feed-forward.
+
+    `modulation` (B or 1, num_modulations, D) holds shift and scale of each of its norms; `positions` (L, D) are added
+    to the queries of the cross-attention; `key` and `value` come from the prompt and are the same at every step. The
+    canvas has no padding, so the mixer needs no mask.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.has_cross_attention = layer_idx in config.flow_layers_with_cross_attention
+        self.num_modulations = 6 if self.has_cross_attention else 4
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.mixer = SELF_MIXERS[config.flow_mixer](config, layer_idx)
+        self.cross_attention = YanCrossAttention(config, layer_idx) if self.has_cross_attention else None
+        self.feed_forward = YanFeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states,
+        modulation,
+        positions,
+        key=None,
+        value=None,
+        cross_attention_mask=None,
+        **kwargs,
+    ):
+        shifts_and_scales = list(modulation.unsqueeze(2).unbind(1))
+        normed = modulate(self.norm, hidden_states, *shifts_and_scales[:2])
+        mixed, _ = self.mixer(normed, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        if self.has_cross_attention:
+            normed = modulate(self.norm, hidden_states, *shifts_and_scales[4:]) + positions
+            attended, _ = self.cross_attention(normed, cross_attention_mask, (key, value), **kwargs)
+            hidden_states = hidden_states + self.dropout(attended)
+        normed = modulate(self.norm, hidden_states, *shifts_and_scales[2:4])
+        return hidden_states + self.dropout(self.feed_forward(normed))
+
+
+class YanDecoderLayer(GradientCheckpointingLayer):
+    """Residual pre-norm feed-forward block that treats every token by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = YanFeedForward(config)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))

@@ -1,0 +1,508 @@
+"""YAN: an encoder, a mixture-of-experts flow and a decoder that together write a text at once (arXiv 2604.15009).
+
+Letters of the shape comments: B batch, S prompt length, L canvas length, D hidden size, K experts, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_yan import YanConfig
+from .flow_matching_yan import (
+    gate_entropy,
+    gaussian_mmd,
+    hashed_normal,
+    hashed_uniform,
+    interpolate,
+    load_balance,
+    masked_mean,
+    mixture_nll,
+    sample_times,
+    solve_flow,
+    token_cross_entropy,
+)
+from .flow_yan import YanCondition, YanFlow, YanModulationProjection, YanVelocity
+from .generation_yan import YanGenerationConfig, YanGenerationMixin
+from .layers_yan import (
+    YanAlignedLinear,
+    YanAttention,
+    YanDecoderLayer,
+    YanEncoderLayer,
+    YanIdentityLinear,
+    count_positions,
+    sinusoid_angles,
+)
+from .mamba_yan import YanMamba
+
+IGNORE_INDEX = -100
+AUTO_MAP = {
+    "AutoConfig": "configuration_yan.YanConfig",
+    "AutoModel": "modeling_yan.YanModel",
+    "AutoModelForMaskedLM": "modeling_yan.YanForAutoencoding",
+    "AutoModelForCausalLM": "modeling_yan.YanForFlowGeneration",
+}
+
+
+@dataclass
+class YanAutoencodingOutput(ModelOutput):
+    """Output of `YanForAutoencoding`; the terms are there when `labels` were given.
+
+    Args:
+        loss: Weighted sum of the terms below.
+        ce_loss: Cross-entropy of the decoded latents against the labels, nats per token.
+        mmd_loss: Squared maximum mean discrepancy between latents and N(0, I), if `mmd_weight` > 0.
+        latent_norm_loss: Mean square of the latents.
+        logits: (B, L, V). last_hidden_state: The latents (B, L, D).
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    mmd_loss: torch.Tensor | None = None
+    latent_norm_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class YanFlowOutput(ModelOutput):
+    """Output of `YanForFlowGeneration`; the terms are there when `labels` were given, unweighted.
+
+    Args:
+        loss: Weighted sum of the terms below (`nll_loss_per_dim` for the likelihood, the entropy subtracted).
+        nll_loss: Negative log-likelihood of the target velocity, nats per token.
+        nll_loss_per_dim: The same divided by D, comparable across widths.
+        mse_loss: Squared error of the solved latents, per token and dimension.
+        ce_loss: Cross-entropy of the decoded solved latents, nats per token.
+        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
+        logits: (B, L, V), L the width of the labels if there are any, else the canvas.
+        hidden_states, attentions: Of the encoded prompt, when asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    nll_loss: torch.Tensor | None = None
+    nll_loss_per_dim: torch.Tensor | None = None
+    mse_loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    gate_entropy: torch.Tensor | None = None
+    load_balance_loss: torch.Tensor | None = None
+    mmd_loss: torch.Tensor | None = None
+    latent_norm_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class YanPositionEmbedding(nn.Embedding):
+    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation."""
+
+    @torch.no_grad()
+    def reset_sinusoids(self, standard_deviation: float):
+        angles = sinusoid_angles(
+            torch.arange(self.num_embeddings), self.embedding_dim // 2, longest_period=float(self.num_embeddings)
+        )
+        table = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embedding_dim % 2))
+        init.copy_(self.weight, math.sqrt(2) * standard_deviation * table)
+
+
+class YanEmbeddings(nn.Module):
+    """Token and learned position embeddings; the flow uses the positions too."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        return self.dropout(inputs_embeds + self.position_embeddings(position_ids))
+
+
+class YanPreTrainedModel(PreTrainedModel):
+    config_class = YanConfig
+    config: YanConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
+    _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": YanEncoderLayer, "attentions": YanAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, YanMamba):
+            module.reset_parameters()
+        elif isinstance(module, YanPositionEmbedding):
+            module.reset_sinusoids(self.config.initializer_range)
+        elif isinstance(module, YanAlignedLinear):
+            module.reset_aligned(self.config.hidden_size // self.config.num_attention_heads)
+        elif isinstance(module, YanIdentityLinear):
+            module.reset_identity()
+        elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block
+            init.zeros_(module.weight)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, config and this code; every class of the family can be loaded from the folder."""
+        if self._auto_class is not None:  # transformers itself names only the class that is saved
+            self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def __init__(self, config, *args, **kwargs):
+        if config.model_type != YanConfig.model_type:
+            raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
+        super().__init__(config, *args, **kwargs)
+
+    def _check_length(self, length: int, name: str):
+        longest = self.config.max_position_embeddings
+        if not 0 < length <= longest:
+            raise ValueError(f"{name} has {length} tokens: must be 1 to max_position_embeddings={longest}")
+
+    def _check_ids(self, ids: torch.LongTensor):
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
+        low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if low < 0 or high >= size:
+            raise ValueError(f"token ids from {low} to {high}: must be in [0, vocab_size={size})")
+
+
+class YanModel(YanPreTrainedModel):
+    """Embeddings and bidirectional encoder: token ids to one latent vector per token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = YanEmbeddings(config)
+        self.layers = nn.ModuleList(YanEncoderLayer(config, index) for index in range(config.num_encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Encode `input_ids` (B, S) to latents (B, S, D).
+
+        Args:
+            input_ids: Ids in [0, vocab_size). attention_mask: (B, S), 0 on padding, which may be on either side.
+            position_ids: (B, S); counted over the valid tokens if None. inputs_embeds: (B, S, D) instead of ids.
+
+        Raises:
+            ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
+                of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        self._check_length(given.shape[1], "the input")
+        if attention_mask is not None and attention_mask.shape != given.shape[:2]:
+            shape, allowed = tuple(attention_mask.shape), tuple(given.shape[:2])
+            raise ValueError(f"attention_mask of shape {shape}: must be {allowed} as the input")
+        if given.device.type == "cpu" and input_ids is not None and not torch.compiler.is_compiling():
+            self._check_ids(input_ids)  # on an accelerator it would cost a synchronisation; generate checks there too
+        if input_ids is not None and attention_mask is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        if position_ids is None:
+            position_ids = count_positions(given, attention_mask)
+        hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class YanDecoder(nn.Module):
+    """Latents to the states that the language-model head reads, every token by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config.decoder_dropout)
+        self.layers = nn.ModuleList(YanDecoderLayer(config) for _ in range(config.num_decoder_layers))
+
+    def forward(self, latents):
+        hidden_states = self.dropout(latents)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class YanForAutoencoding(YanPreTrainedModel):
+    """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = YanModel(config)
+        self.decoder = YanDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> YanAutoencodingOutput:
+        """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
+
+        Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is
+        added to the latents, so that the decoder forgives what the flow will miss.
+
+        Raises:
+            ValueError: `labels` are not shaped like the input.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        latents = outputs.last_hidden_state
+        if labels is not None and labels.shape != latents.shape[:2]:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(latents.shape[:2])} as the input")
+        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0))
+        logits = self.lm_head(self.decoder(self._add_noise(latents)))
+        terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
+        return YanAutoencodingOutput(
+            **terms,
+            logits=logits,
+            last_hidden_state=latents,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _add_noise(self, latents):
+        if not self.training or self.config.latent_noise == 0:
+            return latents
+        level = self.config.latent_noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
+        return latents + level * torch.randn_like(latents)
+
+    def _loss_terms(self, logits, labels, latents, attention_mask):
+        valid = labels != IGNORE_INDEX
+        ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
+        regularisers = latent_regularisers(self, latents, attention_mask)
+        return {"loss": ce_loss + weighted_sum(self.config, regularisers), "ce_loss": ce_loss, **regularisers}
+
+
+def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
+    """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
+    tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
+    terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
+    if model.config.mmd_weight > 0 and len(tokens):
+        terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
+    return terms
+
+
+def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Sum of the terms `x_loss`, each with the config's `x_weight`."""
+    return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
+
+
+class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
+    """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = YanModel(config)
+        self.flow = YanFlow(config)
+        self.decoder = YanDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.generation_config = YanGenerationConfig.for_model(config)
+        self.post_init()
+        self.apply_freeze_switches()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freeze_switches()
+        return loaded
+
+    def apply_freeze_switches(self):
+        """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them."""
+        config = self.config
+        parts = {
+            self.model: not config.freeze_encoder,
+            self.decoder: not config.freeze_decoder,
+            self.lm_head: not config.freeze_decoder,
+            self.model.embeddings: not config.freeze_embeddings,
+        }
+        for part, is_trained in parts.items():
+            part.requires_grad_(is_trained)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        canvas_length: int | None = None,
+        num_flow_steps: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> YanFlowOutput:
+        """The training objective if `labels` are given, else the logits of a few-step solve.
+
+        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
+            labels: (B, L) target ids; -100 marks what is no target, on either side. The target is moved to the
+                start of the canvas and followed by EOS up to its end, and the fill is trained on.
+            canvas_length: Width of the canvas, `config.canvas_length` if None.
+            num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number.
+
+        Raises:
+            ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
+        self._check_length(canvas_length, "the canvas")
+        condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
+        num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
+        if labels is None:
+            x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
+            terms = {"logits": self.decode(self._solve(x_0, condition, num_flow_steps))}
+        else:
+            canvas = self.labels_to_canvas(labels, canvas_length)
+            terms = self._objective(canvas, condition, num_flow_steps)
+            terms["logits"] = terms["logits"][:, : labels.shape[1]]
+        return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+    def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
+        """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
+        if position_ids is None:
+            position_ids = count_positions(latents, attention_mask)
+        positions = self.model.embeddings.position_embeddings(position_ids)
+        return self.flow.condition(latents, positions, attention_mask, canvas_length)
+
+    def _positions(self, canvas_length: int) -> torch.Tensor:
+        """Position embeddings (L, D) of a canvas."""
+        return self.model.embeddings.position_embeddings.weight[:canvas_length]
+
+    def velocity_field(
+        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_noise=None
+    ) -> YanVelocity:
+        """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
+        positions = self._positions(canvas_length)
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_noise)
+
+    def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
+        noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
+        return (self.config.init_noise * noise).to(like.dtype)
+
+    def _solve(self, x_0, condition, num_flow_steps: int) -> torch.Tensor:
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0."""
+        choice = self.config.train_expert_choice if self.training else "argmax"
+        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
+        return solve_flow(velocity, x_0, num_flow_steps)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of latents (B, L, D)."""
+        return self.lm_head(self.decoder(latents))
+
+    def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
+        """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
+
+        Raises:
+            ValueError: `labels` are wider than the canvas, or the config has no EOS to fill it with.
+        """
+        if self.config.eos_token_id is None:
+            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
+        if labels.shape[1] > canvas_length:
+            raise ValueError(
+                f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
+            )
+        valid = labels != IGNORE_INDEX
+        canvas = labels.new_full((len(labels), canvas_length), self.config.eos_token_id)
+        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
+        canvas[rows[valid], (valid.cumsum(1) - 1)[valid]] = labels[valid]
+        return canvas
+
+    def _draw_num_steps(self) -> int:
+        config = self.config
+        if not self.training:
+            return config.num_flow_steps
+        return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
+
+    def _encode_target(self, canvas):
+        is_constant = self.config.detach_target_latents
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
+            return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
+
+    def _draw_path(self, x_1):
+        """Start points and times of a training batch; fixed ones in evaluation mode."""
+        if self.training:
+            x_0 = self.config.init_noise * torch.randn_like(x_1)
+            return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
+        return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
+
+    def _objective(self, canvas, condition, num_flow_steps):
+        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
+        config = self.config
+        x_1 = self._encode_target(canvas)
+        x_0, time = self._draw_path(x_1)
+        modulation = self.flow.modulation(time)
+        positions = self._positions(canvas.shape[1])
+        x_t = interpolate(x_0, x_1, time)
+        states = self.flow.trunk(x_t, positions, modulation, condition)
+        log_gate = self.flow.log_gate(states, modulation, condition)
+        nll = mixture_nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate, config.flow_sigma)
+        x_1_hat = self._solve(x_0, condition, num_flow_steps)
+        logits = self.decode(x_1_hat)
+        terms = {
+            "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
+            "ce_loss": token_cross_entropy(logits, canvas),
+            "load_balance_loss": load_balance(log_gate),
+        }
+        if x_1.requires_grad:
+            terms |= latent_regularisers(self, x_1)
+        entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
+        loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
+        details = {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy, "logits": logits}
+        return {"loss": loss, **terms, **details}
+
+
+__all__ = [
+    "YanAutoencodingOutput",
+    "YanFlowOutput",
+    "YanForAutoencoding",
+    "YanForFlowGeneration",
+    "YanModel",
+    "YanPreTrainedModel",
+]

@@ -1,0 +1,177 @@
+"""Flow matching with a mixture of experts: path, likelihood and solver as functions that know no model.
+
+Letters: B batch, L length, K experts, D latent dimensions. Times are in [0, 1]; 0 is noise, 1 is data.
+Sources: flow matching (arXiv 2210.02747), rectified flow (2209.03003), MoE-FM (2604.15009, section 3), MMD training
+(1505.03906).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+MMD_BANDWIDTHS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def interpolate(x_0: torch.Tensor, x_1: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The linear path x_t = (1 - t) x_0 + t x_1 for x_0, x_1 (B, L, D) and one time per row (B,)."""
+    time = time.view(-1, *[1] * (x_0.dim() - 1)).to(x_0.dtype)
+    return (1 - time) * x_0 + time * x_1
+
+
+def hashed_uniform(seed: int, shape: tuple[int, ...], device=None) -> torch.Tensor:
+    """Uniform numbers in (0, 1), float32, that are a pure function of the seed and of each element's index.
+
+    An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
+    in every batch. Each axis is folded in by one round of a 32-bit integer hash.
+    """
+    state = torch.full([1] * len(shape), (seed + 0x9E3779B9) % 2**32, dtype=torch.int64, device=device)
+    for axis, size in enumerate(shape):
+        index = torch.arange(size, dtype=torch.int64, device=device).view(-1, *[1] * (len(shape) - axis - 1))
+        state = _hash32(_hash32(state) + index)
+    return ((state >> 9).float() + 0.5) / 2**23
+
+
+def _hash32(x):
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def hashed_normal(seed: int, shape: tuple[int, ...], device=None) -> torch.Tensor:
+    """Standard normal numbers, float32, made from `hashed_uniform` by the inverse of the normal distribution."""
+    return math.sqrt(2) * torch.erfinv(2 * hashed_uniform(seed, shape, device) - 1)
+
+
+def sample_times(batch_size: int, alpha: float, beta: float, device=None) -> torch.Tensor:
+    """Times (B,) from Beta(alpha, beta), alpha and beta > 0, drawn from the global random state."""
+    if alpha == beta == 1:
+        return torch.rand(batch_size, device=device)
+    concentrations = torch.tensor([float(alpha), float(beta)], device=device)
+    return torch.distributions.Beta(*concentrations).sample((batch_size,))
+
+
+def _log_joint(target, velocities, log_gate, sigma):
+    """log pi_k - |u* - u_k|^2 / (2 sigma^2), (B, L, K), in float32: the sum over D is large."""
+    squared_distance = (target.float().unsqueeze(-2) - velocities.float()).square().sum(-1)
+    return log_gate.float() - squared_distance / (2 * sigma**2)
+
+
+def mixture_nll(
+    target: torch.Tensor,
+    velocities: torch.Tensor,
+    log_gate: torch.Tensor,
+    sigma: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of the target velocity under the experts' Gaussian mixture, per valid token.
+
+    -log sum_k pi_k N(u*; u_k, sigma^2 I_D)   (arXiv 2604.15009, section 3)
+
+    Args:
+        target: u* (B, L, D). velocities: u_k (B, L, K, D). log_gate: log pi_k (B, L, K). sigma: > 0.
+        mask: (B, L), the tokens to average over; all if None.
+
+    Returns:
+        A float32 scalar. It grows with D: divide by D to compare widths.
+    """
+    log_normaliser = 0.5 * target.shape[-1] * math.log(2 * math.pi * sigma**2)
+    nll = log_normaliser - torch.logsumexp(_log_joint(target, velocities, log_gate, sigma), dim=-1)
+    return masked_mean(nll, mask)
+
+
+def responsibilities(target, velocities, log_gate, sigma) -> torch.Tensor:
+    """Posterior gamma_k (B, L, K) of each expert given the target velocity; arguments as in `mixture_nll`."""
+    return torch.softmax(_log_joint(target, velocities, log_gate, sigma), dim=-1)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of `values` (B, L) over the tokens where `mask` (B, L) is 1; 0 where there is none."""
+    if mask is None:
+        return values.mean()
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def gate_entropy(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean entropy, in nats, of the gate's distributions; `log_gate` (B, L, K)."""
+    return masked_mean(-(log_gate.exp() * log_gate).sum(-1), mask)
+
+
+def load_balance(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(mean gate || uniform), in nats: 0 when all K experts are used equally; `log_gate` (B, L, K)."""
+    usage = torch.stack([masked_mean(gate, mask) for gate in log_gate.exp().unbind(-1)])
+    return (usage * usage.clamp(min=1e-20).log()).sum() + math.log(usage.numel())
+
+
+def gaussian_mmd(latents: torch.Tensor, max_samples: int = 2000, seed: int | None = None) -> torch.Tensor:
+    """Squared maximum mean discrepancy between `latents` (N, D) and N(0, I), summed over five RBF kernels.
+
+    Squared distances are divided by D, so that the bandwidths fit every width (arXiv 1505.03906). Uses at most
+    `max_samples` rows, drawn from the global random state or, given a seed, the first ones and fixed noise.
+    """
+    if len(latents) > max_samples:
+        latents = latents[torch.randperm(len(latents), device=latents.device) if seed is None else slice(None)]
+    latents = latents[:max_samples].float()
+    normal = torch.randn_like(latents) if seed is None else hashed_normal(seed, latents.shape, latents.device)
+    return _mean_kernel(latents, latents) + _mean_kernel(normal, normal) - 2 * _mean_kernel(latents, normal)
+
+
+def _mean_kernel(a, b):
+    squared = (a.square().sum(-1)[:, None] + b.square().sum(-1)[None] - 2 * a @ b.T).clamp(min=0) / a.shape[-1]
+    return sum(torch.exp(-squared / (2 * width**2)).mean() for width in MMD_BANDWIDTHS)
+
+
+Velocity = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+def solver_times(num_steps: int, solver: str = "euler") -> list[float]:
+    """The distinct times at which `solve_flow` evaluates the velocity, ascending."""
+    last = {"euler": num_steps, "heun": num_steps + 1}[solver]
+    return [step / num_steps for step in range(last)]
+
+
+def _euler_step(velocity, x, time, next_time):
+    return x + (next_time - time) * velocity(x, time)
+
+
+def _heun_step(velocity, x, time, next_time):
+    first = velocity(x, time)
+    second = velocity(x + (next_time - time) * first, next_time)
+    return x + (next_time - time) * 0.5 * (first + second)
+
+
+SOLVERS = {"euler": _euler_step, "heun": _heun_step}
+
+
+def solve_flow(
+    velocity: Velocity, x_0: torch.Tensor, num_steps: int, solver: str = "euler", callback=None
+) -> torch.Tensor:
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps and return x at t = 1.
+
+    Args:
+        velocity: Called with a point shaped like `x_0` and a time in [0, 1]; once a step for "euler", twice for
+            "heun".
+        x_0: Start point, any shape. num_steps: at least 1. solver: a key of `SOLVERS`.
+        callback: Called with the number of steps done and the point reached, after every step.
+
+    Raises:
+        ValueError: `num_steps` is not a positive integer or `solver` is unknown.
+    """
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_flow_steps={num_steps!r}: must be an integer of at least 1")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: must be one of {', '.join(SOLVERS)}")
+    x = x_0
+    for step in range(num_steps):
+        x = SOLVERS[solver](velocity, x, step / num_steps, (step + 1) / num_steps)
+        if callback is not None:
+            callback(step + 1, x)
+    return x
+
+
+def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cross-entropy of `logits` (B, L, V) against `targets` (B, L) over the tokens where `mask` is 1."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return masked_mean(losses.view(targets.shape), mask)

@@ -1,0 +1,383 @@
+"""Text generation with YAN: canvases of tokens, each written at once by a few solver steps (arXiv 2604.15009).
+
+Letters of the shape comments: B prompts, R sequences per prompt, S prompt length, L canvas length, D hidden size,
+K experts, N solver steps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .experts_yan import EXPERT_CHOICES
+from .flow_matching_yan import SOLVERS, hashed_uniform, solve_flow
+
+FLOW_FIELDS = ("num_flow_steps", "solver", "expert_choice", "canvas_length", "seed", "return_prompt")
+IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
+# Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
+REFUSED_OPTIONS = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(
+        "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
+        "begin_suppress_tokens sequence_bias stop_strings watermarking_config prompt_lookup_num_tokens "
+        "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
+        "logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
+        (),
+    ),
+}
+
+
+class YanGenerationConfig(GenerationConfig):
+    """Generation options of YAN, beside those of `GenerationConfig` that a non-autoregressive model can honour.
+
+    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `do_sample`, `temperature`,
+    `num_return_sequences`, `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`,
+    `return_dict_in_generate`. Options of autoregressive decoding raise an error in `generate`.
+
+    Args:
+        num_flow_steps: Solver steps N per canvas, at least 1; the model's default if None.
+        solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
+        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, or the "mixture" of all;
+            "argmax" if None.
+        canvas_length: Tokens written at once; the model's if None.
+        seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
+            is 0 and all rows start from the same noise.
+        return_prompt: Whether the sequences begin with the prompt; True if None.
+        temperature: Scales the start noise when `do_sample` is set; at least 0.
+    """
+
+    def __init__(self, **kwargs):
+        for name in FLOW_FIELDS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def for_model(cls, config) -> "YanGenerationConfig":
+        """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
+        token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
+
+    def validate(self, strict=False, **kwargs):
+        """Check every field; raises ValueError with the field, its value and what is allowed."""
+        super().validate(strict=strict, **kwargs)
+        _check_flow_fields(self)
+
+
+def _check_flow_fields(options):
+    for name, is_allowed, allowed in _FIELD_RULES:
+        value = getattr(options, name, None)
+        if value is not None and not is_allowed(value):
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _is_positive_int(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+_FIELD_RULES = (
+    ("num_flow_steps", _is_positive_int, "an integer of at least 1"),
+    ("canvas_length", _is_positive_int, "an integer of at least 1"),
+    ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+    ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
+    ("seed", lambda value: isinstance(value, int), "an integer"),
+    ("temperature", lambda value: isinstance(value, (int, float)) and value >= 0, "a number of at least 0"),
+)
+
+
+@dataclass
+class YanGenerationOutput(ModelOutput):
+    """Output of `generate(..., return_dict_in_generate=True)`. Tuples have one entry a canvas.
+
+    Args:
+        sequences: (B R, S + new tokens) ids: the prompt as it was given, the new tokens with their EOS, then padding.
+        tokens_per_forward: (B R,) new tokens up to and including EOS, over the number of trunk passes.
+        num_trunk_passes: Passes through the flow's trunk in this call: N a canvas with "euler".
+        trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
+        experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
+    """
+
+    sequences: torch.LongTensor
+    tokens_per_forward: torch.Tensor | None = None
+    num_trunk_passes: int | None = None
+    trajectory: tuple[torch.Tensor, ...] | None = None
+    experts: tuple[torch.LongTensor, ...] | None = None
+    gate: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class Canvas:
+    """One canvas: its token ids (B R, L), and how they came about."""
+
+    tokens: torch.LongTensor
+    trajectory: torch.Tensor
+    experts: torch.LongTensor | None
+    gate: torch.Tensor
+    num_trunk_passes: int
+
+
+class YanGenerationMixin(GenerationMixin):
+    """`generate` for flow models, in place of token-by-token decoding."""
+
+    generation_config_class = YanGenerationConfig
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | YanGenerationOutput:
+        """Continue, complete or answer the prompts.
+
+        Every canvas of `canvas_length` tokens is written at once in `num_flow_steps` steps. Tokens up to the first EOS
+        are kept; without one the next canvas follows, conditioned on the prompt and the canvases before it (on their
+        last `max_position_embeddings` tokens), until `max_new_tokens` is reached. With `do_sample=False` the result
+        for a prompt does not depend on the rest of the batch or on the side of its padding.
+
+        Args:
+            inputs: Prompts (B, S), also as `input_ids`. None, or a row without valid token, stands for one BOS.
+            generation_config: A `YanGenerationConfig`; options may also be given by keyword, which wins.
+            streamer: Gets the prompt, then each canvas; if it has `put_draft`, also the draft (B R, L) after every
+                solver step.
+            generator: Draws the seed, if `seed` is None and `do_sample` is set.
+            kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
+
+        Returns:
+            Sequences (B R, S + new tokens), or a `YanGenerationOutput`.
+
+        Raises:
+            ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
+        """
+        _refuse_autoregressive_options(kwargs, generation_config, self.generation_config)
+        options, model_kwargs = self._resolve_options(generation_config, kwargs, generator)
+        prompt, mask = self._prepare_prompt(inputs, options, **model_kwargs)
+        asked = [kwargs, *(config.to_diff_dict() for config in (generation_config, self.generation_config) if config)]
+        max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+        context, context_mask = _left_align(prompt, mask)
+        num_rows = len(prompt) * options.num_return_sequences
+        written = prompt.new_empty(num_rows, 0)
+        finished = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
+        canvases = []
+        while written.shape[1] < max_new_tokens and not finished.all():
+            forbidden = min_new_tokens - written.shape[1]
+            canvas = self._write_canvas(context, context_mask, options, len(canvases), forbidden, streamer)
+            canvases.append(canvas)
+            tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
+            tokens, finished = _cut_at_eos(tokens, finished, options)
+            written = torch.cat([written, tokens], dim=1)
+            context, context_mask = self._extend_context(context, context_mask, tokens, options)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+        if streamer is not None:
+            streamer.end()
+        written, num_tokens = _trim(written, options)
+        prompt = prompt.repeat_interleave(options.num_return_sequences, 0)
+        sequences = torch.cat([prompt, written], dim=1) if options.return_prompt else written
+        return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
+        defaults = self.generation_config
+        super().adjust_generation_fn(*args, **kwargs)
+        loaded = self.generation_config
+        is_missing = getattr(loaded, "_from_model_config", False)
+        self.generation_config = defaults if is_missing else YanGenerationConfig.from_dict(loaded.to_dict())
+
+    def _resolve_options(self, generation_config, kwargs, generator):
+        """Keyword, then passed config, then the model's config, then the defaults; and what is no option."""
+        options, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        defaults = {
+            "num_flow_steps": self.config.num_flow_steps,
+            "solver": "euler",
+            "expert_choice": "argmax",
+            "canvas_length": self.config.canvas_length,
+            "return_prompt": True,
+            "max_new_tokens": self.config.canvas_length,
+        }
+        for name in (*FLOW_FIELDS, "max_new_tokens"):
+            value = model_kwargs.pop(name, getattr(options, name, None))
+            setattr(options, name, defaults.get(name) if value is None else value)
+        _check_flow_fields(options)
+        self._check_length(options.canvas_length, "the canvas")
+        if options.num_return_sequences > 1 and not options.do_sample:
+            raise ValueError(f"num_return_sequences={options.num_return_sequences}: must be 1 unless do_sample=True")
+        if options.seed is None:
+            options.seed = _draw_seed(generator) if options.do_sample else 0
+        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
+            allowed = f"[0, vocab_size={self.config.vocab_size})"
+            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
+        unknown = [name for name in model_kwargs if name not in ("input_ids", "attention_mask")]
+        if unknown:
+            raise ValueError(f"generate has no argument {', '.join(unknown)}")
+        return options, model_kwargs
+
+    def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
+        """Checked ids (B, S) and mask (B, S); an empty batch of prompts becomes one BOS each."""
+        if inputs is not None and input_ids is not None:
+            raise ValueError("the prompt was given twice, as inputs and as input_ids")
+        ids = inputs if inputs is not None else input_ids
+        ids = torch.empty(1, 0, dtype=torch.long, device=self.device) if ids is None else ids
+        if not torch.is_tensor(ids) or ids.dim() != 2 or ids.is_floating_point() or len(ids) == 0:
+            found = f"{tuple(ids.shape)} of {ids.dtype}" if torch.is_tensor(ids) else type(ids).__name__
+            raise ValueError(f"the prompt is {found}: must be a tensor of integers (B, S), B at least 1")
+        if ids.shape[1] == 0:
+            if options.bos_token_id is None:
+                raise ValueError("an empty prompt needs bos_token_id, which is None")
+            ids, attention_mask = torch.full((len(ids), 1), options.bos_token_id, device=ids.device), None
+        self._check_ids(ids)
+        if attention_mask is None:
+            pad_token_id = options.pad_token_id
+            attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
+        if attention_mask.shape != ids.shape:
+            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
+        if not attention_mask.any(1).all() and options.bos_token_id is None:
+            raise ValueError("a prompt without valid token needs bos_token_id, which is None")
+        is_empty = ~attention_mask.bool().any(1)
+        self._check_length(int(attention_mask.sum(1).max().clamp(min=1)), "the prompt")
+        ids, attention_mask = ids.clone(), attention_mask.clone()
+        ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id or 0, 1
+        return ids, attention_mask
+
+    def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
+        """Encode the context (B or B R, S) and solve for one canvas of tokens."""
+        latents = self.model(context, context_mask, return_dict=True).last_hidden_state
+        if index == 0:
+            latents = latents.repeat_interleave(options.num_return_sequences, 0)
+            context_mask = context_mask.repeat_interleave(options.num_return_sequences, 0)
+        num_rows, length = len(latents), options.canvas_length
+        num_noises = num_rows if options.do_sample else 1  # without sampling, all rows share their noise
+        condition = self.condition(latents, context_mask, length)
+        seed = options.seed + index
+        x_0 = self.start_noise((num_noises, length), latents, seed)
+        # of another seed than the start noise, or the expert would be a function of it
+        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, (num_noises, length, self.config.num_experts), x_0.device)
+        x_0 = (options.temperature * x_0 if options.do_sample else x_0).expand(num_rows, -1, -1)
+        velocity = self.velocity_field(
+            condition, length, options.num_flow_steps, options.solver, options.expert_choice, expert_noise
+        )
+        trajectory = [x_0]
+
+        def record(step, x):
+            trajectory.append(x)
+            if hasattr(streamer, "put_draft"):
+                draft = _extrapolate(*trajectory[-2:], step, options.num_flow_steps)
+                streamer.put_draft(self._read_off(draft, options, num_without_eos).cpu())
+
+        x_1 = solve_flow(velocity, x_0, options.num_flow_steps, options.solver, record)
+        tokens = self._read_off(x_1, options, num_without_eos)
+        gate = velocity.log_gate.exp()
+        return Canvas(tokens, torch.stack(trajectory, 1), velocity.experts, gate, velocity.num_trunk_passes)
+
+    def _read_off(self, latents, options, num_without_eos):
+        """Most likely allowed token ids (B R, L) of latents (B R, L, D)."""
+        logits = self.decode(latents)
+        if options.suppress_tokens:
+            logits[..., list(options.suppress_tokens)] = -torch.inf
+        if num_without_eos > 0:
+            logits[:, :num_without_eos, _eos_ids(options)] = -torch.inf
+        return logits.argmax(-1)
+
+    def _extend_context(self, context, context_mask, tokens, options):
+        """Context and mask for the next canvas, left-aligned and at most `max_position_embeddings` long."""
+        repeats = len(tokens) // len(context)
+        ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
+        # Padding after the EOS of a finished row is masked; its further canvases are thrown away.
+        is_valid = torch.ones_like(tokens) if options.pad_token_id is None else (tokens != options.pad_token_id).long()
+        mask = torch.cat([context_mask.repeat_interleave(repeats, 0), is_valid], dim=1)
+        positions_from_end = mask.flip(1).cumsum(1).flip(1)
+        mask = mask * (positions_from_end <= self.config.max_position_embeddings)
+        return _left_align(ids, mask)
+
+
+def _refuse_autoregressive_options(kwargs, *configs):
+    """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
+    defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
+    chosen = [config.to_diff_dict() for config in configs if config is not None]
+    chosen = [{name: value for name, value in options.items() if value != defaults.get(name)} for options in chosen]
+    for options in (kwargs, *chosen):
+        names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
+        if names:
+            raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(names)}")
+    for name in REFUSED_OPTIONS:
+        kwargs.pop(name, None)
+
+
+def _is_off(value, neutral):
+    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+    return is_empty or (not isinstance(value, bool) and value in neutral)
+
+
+def _length_limits(options, asked, prompt_length):
+    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
+    decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
+    max_new_tokens = options.max_new_tokens
+    if not decisive.get("max_new_tokens") and decisive.get("max_length"):
+        max_new_tokens = decisive["max_length"] - prompt_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_length={decisive['max_length']}: must be above the prompt's {prompt_length} tokens")
+    min_new_tokens = max(options.min_new_tokens or 0, (options.min_length or 0) - prompt_length)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens}: must be at most max_new_tokens={max_new_tokens}")
+    return max_new_tokens, min_new_tokens
+
+
+def _draw_seed(generator):
+    return int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
+
+
+def _left_align(ids, mask):
+    """The valid tokens of every row moved to its start, and the width cut to the longest row."""
+    order = (1 - mask.clamp(max=1)).argsort(dim=1, stable=True)
+    width = int(mask.sum(1).max())
+    return ids.gather(1, order)[:, :width], mask.gather(1, order)[:, :width]
+
+
+def _extrapolate(before, after, step, num_steps):
+    """Where the last step's velocity would lead at t = 1."""
+    return before + (after - before) * (num_steps - step + 1)
+
+
+def _eos_ids(options):
+    eos = options.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _is_eos(tokens, options):
+    return torch.isin(tokens, torch.tensor(_eos_ids(options), dtype=tokens.dtype, device=tokens.device))
+
+
+def _cut_at_eos(tokens, finished, options):
+    """Pad what follows the first EOS, and all of a row that was finished before; also: which rows are finished."""
+    num_eos = _is_eos(tokens, options).long().cumsum(1)
+    is_after = (num_eos - _is_eos(tokens, options).long() > 0) | finished.unsqueeze(1)
+    fill = options.pad_token_id if options.pad_token_id is not None else (_eos_ids(options) or [0])[0]
+    return tokens.masked_fill(is_after, fill), finished | (num_eos[:, -1] > 0)
+
+
+def _trim(written, options):
+    """Cut columns that are padding in every row; also the number of tokens of each row, EOS included."""
+    is_eos = _is_eos(written, options)
+    num_tokens = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, written.shape[1])
+    return written[:, : int(num_tokens.max())], num_tokens
+
+
+def _output(sequences, num_tokens, canvases):
+    num_passes = sum(canvas.num_trunk_passes for canvas in canvases)
+    has_experts = canvases[0].experts is not None
+    return YanGenerationOutput(
+        sequences=sequences,
+        tokens_per_forward=num_tokens / num_passes,
+        num_trunk_passes=num_passes,
+        trajectory=tuple(canvas.trajectory for canvas in canvases),
+        experts=tuple(canvas.experts for canvas in canvases) if has_experts else None,
+        gate=tuple(canvas.gate for canvas in canvases),
+    )

@@ -1,0 +1,190 @@
+"""Bidirectional Mamba-1 mixer and its selective scan (Mamba: arXiv 2312.00752).
+
+Letters: B batch, L length, D hidden size, E inner width, N state size, G scans run together (one a direction).
+
+Where mamba-ssm is installed and the tensors are on a GPU its kernel runs; elsewhere a scan in plain PyTorch whose
+forward and backward are both linear in L.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+try:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+except ImportError:
+    selective_scan_fn = None
+
+SCAN_CHUNK_ELEMENTS = 2**20  # elements of one chunk's states; a few such buffers should fit the last-level cache
+
+
+class ChunkedSelectiveScan(torch.autograd.Function):
+    """The recurrence h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t), y_t = C_t h_t, over chunks of time.
+
+    Only h at the chunk borders is kept; the backward pass recomputes one chunk's states at a time. Inside a chunk
+    everything but one fused multiply-add a step is vectorised over time. Tensors are time-major and float32:
+    x, dt (L, G, B, E), a_matrix (G, N, E), b, c (L, G, B, N); the result is shaped like x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dt, a_matrix, b, c):
+        chunk = chunk_length(x, b.shape[-1])
+        state = x.new_zeros(*x.shape[1:-1], b.shape[-1], x.shape[-1])
+        y, borders = torch.empty_like(x), []
+        for start in range(0, x.shape[0], chunk):
+            part = slice(start, start + chunk)
+            borders.append(state)
+            _, states = _chunk_states(x[part], dt[part], a_matrix, b[part], state)
+            y[part] = torch.matmul(c[part].unsqueeze(-2), states).squeeze(-2)
+            state = states[-1].clone()
+        ctx.save_for_backward(x, dt, a_matrix, b, c, torch.stack(borders))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x, dt, a_matrix, b, c, borders = ctx.saved_tensors
+        grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
+        grad_a = torch.zeros_like(a_matrix)
+        grad_state = torch.zeros_like(borders[0])
+        chunk = chunk_length(x, b.shape[-1])
+        for index in reversed(range(len(borders))):
+            part = slice(index * chunk, (index + 1) * chunk)
+            decay, states = _chunk_states(x[part], dt[part], a_matrix, b[part], borders[index])
+            grad_c[part] = torch.matmul(states, grad_y[part].unsqueeze(-1)).squeeze(-1)
+            grads = c[part].unsqueeze(-1) * grad_y[part].unsqueeze(-2)
+            grads[-1].add_(grad_state)
+            for step in reversed(range(len(grads) - 1)):
+                grads[step].addcmul_(decay[step + 1], grads[step + 1])
+            grad_input = torch.matmul(b[part].unsqueeze(-2), grads).squeeze(-2)
+            grad_b[part] = torch.matmul(grads, (dt[part] * x[part]).unsqueeze(-1)).squeeze(-1)
+            grad_state = decay[0] * grads[0]
+            # gradient of the exponent dt A: grads * decay * previous state, built in the decay's own memory
+            exponent = decay.mul_(grads)
+            exponent[1:].mul_(states[:-1])
+            exponent[0].mul_(borders[index])
+            grad_a += (exponent * dt[part].unsqueeze(-2)).sum((0, 2))
+            grad_x[part] = grad_input * dt[part]
+            grad_dt[part] = grad_input * x[part] + (exponent * a_matrix.unsqueeze(1)).sum(-2)
+        return grad_x, grad_dt, grad_a, grad_b, grad_c
+
+
+def chunk_length(x: torch.Tensor, state_size: int) -> int:
+    """Time steps per chunk for x (L, G, B, E): as many as fit the cache, at least 8, at most L."""
+    return min(x.shape[0], max(8, SCAN_CHUNK_ELEMENTS // (x[0].numel() * state_size)))
+
+
+def _chunk_states(x, dt, a_matrix, b, state):
+    """Decays exp(dt A) and states of one chunk, (T, G, B, N, E) each, from the state before it."""
+    decay = (dt.unsqueeze(-2) * a_matrix.unsqueeze(1)).exp_()
+    states = b.unsqueeze(-1) * (dt * x).unsqueeze(-2)
+    for step in range(len(states)):
+        states[step].addcmul_(decay[step], states[step - 1] if step else state)
+    return decay, states
+
+
+def selective_scan(x, dt, a_matrix, b, c):
+    """Run G selective scans with state zero at the start.
+
+    Args:
+        x, dt: Inputs and positive step sizes, (G, B, L, E). a_matrix: negative decay rates, (G, E, N).
+        b, c: Input and output maps, (G, B, L, N).
+
+    Returns:
+        y (G, B, L, E) in the dtype of x; the state itself is always float32.
+    """
+    if selective_scan_fn is not None and x.is_cuda:
+        return torch.stack([_kernel_scan(*scan) for scan in zip(x, dt, a_matrix, b, c, strict=True)])
+    time_major = [tensor.float().permute(2, 0, 1, 3).contiguous() for tensor in (x, dt, b, c)]
+    a_matrix = a_matrix.float().transpose(1, 2).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        y = ChunkedSelectiveScan.apply(time_major[0], time_major[1], a_matrix, time_major[2], time_major[3])
+    return y.permute(1, 2, 0, 3).to(x.dtype)
+
+
+def _kernel_scan(x, dt, a_matrix, b, c):
+    x, dt, b, c = (tensor.transpose(1, 2).contiguous() for tensor in (x, dt, b, c))
+    return selective_scan_fn(x, dt.to(x.dtype), a_matrix.float(), b.to(x.dtype), c.to(x.dtype)).transpose(1, 2)
+
+
+class YanMamba(nn.Module):
+    """One direction of a Mamba-1 mixer, with the parameter names of transformers' `MambaMixer`."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner, rank = config.mamba_intermediate_size, config.time_step_rank
+        self.config = config
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1, bias=config.use_conv_bias
+        )
+        self.x_proj = nn.Linear(inner, rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, config.state_size))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The S4D-real initialisation of A and the step-size initialisation of arXiv 2312.00752, section 3.6."""
+        config = self.config
+        init.copy_(self.A_log, torch.arange(1.0, config.state_size + 1).log().expand_as(self.A_log))
+        init.ones_(self.D)
+        bound = config.time_step_rank**-0.5
+        init.uniform_(self.dt_proj.weight, -bound, bound)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        step = torch.empty(self.dt_proj.bias.shape).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        if self.conv1d.bias is not None:
+            init.zeros_(self.conv1d.bias)
+        init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+
+    def scan_inputs(self, hidden_states, padding_mask=None):
+        """From states (B, L, D): the arguments (x, dt, a_matrix, b, c) of one scan, and the output gate (B, L, E)."""
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        # Padding is silenced twice: the convolution reads its neighbours, and its bias revives it afterwards.
+        x = _silence(x, padding_mask)
+        x = F.silu(self.conv1d(x.transpose(1, 2))[..., : hidden_states.shape[1]].transpose(1, 2))
+        x = _silence(x, padding_mask)
+        sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
+        rank_states, b, c = self.x_proj(x).split(sizes, dim=-1)
+        dt = F.softplus(self.dt_proj(rank_states))
+        return (x, dt, -torch.exp(self.A_log.float()), b, c), gate
+
+    def output(self, x, y, gate):
+        """Skip connection, gate and projection: scan input x and output y (B, L, E) to (B, L, D)."""
+        return self.out_proj((y + x * self.D.to(x.dtype)) * F.silu(gate))
+
+    def forward(self, hidden_states, padding_mask=None):
+        """Causal mixing of `hidden_states` (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
+        inputs, gate = self.scan_inputs(hidden_states, padding_mask)
+        y = selective_scan(*(tensor.unsqueeze(0) for tensor in inputs))[0]
+        return self.output(inputs[0], y, gate)
+
+
+def _silence(states, padding_mask):
+    return states if padding_mask is None else states * padding_mask.unsqueeze(-1).to(states.dtype)
+
+
+class YanBidirectionalMamba(nn.Module):
+    """A Mamba over the sequence and one over its reversal, concatenated and projected back to D."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.forward_mamba = YanMamba(config)
+        self.backward_mamba = YanMamba(config)
+        self.out_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, padding_mask=None):
+        """Mix `hidden_states` (B, L, D) both ways; `padding_mask` (B, L) is 0 on padding at either end."""
+        reversed_mask = None if padding_mask is None else padding_mask.flip(1)
+        ahead, gate_ahead = self.forward_mamba.scan_inputs(hidden_states, padding_mask)
+        back, gate_back = self.backward_mamba.scan_inputs(hidden_states.flip(1), reversed_mask)
+        y = selective_scan(*(torch.stack(pair) for pair in zip(ahead, back, strict=True)))
+        out_ahead = self.forward_mamba.output(ahead[0], y[0], gate_ahead)
+        out_back = self.backward_mamba.output(back[0], y[1], gate_back).flip(1)
+        return self.out_proj(torch.cat([out_ahead, out_back], dim=-1))
