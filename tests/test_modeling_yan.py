@@ -74,7 +74,7 @@ def train(model, num_updates, lr=3e-3, **inputs):
 def gaussian_mixture_nll(target, velocities, gate, sigma):
     """Mean negative log-likelihood by torch.distributions."""
     components = torch.distributions.Independent(torch.distributions.Normal(velocities, sigma), 1)
-    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(gate), components)
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=gate.log()), components)
     return -mixture.log_prob(target).mean()
 
 
@@ -169,6 +169,7 @@ def test_the_terms_equal_their_definitions(lively_model):
 
 def test_the_logits_are_those_of_euler_steps_along_each_tokens_first_expert(lively_model):
     model, ids = lively_model(num_flow_steps=3), random_ids(2)
+    model.flow.gate.hidden_proj.weight.data[:, 32:] = 0  # a gate that sees the tokens alone tells them apart
     flow, condition = model.flow, model.condition(model.model(ids).last_hidden_state, canvas_length=8)
     positions = model.model.embeddings.position_embeddings.weight[:8]
     x = model.start_noise((1, 8), condition.mean).expand(2, -1, -1)
