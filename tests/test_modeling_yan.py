@@ -527,13 +527,6 @@ def test_the_compiled_forward_pass_gives_the_same_logits(lively_model, num_exper
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["attention"])  # the Mamba scan is unrolled: minutes of compilation
-def test_the_forward_pass_compiled_to_machine_code_gives_the_same_logits(lively_model):
-    compiled, eager = compiled_and_eager_logits(lively_model(), "inductor")
-    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
-
-
 # --- extremes and bad input
 
 
