@@ -70,6 +70,7 @@ class YanConfig(PreTrainedConfig):
         "mse_loss",
         "ce_loss",
         "gate_entropy",
+        "expert_usage",
         "load_balance_loss",
         "mmd_loss",
         "latent_norm_loss",

@@ -87,6 +87,7 @@ class YanFlowOutput(ModelOutput):
         mse_loss: Squared error of the solved latents, per token and dimension.
         ce_loss: Cross-entropy of the decoded solved latents, nats per token.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        expert_usage: Mean gate probability of each expert (K,).
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V), L the width of the labels if there are any, else the canvas.
         hidden_states, attentions: Of the encoded prompt, when asked for.
@@ -98,6 +99,7 @@ class YanFlowOutput(ModelOutput):
     mse_loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
+    expert_usage: torch.Tensor | None = None
     load_balance_loss: torch.Tensor | None = None
     mmd_loss: torch.Tensor | None = None
     latent_norm_loss: torch.Tensor | None = None
@@ -495,7 +497,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
         loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
         details = {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy, "logits": logits}
-        return {"loss": loss, **terms, **details}
+        return {"loss": loss, **terms, **details, "expert_usage": log_gate.exp().mean((0, 1)).detach()}
 
 
 __all__ = [

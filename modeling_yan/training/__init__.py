@@ -1,5 +1,6 @@
 """Two-stage pre-training through Accelerate."""
 
-from .loop import PretrainingArguments, pretrain
+from .arguments import PretrainingArguments, parse_arguments
+from .loop import pretrain
 
-__all__ = ["PretrainingArguments", "pretrain"]
+__all__ = ["PretrainingArguments", "parse_arguments", "pretrain"]

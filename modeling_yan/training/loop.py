@@ -1,250 +1,383 @@
-"""The training loop of both stages: any number of processes through Accelerate, one JSON line of losses at a time."""
+"""The training loop of both stages: any number of processes through Accelerate, killed and resumed without a trace.
 
+Micro-batch number m of a run is a pure function of the seed and of m: its rows, its noise and its number of solver
+steps. An update takes G of them, as many as there are processes times accumulation steps, and weighs each by its
+tokens. So the same G gives the same loss curve however it is made up of processes and accumulation, and a resumed run
+goes on exactly where its checkpoint was.
+"""
+
+import contextlib
+import functools
 import json
+import math
 import os
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_yan import YanConfig
 from ..data import read_rows
-from ..modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from .arguments import PretrainingArguments
+from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .mixture import TaskMixture
+from .models import load_model
+from .optimization import MovingAverage, make_optimizer
+from .throughput import measure_peak, training_flops
+from .validation import Validation
 
-STAGES = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
-
-
-@dataclass
-class PretrainingArguments:
-    """What to train on what, and how."""
-
-    stage: str = field(metadata={"help": "autoencoder, then flow on its result", "choices": list(STAGES)})
-    config: str = field(metadata={"help": "folder of a preset (trained from scratch) or of a checkpoint"})
-    tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer with pad, EOS and mask tokens"})
-    train_file: list[str] = field(metadata={"help": ".jsonl or .jsonl.gz, rows with text or with source and target"})
-    output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
-    validation_file: list[str] = field(default_factory=list, metadata={"help": "like train_file"})
-    max_steps: int = field(default=10_000, metadata={"help": "updates"})
-    save_steps: int = field(default=1_000, metadata={"help": "updates between validations and saves"})
-    logging_steps: int = field(default=50, metadata={"help": "updates between lines of the log"})
-    seed: int = 0
-    per_device_train_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
-    warmup_steps: int = field(default=1_000, metadata={"help": "linear warm-up from 0"})
-    decay_steps: int = field(default=0, metadata={"help": "linear decay to 0 over the last so many updates"})
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    use_cpu: bool = False
-    tasks: list[str] = field(default_factory=list, metadata={"help": "TASK=WEIGHT ...; equal weights if empty"})
-    max_words: int = field(default=24, metadata={"help": "texts are cropped to sentences of so many words in all"})
-    max_source_length: int = field(default=64, metadata={"help": "longest source, and longest autoencoder text"})
-    validation_batches: int = field(default=8, metadata={"help": "batches per task and validation"})
-
-    def task_weights(self) -> dict[str, float] | None:
-        """The weights of `tasks`, or None. Raises ValueError for an entry that is no TASK=WEIGHT."""
-        try:
-            return {name: float(weight) for name, weight in (task.split("=") for task in self.tasks)} or None
-        except ValueError:
-            raise ValueError(f"tasks={self.tasks}: every entry must be TASK=WEIGHT") from None
+SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
+# A resumed run with another value of these would see other batches from its first update on.
+FIXED = "stage seed train_file per_device_train_batch_size tasks max_words max_source_length micro_batches".split()
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pretrain(arguments: PretrainingArguments) -> None:
-    """Train one stage and save model and tokenizer in `output_dir`."""
+    """Train one stage and leave model and tokenizer in `output_dir`, checkpoints and log beside them.
+
+    Raises:
+        ValueError: Settings that do not fit the data, the tokenizer or the checkpoint to go on from.
+        FileExistsError: `output_dir` holds the checkpoints of another run, and `resume` is off.
+        FloatingPointError: The loss is not finite. OSError: A checkpoint could not be written.
+    """
+    output_dir = Path(arguments.output_dir)
+    accelerator = make_accelerator(arguments)
+    checkpoint = find_checkpoint(arguments, accelerator)
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    model = load_model(arguments.stage, arguments.config, tokenizer)
+    mixture = make_mixture(arguments, arguments.train_file, tokenizer, model.config, count_micro_batches(accelerator))
+    validation = None
+    if arguments.validation_file:
+        held_out = make_mixture(arguments, arguments.validation_file, tokenizer, model.config)
+        validation = Validation(arguments, held_out, tokenizer)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    training = Training(arguments, accelerator, model, tokenizer, mixture, validation)
+    if checkpoint:
+        training.restore(checkpoint)
+    accelerator.wait_for_everyone()
+    training.run(output_dir)
+    accelerator.end_training()
+
+
+def make_accelerator(arguments) -> Accelerator:
+    """Accelerate's state for this run; the launcher says on which devices."""
+    trackers = [name for name in arguments.report_to if name != "none"]
     accelerator = Accelerator(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision,
         cpu=arguments.use_cpu,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(arguments.output_dir, logging_dir=f"{arguments.output_dir}/runs"),
+        dynamo_backend="inductor" if arguments.torch_compile else None,
+        step_scheduler_with_optimizer=False,
     )
-    set_seed(arguments.seed, device_specific=True)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    model = load_model(arguments.stage, arguments.config, tokenizer)
-    mixture = make_mixture(arguments, arguments.train_file, tokenizer, model.config, accelerator.process_index)
-    validation = None
-    if arguments.validation_file:
-        validation = make_mixture(arguments, arguments.validation_file, tokenizer, model.config)
-    optimizer, scheduler = make_optimizer(arguments, model)
-    # The scheduler stays unprepared: Accelerate would step it once per process and update.
-    model, optimizer = accelerator.prepare(model, optimizer)
-    Training(arguments, accelerator, model, tokenizer, optimizer, scheduler, mixture, validation).run()
-    accelerator.end_training()
+    unusable = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if unusable:
+        raise ValueError(
+            f"report_to={arguments.report_to}: {', '.join(sorted(unusable))} is not installed; "
+            "install it, or use --report_to none"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it wants to know before it sees a batch
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
+    return accelerator
 
 
-def load_model(stage: str, folder: str, tokenizer):
-    """The stage's model: weights of a checkpoint folder, or a fresh one of a preset, fitted to the tokenizer.
+def count_micro_batches(accelerator) -> int:
+    """Micro-batches of one update, over all processes."""
+    return accelerator.num_processes * accelerator.gradient_accumulation_steps
+
+
+def find_checkpoint(arguments, accelerator) -> Path | None:
+    """The newest whole checkpoint if this run resumes. Clears away what a killed run left half written.
 
     Raises:
-        ValueError: The tokenizer lacks a special token, or does not fit the checkpoint.
+        FileExistsError: There are checkpoints, and `resume` is off.
+        ValueError: The checkpoint saw other batches than this run would.
     """
-    for name in ("pad_token_id", "eos_token_id", "mask_token_id"):
-        if getattr(tokenizer, name) is None:
-            raise ValueError(f"the tokenizer has no {name}: add the token before training")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "mask")}
-    config = YanConfig.from_pretrained(folder)
-    if not any((Path(folder) / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        config.update({"vocab_size": len(tokenizer), **special})
-        return STAGES[stage](config)
-    differing = {name: value for name, value in special.items() if getattr(config, name) != value}
-    if len(tokenizer) > config.vocab_size or differing:
-        raise ValueError(
-            f"the tokenizer with {len(tokenizer)} tokens and {special} does not fit the checkpoint {folder} with "
-            f"vocab_size={config.vocab_size} and { {name: getattr(config, name) for name in special} }"
+    output_dir = Path(arguments.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(output_dir)
+    accelerator.wait_for_everyone()
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return None
+    if not arguments.resume:
+        raise FileExistsError(
+            f"{output_dir} holds {checkpoints[-1].name}: go on with --resume, or choose another folder"
         )
-    return STAGES[stage].from_pretrained(folder)
+    before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
+    now = asdict(arguments) | {"micro_batches": count_micro_batches(accelerator)}
+    changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
+    if changed:
+        raise ValueError(f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}: the batches would be others")
+    return checkpoints[-1]
 
 
-def make_mixture(arguments, files, tokenizer, config, process_index=0) -> TaskMixture:
-    """The batches of `files` that this process trains or validates on."""
+def make_mixture(arguments, files, tokenizer, config, micro_batches: int = 1) -> TaskMixture:
+    """The batches of `files`, an update of which are `micro_batches`."""
     return TaskMixture(
         [row for path in files for row in read_rows(path)],
         tokenizer,
         config,
         arguments.stage,
         batch_size=arguments.per_device_train_batch_size,
-        length=arguments.max_steps * arguments.gradient_accumulation_steps,
+        length=arguments.max_steps * micro_batches,
         seed=arguments.seed,
         weights=arguments.task_weights(),
         max_words=arguments.max_words,
         max_source_length=arguments.max_source_length,
-        process_index=process_index,
+        micro_batches=micro_batches,
     )
 
 
-def make_optimizer(arguments, model):
-    """AdamW without decay on biases, norms and embeddings; linear warm-up, constant, linear decay at the end."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    is_decayed = {name: parameter.dim() > 1 and "embeddings" not in name for name, parameter in trained}
-    groups = [
-        {"params": [p for name, p in trained if is_decayed[name]], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trained if not is_decayed[name]], "weight_decay": 0.0},
-    ]
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas)
-
-    def factor(step):
-        warm = (step + 1) / max(1, arguments.warmup_steps)
-        left = (arguments.max_steps - step) / max(1, arguments.decay_steps)
-        return min(1.0, warm, left)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def count_targets(batch) -> int:
+    """Tokens that the loss of a batch is a mean over: the labels, or the whole canvas with its fill."""
+    if "canvas_length" in batch:
+        return len(batch["labels"]) * batch["canvas_length"]
+    return int((batch["labels"] != -100).sum())
 
 
-def mean_terms(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each term over the lines that have it."""
-    values = {name: [line[name] for line in lines if name in line] for line in lines for name in line}
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+class Meter:
+    """Means of the loss terms since the last line of the log, weighted by tokens, over all processes."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.reset()
+
+    def reset(self):
+        """Begin a new line."""
+        self.sums, self.notes = {}, {}
+        self.num_targets = self.num_tokens = self.flops = 0
+        self.started = time.perf_counter()
+
+    def add(self, outputs, num_targets, num_tokens, flops):
+        """Take in one micro-batch; nothing leaves the device."""
+        for name, value in outputs.items():
+            if name.endswith(("loss", "entropy", "dim", "usage")):
+                self.sums[name] = self.sums.get(name, 0) + value.detach().float() * num_targets
+        self.num_targets += num_targets
+        self.num_tokens += num_tokens
+        self.flops += flops
+
+    def note(self, name, value: float):
+        """Take in a number that is the same on all processes, once an update."""
+        self.notes.setdefault(name, []).append(value)
+
+    def means(self, peak: float) -> dict[str, float]:
+        """The terms, tokens per second of all processes and the share of the peak of all devices; then anew."""
+        counts = torch.tensor([self.num_targets, self.num_tokens, self.flops], dtype=torch.float64)
+        sums = {name: value.double() for name, value in self.sums.items()}
+        reduced = self.accelerator.reduce([counts.to(self.accelerator.device), sums], "sum")
+        (num_targets, num_tokens, flops), sums = reduced[0].tolist(), reduced[1]
+        seconds, processes = time.perf_counter() - self.started, self.accelerator.num_processes
+        line = {name: sum(values) / len(values) for name, values in self.notes.items()}
+        for name, value in sums.items():
+            values = (value / num_targets).reshape(-1).tolist()
+            line |= {name: values[0]} if value.dim() == 0 else {f"{name}/{k}": share for k, share in enumerate(values)}
+        self.reset()
+        return {**line, "tokens_per_second": num_tokens / seconds, "mfu": flops / (seconds * peak * processes)}
 
 
-@dataclass
 class Training:
-    """One run: model and data, and the loop over them."""
+    """One run: model, optimizer and data, and the loop over them."""
 
-    arguments: PretrainingArguments
-    accelerator: Accelerator
-    model: torch.nn.Module
-    tokenizer: object
-    optimizer: object
-    scheduler: object
-    mixture: TaskMixture
-    validation: TaskMixture | None
+    def __init__(self, arguments, accelerator, model, tokenizer, mixture: TaskMixture, validation=None):
+        self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
+        self.mixture, self.validation, self.config = mixture, validation, model.config
+        optimizer, self.scheduler = make_optimizer(arguments, model)
+        # The scheduler stays unprepared: Accelerate would step it once per process and update.
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = MovingAverage(self.model, arguments.ema_decay) if arguments.ema_decay else None
+        accelerator.register_for_checkpointing(self.scheduler)
+        self.step, self.seconds, self.meter = 0, 0.0, Meter(accelerator)
 
-    def run(self):
-        """Train to `max_steps`, with a log line, a validation and a save every so often."""
-        output_dir = Path(self.arguments.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        progress = tqdm(total=self.arguments.max_steps, disable=not self.accelerator.is_main_process, mininterval=2)
-        step, lines, started = 0, [], time.perf_counter()
+    def run(self, output_dir: Path):
+        """Train to `max_steps`, with a log line, a validation and a checkpoint every so often; export the result."""
+        arguments = self.arguments
+        self.progress = tqdm(
+            total=arguments.max_steps, initial=self.step, disable=not self.accelerator.is_main_process, mininterval=2
+        )
+        self.peak = 1e12 * arguments.peak_tflops or measure_peak(
+            self.accelerator.device, DTYPES[arguments.mixed_precision]
+        )
+        self.accelerator.init_trackers("tracking", config=_flat(asdict(arguments)))
         self.model.train()
-        for batch in DataLoader(self.mixture, batch_size=None):
-            lines.append(self._update(batch))
-            if not self.accelerator.sync_gradients:
-                continue
-            step += 1
-            progress.update()
-            if step % self.arguments.logging_steps == 0 or step == self.arguments.max_steps:
-                self._log({"step": step, "seconds": time.perf_counter() - started, **mean_terms(lines)}, progress)
-                lines = []
-            if step % self.arguments.save_steps == 0 or step == self.arguments.max_steps:
-                self._log({"step": step, **self._validate()}, progress)
-                self._save(output_dir, step)
-        progress.close()
+        self.meter.reset()
+        started = time.perf_counter() - self.seconds
+        for batches in self._updates():
+            self._update(batches)
+            self.step += 1
+            self.progress.update()
+            is_last = self.step == arguments.max_steps
+            if self.step % arguments.logging_steps == 0 or is_last:
+                self.seconds = time.perf_counter() - started
+                rate = self.scheduler.get_last_lr()[0]
+                self._log({"seconds": self.seconds, "learning_rate": rate, **self.meter.means(self.peak)})
+            if self.step % arguments.save_steps == 0 or is_last:
+                self._validate()
+                self._save(output_dir)
+                self.meter.reset()
+        self.progress.close()
+        self._export(output_dir)
 
-    def _update(self, batch):
-        """One forward and backward pass; one optimizer step when the accumulation is full. Returns the terms."""
-        with self.accelerator.accumulate(self.model):
-            outputs = self.model(**self._to_device(batch))
-            if not torch.isfinite(outputs.loss):
-                raise FloatingPointError(
-                    f"the loss is {outputs.loss.item()}: the last checkpoint is the last good one"
-                )
-            self.accelerator.backward(outputs.loss)
-            terms = {
-                name: value.item() for name, value in outputs.items() if name.endswith(("loss", "entropy", "dim"))
-            }
-            if self.accelerator.sync_gradients:
-                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
-                terms["grad_norm"] = float(norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        if self.accelerator.sync_gradients:
-            self.scheduler.step()
-        return {"learning_rate": self.scheduler.get_last_lr()[0], **terms}
+    def restore(self, checkpoint: Path):
+        """Go on from a checkpoint of this run; what the log says of later updates is taken out."""
+        self.accelerator.load_state(checkpoint / STATE_FOLDER)
+        if self.average:
+            path = self._average_file(checkpoint / STATE_FOLDER)
+            self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        settings = json.loads((checkpoint / SETTINGS_FILE).read_text())
+        self.step, self.seconds = settings["step"], settings["seconds"]
+        if self.accelerator.is_main_process:
+            _cut_log(Path(self.arguments.output_dir) / LOG_FILE, self.step)
 
-    def _to_device(self, batch):
-        device = self.accelerator.device
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    def _updates(self) -> Iterator[list[dict]]:
+        """The micro-batches of this process, one list an update."""
+        processes, accumulated = self.accelerator.num_processes, self.arguments.gradient_accumulation_steps
+        for step in range(self.step, self.arguments.max_steps):
+            first = step * processes * accumulated + self.accelerator.process_index
+            numbers = range(first, first + processes * accumulated, processes)
+            yield [{"number": number, **self.mixture[number]} for number in numbers]
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Per task: mean loss, share of target tokens restored, and share of rows restored whole."""
-        if self.validation is None or not self.accelerator.is_main_process:
-            return {}
-        self.model.eval()
-        results = {}
-        for task in self.validation.weights:
-            rng, scores = random.Random(f"validation {self.arguments.seed}"), []
-            for _ in range(self.arguments.validation_batches):
-                batch = self._to_device(self.validation.batch(task, rng))
-                outputs = self.accelerator.unwrap_model(self.model)(**batch)
-                is_target = batch["labels"] != -100
-                is_right = outputs.logits.argmax(-1) == batch["labels"]
-                tokens = is_right[is_target].float().mean()
-                scores.append([outputs.loss, tokens, (is_right | ~is_target).all(1).float().mean()])
-            means = torch.tensor(scores).mean(0).tolist()
-            results |= dict(zip([f"{task}/loss", f"{task}/tokens", f"{task}/exact"], means, strict=True))
-        self.model.train()
-        return results
+    def _update(self, batches):
+        """Forward and backward passes of one update's micro-batches, then the optimizer's step."""
+        numbers = [batch.pop("number") for batch in batches]
+        counts = [count_targets(batch) for batch in batches]
+        total = self.accelerator.reduce(torch.tensor(float(sum(counts)), device=self.accelerator.device), "sum")
+        losses = []
+        for number, batch, count in zip(numbers, batches, counts, strict=True):
+            with self.accelerator.accumulate(self.model):
+                # Accelerate takes the mean over accumulation steps and processes: together the mean over all tokens.
+                loss = self._forward(number, batch, count) * (count * count_micro_batches(self.accelerator) / total)
+                self.accelerator.backward(loss)
+                losses.append(loss.detach())
+                if self.accelerator.sync_gradients:
+                    self._check_and_clip(sum(losses))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.average:
+            self.average.update()
 
-    def _log(self, line, progress):
+    def _forward(self, number, batch, count) -> torch.Tensor:
+        """Loss of micro-batch `number`, a pure function of weights, seed and number."""
+        seed, settings = self.arguments.seed, {}
+        if self.arguments.stage == "flow":  # the same for all processes, or sharded weights would wait for each other
+            low, high = self.config.min_train_flow_steps, self.config.max_train_flow_steps
+            settings["num_flow_steps"] = random.Random(f"{seed} steps {self.step}").randint(low, high)
+        torch.manual_seed(random.Random(f"{seed} noise {number}").getrandbits(63))
+        outputs = self.model(**to_device(batch, self.accelerator.device), **settings)
+        num_tokens = int(batch["attention_mask"].sum()) + count * ("canvas_length" in batch)
+        shape = (*batch["input_ids"].shape, batch.get("canvas_length", 0), settings.get("num_flow_steps", 0))
+        self.meter.add(outputs, count, num_tokens, self._flops(*shape))
+        return outputs.loss
+
+    @functools.cache  # noqa: B019  one object for the whole run
+    def _flops(self, *shape) -> int:
+        return training_flops(self.accelerator.unwrap_model(self.model), *shape)
+
+    def _check_and_clip(self, loss):
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss, norm = float(loss), 0.0 if norm is None else float(norm)
+        may_overflow = self.accelerator.scaler is not None  # then the scaler leaves the update out
+        if not (math.isfinite(loss) and (may_overflow or math.isfinite(norm))):
+            raise FloatingPointError(
+                f"update {self.step + 1}: the loss is {loss}, the norm of its gradient {norm}; "
+                "nothing was saved since the last checkpoint, which is the last good state"
+            )
+        self.meter.note("grad_norm", norm)
+
+    def _averaged(self):
+        return self.average.applied() if self.average else contextlib.nullcontext()
+
+    def _validate(self):
+        if self.validation is None:
+            return
+        with self._averaged():
+            line, samples = self.validation.run(self.model, self.accelerator)
+        self._log(line)
+        if samples and self.accelerator.is_main_process:
+            self.progress.write(samples.as_table())
+            samples.append_to(Path(self.arguments.output_dir) / "samples.jsonl", self.step)
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_text("samples", samples.as_table(), self.step)
+
+    def _log(self, line):
+        """One line to the terminal, to log.jsonl and to the trackers."""
+        self.accelerator.log(line, step=self.step)
         if not self.accelerator.is_main_process:
             return
+        line = {"step": self.step, **line}
         line = {name: round(value, 5) if isinstance(value, float) else value for name, value in line.items()}
-        progress.write(" ".join(f"{name} {value}" for name, value in line.items()))
-        with open(Path(self.arguments.output_dir) / "log.jsonl", "a") as log:
+        self.progress.write(" ".join(f"{name} {value}" for name, value in line.items()))
+        with open(Path(self.arguments.output_dir) / LOG_FILE, "a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _save(self, output_dir, step):
-        """Write model, tokenizer and arguments beside the old ones, then replace them one rename a file."""
-        self.accelerator.wait_for_everyone()
+    def _save(self, output_dir):
+        write_checkpoint(self.accelerator, output_dir, self.step, self._write)
+        if self.accelerator.is_main_process:
+            remove_old(output_dir, self.arguments.save_total_limit)
+
+    def _write(self, folder):
+        """What a checkpoint holds, from every process."""
+        self.accelerator.save_state(folder / STATE_FOLDER)
+        is_main = self.accelerator.is_main_process
+        if self.average and (is_main or self._is_sharded()):
+            torch.save(self.average.state_dict(), self._average_file(folder / STATE_FOLDER))
+        with self._averaged():
+            weights = self.accelerator.get_state_dict(self.model)
+        if not is_main:
+            return
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+        place = {"step": self.step, "seconds": self.seconds, "micro_batches": count_micro_batches(self.accelerator)}
+        settings = asdict(self.arguments) | place
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _is_sharded(self):
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def _average_file(self, folder):
+        return folder / f"average_{self.accelerator.process_index if self._is_sharded() else 0}.pt"
+
+    def _export(self, output_dir):
+        """Put model and tokenizer of the last checkpoint into the folder itself, one rename a file."""
         if not self.accelerator.is_main_process:
             return
-        aside = output_dir / f".unfinished-{step}"
-        self.accelerator.unwrap_model(self.model).save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        (aside / "training_arguments.json").write_text(json.dumps({**asdict(self.arguments), "step": step}, indent=2))
-        for path in aside.iterdir():
-            os.replace(path, output_dir / path.name)
-        shutil.rmtree(aside)
+        for path in list_checkpoints(output_dir)[-1].iterdir():
+            if path.is_file():
+                aside = output_dir / f".{path.name}.tmp"
+                shutil.copyfile(path, aside)
+                os.replace(aside, output_dir / path.name)
+
+
+def to_device(batch, device):
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _cut_log(path, step):
+    """Keep the lines of the first `step` updates, or the log would tell some of them twice."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    os.replace(aside, path)
+
+
+def _flat(settings):
+    return {name: " ".join(value) if isinstance(value, list) else value for name, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of the process.
+"""Training batches of one task each, where batch number i is a pure function of the seed and of i.
 
 So there is no state to save: a run that stopped goes on at the same place in the data.
 """
@@ -30,7 +30,7 @@ class TaskMixture(Dataset):
         weights: Task to weight, at least 0; None for equal weights of all tasks that the rows allow.
         max_words: Texts are cropped to whole sentences of at most so many words.
         max_source_length: Longest source in tokens; config: gives canvas length and masking.
-        length: Number of batches. seed, process_index: Choose the batches.
+        length: Number of batches. seed: Chooses them. micro_batches: Batches of one update, all of one task.
 
     Raises:
         ValueError: An unknown task, one without rows, or no weight above 0.
@@ -48,10 +48,10 @@ class TaskMixture(Dataset):
         weights: dict[str, float] | None = None,
         max_words: int = 24,
         max_source_length: int = 64,
-        process_index: int = 0,
+        micro_batches: int = 1,
     ):
         self.tokenizer, self.config, self.stage = tokenizer, config, stage
-        self.batch_size, self.length, self.seed, self.process_index = batch_size, length, seed, process_index
+        self.batch_size, self.length, self.seed, self.micro_batches = batch_size, length, seed, micro_batches
         self.max_words, self.max_source_length = max_words, max_source_length
         self.pairs = [row for row in rows if "target" in row]
         self.texts = [row for row in rows if "target" not in row]
@@ -69,10 +69,10 @@ class TaskMixture(Dataset):
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        # All processes work on one task at a time, so that they take about as long.
-        task_rng = random.Random(f"{self.seed} {index}")
+        # All batches of an update are of one task, so that the processes take about as long.
+        task_rng = random.Random(f"{self.seed} task {index // self.micro_batches}")
         task = task_rng.choices(list(self.weights), list(self.weights.values()))[0]
-        return self.batch(task, random.Random(f"{self.seed} {index} {self.process_index}"))
+        return self.batch(task, random.Random(f"{self.seed} batch {index}"))
 
     def batch(self, task: str, rng: random.Random) -> Row:
         """One batch of `task`, ready for the stage's model."""

@@ -1,0 +1,139 @@
+"""The settings of a pre-training run: a dataclass, the command line, and recipe files in YAML."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+STAGE_NAMES = ("autoencoder", "flow")
+SCHEDULES = ("constant_with_warmup", "cosine")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+AT_LEAST = {  # the smallest allowed value of every number
+    "max_steps": 1,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "save_total_limit": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "weight_decay": 0,
+    "max_words": 2,
+    "max_source_length": 1,
+    "validation_batches": 1,
+    "num_samples": 0,
+    "peak_tflops": 0,
+}
+
+
+@dataclass
+class PretrainingArguments:
+    """What to train on what, and how.
+
+    Raises:
+        ValueError: A value that is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    stage: str = field(metadata={"help": "autoencoder, then flow on its result", "choices": list(STAGE_NAMES)})
+    config: str = field(metadata={"help": "folder or hub name of a preset (trained from scratch) or of a checkpoint"})
+    tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer"})
+    output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
+    train_file: list[str] = field(
+        default_factory=list, metadata={"help": ".jsonl or .jsonl.gz, rows with text or with source and target"}
+    )
+    validation_file: list[str] = field(default_factory=list, metadata={"help": "like train_file"})
+    max_steps: int = field(default=10_000, metadata={"help": "updates"})
+    save_steps: int = field(default=1_000, metadata={"help": "updates between checkpoints, each with a validation"})
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep, the newest ones"})
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the latest checkpoint in output_dir, or start if there is none"}
+    )
+    logging_steps: int = field(default=50, metadata={"help": "updates between lines of the log"})
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"], metadata={"help": "Accelerate's trackers, or none; beside log.jsonl"}
+    )
+    seed: int = 0
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup",
+        metadata={"help": "after the warm-up: constant, or a cosine to 0", "choices": list(SCHEDULES)},
+    )
+    warmup_steps: int = field(default=1_000, metadata={"help": "linear warm-up from 0"})
+    decay_steps: int = field(default=0, metadata={"help": "linear decay to 0 over the last so many updates"})
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "keep an exponential moving average of the weights and save it; 0 for none"}
+    )
+    mixed_precision: str = field(default="no", metadata={"choices": list(MIXED_PRECISIONS)})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a second forward pass"})
+    torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
+    use_cpu: bool = False
+    tasks: list[str] = field(default_factory=list, metadata={"help": "TASK=WEIGHT ...; equal weights if empty"})
+    max_words: int = field(default=24, metadata={"help": "texts are cropped to sentences of so many words in all"})
+    max_source_length: int = field(default=64, metadata={"help": "longest source, and longest autoencoder text"})
+    validation_batches: int = field(default=8, metadata={"help": "batches per task and validation"})
+    num_samples: int = field(default=2, metadata={"help": "rows per task whose generated text a validation shows"})
+    peak_tflops: float = field(
+        default=0.0, metadata={"help": "peak of one device for the FLOPs utilisation; measured by a product if 0"}
+    )
+
+    def __post_init__(self):
+        for name, low in AT_LEAST.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {low}")
+        for name, allowed in {
+            "stage": STAGE_NAMES,
+            "lr_scheduler_type": SCHEDULES,
+            "mixed_precision": MIXED_PRECISIONS,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
+
+    def task_weights(self) -> dict[str, float] | None:
+        """The weights of `tasks`, or None. Raises ValueError for an entry that is no TASK=WEIGHT."""
+        try:
+            return {name: float(weight) for name, weight in (task.split("=") for task in self.tasks)} or None
+        except ValueError:
+            raise ValueError(f"tasks={self.tasks}: every entry must be TASK=WEIGHT") from None
+
+
+def read_recipe(path: str) -> dict:
+    """The settings of a recipe, a YAML file from names of `PretrainingArguments` to values.
+
+    Raises:
+        FileNotFoundError: There is no such file. ValueError: It is no mapping, or has a name that does not exist.
+    """
+    recipe = yaml.safe_load(Path(path).read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: a recipe maps names to values, this one holds {type(recipe).__name__}")
+    known = [entry.name for entry in fields(PretrainingArguments)]
+    unknown = sorted(set(recipe) - set(known))
+    if unknown:
+        raise ValueError(f"{path}: no such setting as {', '.join(unknown)}; there are {', '.join(known)}")
+    return recipe
+
+
+def parse_arguments(words: Sequence[str]) -> PretrainingArguments:
+    """Settings from the words of a command line; `--recipe FILE` gives those that the command line leaves out."""
+    parser = HfArgumentParser(PretrainingArguments)
+    parser.add_argument("--recipe", help="a YAML file of settings, such as configuration/recipes/tiny-flow.yaml")
+    words = list(words)
+    if "--recipe" in words[:-1]:
+        recipe = read_recipe(words[words.index("--recipe") + 1])
+        words = [word for name, value in recipe.items() for word in _as_words(name, value)] + words
+    arguments, _ = parser.parse_args_into_dataclasses(words)
+    return arguments
+
+
+def _as_words(name, value) -> list[str]:
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -1,0 +1,81 @@
+"""Checkpoints that exist whole or not at all: written aside, flushed to the disk, and renamed.
+
+`output_dir/checkpoint-N/` holds the model and tokenizer after N updates, ready for `from_pretrained`, the arguments,
+and in `state/` what Accelerate needs to go on: weights, optimizer, schedule, gradient scaler and random states.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+NAME = re.compile(r"checkpoint-(\d+)")
+ASIDE = ".unfinished-"  # what a killed save or a killed removal leaves behind
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first."""
+    matches = [(NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+def remove_unfinished(output_dir: str | os.PathLike) -> None:
+    """Clear away what killed runs left half written."""
+    for path in Path(output_dir).glob(ASIDE + "*"):
+        shutil.rmtree(path)
+
+
+def write_checkpoint(accelerator, output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let every process `write` into a folder aside and rename that to `checkpoint-{step}`.
+
+    Raises:
+        OSError: It could not be written; nothing of it is left, and the checkpoints before it are as they were.
+    """
+    aside, checkpoint = output_dir / f"{ASIDE}{step}", output_dir / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        write(aside)
+    except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who writes
+        shutil.rmtree(aside, ignore_errors=True)
+        last = list_checkpoints(output_dir)[-1:]
+        kept = f"{last[0]} is the last good one" if last else "there is none before it"
+        raise OSError(f"{checkpoint} could not be written ({error}); {kept}") from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _flush(aside)
+        os.replace(aside, checkpoint)
+        _flush_folder(output_dir)
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def remove_old(output_dir: Path, num_kept: int) -> None:
+    """Remove all but the newest checkpoints; a removal that is killed leaves no half of one."""
+    for checkpoint in list_checkpoints(output_dir)[:-num_kept]:
+        aside = output_dir / f"{ASIDE}{checkpoint.name}"
+        os.replace(checkpoint, aside)
+        shutil.rmtree(aside)
+
+
+def _flush(folder: Path) -> None:
+    """Have everything below `folder` on the disk, so that no power cut leaves a renamed folder of empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""How much a training step computes, and how near the machine comes to its peak.
+
+Floating-point operations are counted as in the literature: the matrix products of the model (two operations per
+multiply-add), with nothing for element-wise work, and without what gradient checkpointing repeats. A backward pass
+costs twice its forward pass where weights are trained.
+"""
+
+import time
+
+import torch
+from torch import nn
+
+PEAK_SIZE = 2048  # of the square matrices whose product measures the peak
+
+
+def linear_flops(*modules: nn.Module) -> int:
+    """Operations per token of all linear layers and depthwise convolutions inside the modules."""
+    parts = [part for module in modules for part in module.modules() if isinstance(part, nn.Linear | nn.Conv1d)]
+    return 2 * sum(part.weight.numel() for part in parts)
+
+
+def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int = 0, num_flow_steps: int = 0) -> int:
+    """Operations of one forward and backward pass of a stage's model.
+
+    Args:
+        model: `YanForAutoencoding` or `YanForFlowGeneration`.
+        source, canvas: Widths of the batch in tokens; the autoencoder has no canvas.
+        num_flow_steps: Solver steps that the objective runs through.
+    """
+    config = model.config
+    encoder = _encoder_flops(model, source)
+    decoder = linear_flops(model.decoder, model.lm_head)
+    if not hasattr(model, "flow"):
+        return 3 * batch_size * (encoder + source * decoder)
+    flow, layers = model.flow, model.flow.layers
+    crossing = [layer.cross_attention for layer in layers if layer.has_cross_attention]
+    keys = sum(linear_flops(cross.k_proj, cross.v_proj) for cross in crossing)
+    trunk = linear_flops(layers) - keys + 4 * config.hidden_size * source * len(crossing)
+    trunk += _attention_flops(config, config.flow_mixer, canvas) * len(layers)
+    experts = linear_flops(flow.experts)
+    passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * experts // config.num_experts
+    canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
+    target = _encoder_flops(model, canvas)
+    return batch_size * (
+        encoder * (1 if config.freeze_encoder else 3)
+        + target * (1 if config.freeze_encoder or config.detach_target_latents else 3)
+        + 3 * (source * keys + canvas * canvas_flops)
+    )
+
+
+def _encoder_flops(model, length):
+    config = model.config
+    attention = _attention_flops(config, config.encoder_mixer, length) * config.num_encoder_layers
+    return length * (linear_flops(model.model.layers) + attention)
+
+
+def _attention_flops(config, mixer, length):
+    """Per token and layer: scores and weighted sum, which no linear layer counts."""
+    return 4 * config.hidden_size * length if mixer == "attention" else 0
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second that a large matrix product reaches on one device, the best of three."""
+    matrix = torch.ones(PEAK_SIZE, PEAK_SIZE, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first one warms up
+        _synchronize(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * PEAK_SIZE**3 / min(seconds[1:])
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

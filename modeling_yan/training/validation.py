@@ -1,0 +1,100 @@
+"""What a run shows of itself on held-out data: losses, restored tokens, and samples of generated text."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+
+CELL_WIDTH = 60  # characters of a text in the printed table
+
+
+@dataclass
+class Sample:
+    """One held-out row and what the model wrote."""
+
+    task: str
+    source: str
+    target: str
+    prediction: str
+
+
+class Samples(list):
+    """Samples of one validation."""
+
+    def as_table(self) -> str:
+        """A table in Markdown, long texts cut to their ends."""
+        rows = [[sample.task, *map(_cell, (sample.source, sample.target, sample.prediction))] for sample in self]
+        lines = [["task", "source", "target", "prediction"], ["---"] * 4, *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def append_to(self, path: Path, step: int):
+        """Add one JSON object a sample to a file."""
+        with path.open("a") as file:
+            file.writelines(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n" for sample in self)
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= CELL_WIDTH else "…" + text[1 - CELL_WIDTH :]
+
+
+class Validation:
+    """The same held-out batches at every call, and the first rows of each task written out."""
+
+    def __init__(self, arguments, mixture, tokenizer):
+        self.arguments, self.mixture, self.tokenizer = arguments, mixture, tokenizer
+
+    @torch.no_grad()
+    def run(self, model, accelerator) -> tuple[dict[str, float], Samples]:
+        """Per task: mean loss, share of target tokens restored, share of rows restored whole; and samples.
+
+        Every process does the same, because sharded weights need all of them; those give no samples from `generate`.
+        """
+        model.eval()
+        line, samples = {}, Samples()
+        is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        for task in self.mixture.weights:
+            rng, scores = random.Random(f"validation {self.arguments.seed}"), []
+            for index in range(self.arguments.validation_batches):
+                batch = {
+                    name: value.to(accelerator.device) if torch.is_tensor(value) else value
+                    for name, value in self.mixture.batch(task, rng).items()
+                }
+                outputs = model(**batch)
+                scores.append(_scores(outputs, batch["labels"]))
+                if index == 0 and not is_sharded:
+                    samples += self._samples(task, accelerator.unwrap_model(model), batch, outputs)
+            means = torch.tensor(scores).mean(0).tolist()
+            line |= dict(zip([f"{task}/loss", f"{task}/tokens", f"{task}/exact"], means, strict=True))
+        model.train()
+        return line, samples
+
+    def _samples(self, task, model, batch, outputs):
+        count = self.arguments.num_samples
+        batch = {name: value[:count] if torch.is_tensor(value) else value for name, value in batch.items()}
+        labels, sources = batch["labels"], batch["input_ids"]
+        if count == 0:
+            return []
+        if self.arguments.stage == "flow":
+            canvas_length = batch["canvas_length"]
+            settings = {"max_new_tokens": canvas_length, "canvas_length": canvas_length, "return_prompt": False}
+            predictions = model.generate(sources, attention_mask=batch["attention_mask"], do_sample=False, **settings)
+        else:
+            predictions = torch.where(labels == -100, labels, outputs.logits[:count].argmax(-1))
+        texts = zip(sources, labels, predictions, strict=True)
+        return [Sample(task, self._text(source, True), self._text(y), self._text(y_hat)) for source, y, y_hat in texts]
+
+    def _text(self, ids, with_masks=False) -> str:
+        """The ids without what is ignored and without special tokens; masks are shown where they are the gaps."""
+        special = set(self.tokenizer.all_special_ids) - ({self.tokenizer.mask_token_id} if with_masks else set())
+        return self.tokenizer.decode([token for token in ids.tolist() if token >= 0 and token not in special])
+
+
+def _scores(outputs, labels) -> list[float]:
+    is_target = labels != -100
+    is_right = outputs.logits.argmax(-1) == labels
+    tokens = is_right[is_target].float().mean()
+    return [float(outputs.loss), float(tokens), float((is_right | ~is_target).all(1).float().mean())]

@@ -1,0 +1,72 @@
+"""Settings from the command line, from recipes, and what is refused."""
+
+import pytest
+
+from modeling_yan.training import PretrainingArguments, parse_arguments
+from modeling_yan.training.arguments import read_recipe
+
+REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_dir", "o"]
+
+
+def make(**overrides):
+    return PretrainingArguments(**{"stage": "flow", "config": "c", "tokenizer": "t", "output_dir": "o", **overrides})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Function from the text of a recipe to its path."""
+
+    def write(text):
+        (tmp_path / "recipe.yaml").write_text(text)
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+class TestRecipes:
+    def test_a_recipe_gives_what_the_command_line_leaves_out(self, recipe):
+        path = recipe("learning_rate: 0.5\nmax_steps: 7\nresume: true\ntasks: [pairs=1, infilling=2]\n")
+        arguments = parse_arguments([*REQUIRED, "--recipe", path, "--max_steps", "9"])
+        assert arguments == make(learning_rate=0.5, max_steps=9, resume=True, tasks=["pairs=1", "infilling=2"])
+
+    def test_the_required_settings_may_come_from_a_recipe(self, recipe):
+        path = recipe("stage: flow\nconfig: c\ntokenizer: t\noutput_dir: o\n")
+        assert parse_arguments(["--recipe", path]) == make()
+
+    def test_a_setting_that_does_not_exist(self, recipe):
+        with pytest.raises(
+            ValueError, match=r"recipe\.yaml: no such setting as learning_rat; there are stage, config"
+        ):
+            read_recipe(recipe("learning_rat: 1\n"))
+
+    def test_a_recipe_that_is_no_mapping(self, recipe):
+        with pytest.raises(ValueError, match="maps names to values, this one holds list"):
+            read_recipe(recipe("- 1\n"))
+
+    def test_a_recipe_that_is_not_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+            read_recipe(str(tmp_path / "none.yaml"))
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("name", "value", "allowed"),
+        [
+            ("max_steps", 0, "at least 1"),
+            ("save_total_limit", 0, "at least 1"),
+            ("learning_rate", -1.0, "at least 0"),
+            ("learning_rate", float("nan"), "at least 0"),
+            ("ema_decay", 1.0, "below 1"),
+            ("stage", "both", "autoencoder, flow"),
+            ("lr_scheduler_type", "linear", "constant_with_warmup, cosine"),
+            ("mixed_precision", "fp8", "no, bf16, fp16"),
+        ],
+    )
+    def test_values_that_are_not_allowed(self, name, value, allowed):
+        with pytest.raises(ValueError, match=f"{name}={value!r}.*{allowed}"):
+            make(**{name: value})
+
+    @pytest.mark.parametrize("tasks", [["pairs"], ["pairs=much"], ["pairs=1=2"]])
+    def test_a_task_without_weight(self, tasks):
+        with pytest.raises(ValueError, match="every entry must be TASK=WEIGHT"):
+            make(tasks=tasks).task_weights()

@@ -1,0 +1,45 @@
+"""The count of operations, against what PyTorch counts while the model runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from modeling_yan.training.throughput import measure_peak, training_flops
+
+# wide enough that what grows with the width outweighs the rest
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512, "canvas_length": 16, "num_experts": 2}
+
+
+# PyTorch counts the backward pass of a depthwise convolution as if it were a full one
+CONVOLUTIONS = {torch.ops.aten.convolution_backward: lambda *args, **kwargs: 0}
+
+
+def counted(model, **batch) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
+    with counter:
+        model(**batch).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_flow(make_model, variant, freeze, steps):
+    frozen = dict.fromkeys(["freeze_encoder", "freeze_decoder", "freeze_embeddings"], freeze)
+    model = make_model(YanForFlowGeneration, **SIZES, **frozen).train()
+    ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
+    expected = counted(model, input_ids=ids, labels=labels, num_flow_steps=steps)
+    # frozen weights still pass gradients on; the modulation, once a batch, and the scan are not counted
+    assert training_flops(model, 8, 32, 16, steps) == pytest.approx(expected, rel=0.1)
+
+
+def test_autoencoder(make_model):
+    model = make_model(YanForAutoencoding, **SIZES).train()
+    ids = torch.randint(4, 500, (8, 32))
+    expected = counted(model, input_ids=ids, labels=ids)
+    assert training_flops(model, 8, 32) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_peak_is_that_of_a_machine():
+    peak = measure_peak(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak < 1e16
