@@ -29,7 +29,7 @@ from .arguments import PretrainingArguments
 from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .mixture import TaskMixture
 from .models import load_model
-from .optimization import MovingAverage, make_optimizer
+from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .throughput import measure_peak, training_flops
 from .validation import Validation
 
@@ -234,6 +234,7 @@ class Training:
     def restore(self, checkpoint: Path):
         """Go on from a checkpoint of this run; what the log says of later updates is taken out."""
         self.accelerator.load_state(checkpoint / STATE_FOLDER)
+        follow_schedule(self.scheduler)
         if self.average:
             path = self._average_file(checkpoint / STATE_FOLDER)
             self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

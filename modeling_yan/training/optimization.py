@@ -20,6 +20,13 @@ def make_optimizer(arguments, model):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, arguments))
 
 
+def follow_schedule(scheduler):
+    """Set the learning rate that the schedule has at its place: that of a longer run is another than the saved one."""
+    groups = scheduler.optimizer.param_groups
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+
+
 def _constant(step, arguments):
     """Linear warm-up, constant, linear decay at the end."""
     warm = (step + 1) / max(1, arguments.warmup_steps)

@@ -1,0 +1,74 @@
+"""Start a training run, kill it with SIGKILL at many moments, resume it each time, and let it end.
+
+    python kill_runs.py SETTINGS.json NUM_KILLS
+
+Every life is a forked process, so that imports are paid once. Prints one JSON object: steps of the newest checkpoint
+at each kill, and how many kills hit a checkpoint half written.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from modeling_yan.training import PretrainingArguments, pretrain
+from modeling_yan.training.checkpoints import ASIDE, list_checkpoints
+
+LONGEST_LIFE = 1.0  # seconds
+
+
+def live(settings) -> int:
+    """Fork a process that trains; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for the rest of this life
+        torch.set_num_threads(1)
+        pretrain(PretrainingArguments(**settings))
+        os._exit(0)
+    except BaseException as error:
+        (Path(settings["output_dir"]) / "error.txt").write_text(repr(error))
+        os._exit(1)
+
+
+def is_saving(output_dir: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any(output_dir.glob(ASIDE + "*"))
+
+
+def wait_for_moment(child: int, output_dir: Path, rng: random.Random, wants_save: bool):
+    """Sleep for a random time or, if a save is wanted, until one has begun and a little longer."""
+    deadline = time.monotonic() + (60 if wants_save else rng.uniform(0, LONGEST_LIFE))
+    while time.monotonic() < deadline and not (wants_save and is_saving(output_dir)):
+        time.sleep(0.0005)
+    if wants_save:
+        time.sleep(rng.uniform(0, 0.03))
+
+
+def main(settings: dict, num_kills: int):
+    output_dir, rng = Path(settings["output_dir"]), random.Random(0)
+    steps, num_in_save = [], 0
+    for number in range(num_kills):
+        child = live(settings)
+        wait_for_moment(child, output_dir, rng, wants_save=number % 2 == 1)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            raise SystemExit(f"the run ended before kill {number}: {(output_dir / 'error.txt').read_text()}")
+        num_in_save += is_saving(output_dir)
+        checkpoints = list_checkpoints(output_dir)
+        steps.append(int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0)
+    _, status = os.waitpid(live(settings), 0)
+    if status:
+        raise SystemExit((output_dir / "error.txt").read_text())
+    print(json.dumps({"steps": steps, "num_in_save": num_in_save}))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]))
