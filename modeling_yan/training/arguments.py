@@ -72,7 +72,9 @@ class PretrainingArguments:
     ema_decay: float = field(
         default=0.0, metadata={"help": "keep an exponential moving average of the weights and save it; 0 for none"}
     )
-    mixed_precision: str = field(default="no", metadata={"choices": list(MIXED_PRECISIONS)})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "as the launcher says if left out", "choices": list(MIXED_PRECISIONS)}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a second forward pass"})
     torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
     use_cpu: bool = False
@@ -92,10 +94,10 @@ class PretrainingArguments:
         for name, allowed in {
             "stage": STAGE_NAMES,
             "lr_scheduler_type": SCHEDULES,
-            "mixed_precision": MIXED_PRECISIONS,
+            "mixed_precision": (None, *MIXED_PRECISIONS),
         }.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, allowed))}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
 

@@ -209,7 +209,7 @@ class Training:
             total=arguments.max_steps, initial=self.step, disable=not self.accelerator.is_main_process, mininterval=2
         )
         self.peak = 1e12 * arguments.peak_tflops or measure_peak(
-            self.accelerator.device, DTYPES[arguments.mixed_precision]
+            self.accelerator.device, DTYPES[self.accelerator.mixed_precision]
         )
         self.accelerator.init_trackers("tracking", config=_flat(asdict(arguments)))
         self.model.train()

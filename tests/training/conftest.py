@@ -106,13 +106,16 @@ def runs():
     return Runs
 
 
-def command_line(arguments) -> list[str]:
-    """The arguments as one would type them."""
-    words = []
-    for name, value in vars(arguments).items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)] if values else []
-    return words
+@pytest.fixture
+def command_line():
+    """Function from arguments to the words that one would type."""
+
+    def words_of(arguments):
+        entries = [(name, value if isinstance(value, list) else [value]) for name, value in vars(arguments).items()]
+        entries = [(name, values) for name, values in entries if values != [None]]
+        return [word for name, values in entries if values for word in (f"--{name}", *map(str, values))]
+
+    return words_of
 
 
 def run_command(*words, home, check=True):

@@ -19,7 +19,7 @@ import torch
 from modeling_yan.training import PretrainingArguments, pretrain
 from modeling_yan.training.checkpoints import ASIDE, list_checkpoints
 
-LONGEST_LIFE = 1.0  # seconds
+LONGEST_WAIT = 120.0  # seconds for a checkpoint to begin
 
 
 def live(settings) -> int:
@@ -42,21 +42,26 @@ def is_saving(output_dir: Path) -> bool:
     return any(output_dir.glob(ASIDE + "*"))
 
 
-def wait_for_moment(child: int, output_dir: Path, rng: random.Random, wants_save: bool):
-    """Sleep for a random time or, if a save is wanted, until one has begun and a little longer."""
-    deadline = time.monotonic() + (60 if wants_save else rng.uniform(0, LONGEST_LIFE))
-    while time.monotonic() < deadline and not (wants_save and is_saving(output_dir)):
+def wait_until(condition, seconds: float = LONGEST_WAIT) -> float:
+    """Sleep until the condition holds or the time is over; returns the seconds that it took."""
+    start = time.monotonic()
+    while time.monotonic() < start + seconds and not condition():
         time.sleep(0.0005)
-    if wants_save:
-        time.sleep(rng.uniform(0, 0.03))
+    return time.monotonic() - start
 
 
 def main(settings: dict, num_kills: int):
     output_dir, rng = Path(settings["output_dir"]), random.Random(0)
-    steps, num_in_save = [], 0
+    steps, num_in_save, birth = [], 0, 0.0
     for number in range(num_kills):
         child = live(settings)
-        wait_for_moment(child, output_dir, rng, wants_save=number % 2 == 1)
+        if number == 0:  # as long as it takes from the start to the first checkpoint, on this machine and now
+            birth = wait_until(lambda: list_checkpoints(output_dir))
+        elif number % 2:
+            wait_until(lambda: False, rng.uniform(0, 2 * birth))
+        else:
+            wait_until(lambda: is_saving(output_dir))
+            time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):

@@ -25,114 +25,24 @@ from modeling_yan.training.optimization import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain.py"
-NAMES = ("Mary", "John", "Ann", "Tom", "the dog")
-PLACES = ("garden", "house", "park", "kitchen")
-TEXTS = [{"text": f"{name} went to the {place}. Then it was dark."} for name in NAMES for place in PLACES]
-PAIRS = [{"source": f"{name} is in the {place}. Where?", "target": place} for name in NAMES for place in PLACES]
-TINY = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_flow_steps": 2, "decoder_dropout": 0.0}
-FROZEN = {"freeze_encoder": True, "freeze_decoder": True, "freeze_embeddings": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Folder with 20 texts, 20 pairs, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("data")
-    write_rows(folder / "texts.jsonl.gz", TEXTS)
-    write_rows(folder / "pairs.jsonl", PAIRS)
-    tokenizer = train_tokenizer([row["text"] for row in TEXTS], vocab_size=300)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps one state for the process; every run here begins without."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
-@pytest.fixture
-def preset(make_config, tmp_path) -> Path:
-    """Folder of a config alone."""
-    make_config(**TINY, **FROZEN).save_pretrained(tmp_path / "preset")
-    return tmp_path / "preset"
-
-
-@pytest.fixture
-def arguments(data, preset, tmp_path):
-    """Function from overrides to the arguments of a few steps of stage one on everything."""
-    defaults = {
-        "stage": "autoencoder",
-        "config": str(preset),
-        "tokenizer": str(data / "tokenizer"),
-        "train_file": [str(data / "texts.jsonl.gz"), str(data / "pairs.jsonl")],
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 3,
-        "save_steps": 10,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "warmup_steps": 1,
-        "use_cpu": True,
-        "validation_batches": 1,
-        "report_to": ["none"],
-        "peak_tflops": 0.1,
-    }
-    return lambda **overrides: PretrainingArguments(**{**defaults, **overrides})
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def weights_of(folder) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def same(weights, others, part="") -> bool:
-    """Whether two state dicts agree bit for bit in the weights whose name begins with `part`."""
-    names = [name for name in weights if name.startswith(part)]
-    return bool(names) and all(torch.equal(weights[name], others[name]) for name in names)
-
-
-def command_line(arguments) -> list[str]:
-    """The arguments as one would type them."""
-    words = []
-    for name, value in vars(arguments).items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *map(str, values)] if values else []
-    return words
-
-
-def run(arguments, *launcher):
-    """The script, in a process of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": arguments.output_dir + "-home",
-    }
-    command = [sys.executable, *launcher, str(SCRIPT), *command_line(arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result
+PAIRS = [{"source": f"{name} is here. Where?", "target": "here"} for name in ("Mary", "John", "Ann", "Tom")]
 
 
 class TestScript:
-    def test_both_stages_lead_from_a_preset_to_text(self, arguments, variant, data, preset, tmp_path):
+    def test_both_stages_lead_from_a_preset_to_text(self, arguments, variant, data, tmp_path, runs, command_line):
         # Stage one goes through the launcher in one variant, and without it in the other.
         launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
         one, two = str(tmp_path / "one"), str(tmp_path / "two")
         first = arguments(output_dir=one, validation_file=[str(data / "pairs.jsonl")])
-        run(first, *launcher * (variant == "mamba"))
-        run(arguments(stage="flow", config=one, output_dir=two, validation_file=[str(data / "pairs.jsonl")]))
+        runs.command(*launcher * (variant == "mamba"), SCRIPT, *command_line(first), home=tmp_path)
+        second = arguments(stage="flow", config=one, output_dir=two, validation_file=[str(data / "pairs.jsonl")])
+        runs.command(SCRIPT, *command_line(second), home=tmp_path)
         terms = {"loss", "ce_loss", "learning_rate", "grad_norm", "seconds", "tokens_per_second", "mfu"}
-        self.check_log(one, terms | {"latent_norm_loss"})
+        self.check_log(runs, one, terms | {"latent_norm_loss"})
         flow_terms = {"nll_loss", "nll_loss_per_dim", "mse_loss", "gate_entropy", "load_balance_loss"}
         flow_terms |= {f"expert_usage/{k}" for k in range(4)}
-        self.check_log(two, terms | flow_terms)
-        self.check_weights(first, one, two)
+        self.check_log(runs, two, terms | flow_terms)
+        self.check_weights(runs, first, one, two)
 
         write = pipeline("text-generation", model=two)
         assert write.model.config.vocab_size == len(write.tokenizer) == 300
@@ -141,8 +51,8 @@ class TestScript:
         answers = write(prompts, batch_size=2)
         assert all(answer[0]["generated_text"].startswith(prompt) for answer, prompt in zip(answers, prompts))
 
-    def check_log(self, folder, terms):
-        *steps, validation = log_of(folder)
+    def check_log(self, runs, folder, terms):
+        *steps, validation = runs.log(folder)
         assert [line["step"] for line in steps] == [1, 2, 3]
         assert all(set(line) == terms | {"step"} for line in steps)
         assert set(validation) == {"step", "pairs/loss", "pairs/tokens", "pairs/exact"}
@@ -150,34 +60,36 @@ class TestScript:
         settings = json.loads((Path(folder) / "training_arguments.json").read_text())
         assert settings["step"] == settings["max_steps"] == 3
 
-    def check_weights(self, settings, one, two):
+    def check_weights(self, runs, settings, one, two):
         """Stage one gave what it gives in this process; all but the flow is frozen, so stage two still has it."""
         learned = YanForAutoencoding.from_pretrained(one).state_dict()
-        assert same(learned, weights_of(two))
+        assert runs.equal(learned, runs.weights(two))
         settings.output_dir += "-here"
         pretrain(settings)
-        assert same(learned, YanForAutoencoding.from_pretrained(settings.output_dir).state_dict())
+        assert runs.equal(learned, YanForAutoencoding.from_pretrained(settings.output_dir).state_dict())
 
 
 class TestLearning:
-    def test_stage_one_learns_to_restore_texts(self, arguments):
+    def test_stage_one_learns_to_restore_texts(self, arguments, runs):
         settings = arguments(max_steps=60, save_steps=60, logging_steps=10)
         pretrain(settings)
-        first, *_, last = [line for line in log_of(settings.output_dir) if "loss" in line]
+        first, *_, last = [line for line in runs.log(settings.output_dir) if "loss" in line]
         assert last["ce_loss"] < 0.5 * first["ce_loss"]
 
-    def test_stage_two_learns_a_constant_answer(self, arguments, make_config, tmp_path):
-        write_rows(tmp_path / "constant.jsonl", [{**row, "target": "here"} for row in PAIRS])
-        make_config(**TINY, freeze_decoder=False, max_train_flow_steps=2).save_pretrained(tmp_path / "learner")
+    def test_stage_two_learns_a_constant_answer(self, arguments, make_config, tmp_path, runs):
+        write_rows(tmp_path / "constant.jsonl", PAIRS)
+        make_config(
+            num_encoder_layers=1, num_flow_layers=1, freeze_decoder=False, max_train_flow_steps=2
+        ).save_pretrained(tmp_path / "learner")
         options = {"config": str(tmp_path / "learner"), "train_file": [str(tmp_path / "constant.jsonl")]}
         settings = arguments(stage="flow", max_steps=60, save_steps=60, logging_steps=10, **options)
         pretrain(settings)
-        first, *_, last = [line for line in log_of(settings.output_dir) if "loss" in line]
+        first, *_, last = [line for line in runs.log(settings.output_dir) if "loss" in line]
         assert last["ce_loss"] < 0.5 * first["ce_loss"]
         assert last["nll_loss"] < 0.9 * first["nll_loss"]
 
     @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
-    def test_one_seed_gives_one_result(self, arguments, stage):
+    def test_one_seed_gives_one_result(self, arguments, stage, runs):
         weights = []
         for name, seed in {"first": 0, "again": 0, "other": 1}.items():
             settings = arguments(stage=stage, seed=seed)
@@ -185,10 +97,10 @@ class TestLearning:
             pretrain(settings)
             weights.append(load_model(stage, settings.output_dir, AutoTokenizer.from_pretrained(settings.tokenizer)))
         first, again, other = (model.state_dict() for model in weights)
-        assert same(first, again)
-        assert not same(first, other)
+        assert runs.equal(first, again)
+        assert not runs.equal(first, other)
 
-    def test_validating_and_saving_on_the_way_change_nothing(self, arguments, data):
+    def test_validating_and_saving_on_the_way_change_nothing(self, arguments, data, runs):
         weights = []
         for name, options in {
             "plain": {},
@@ -197,11 +109,11 @@ class TestLearning:
             settings = arguments(stage="flow", **options)
             settings.output_dir += name
             pretrain(settings)
-            weights.append(weights_of(settings.output_dir))
-        assert same(*weights)
+            weights.append(runs.weights(settings.output_dir))
+        assert runs.equal(*weights)
 
     @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
-    def test_an_update_is_the_mean_over_all_tokens_of_its_batches(self, arguments, stage, tmp_path):
+    def test_an_update_is_the_mean_over_all_tokens_of_its_batches(self, arguments, stage, tmp_path, runs):
         write_rows(tmp_path / "lengths.jsonl", [{"text": "went to " * n + "it."} for n in range(1, 12)])
         options = {"train_file": [str(tmp_path / "lengths.jsonl")], "per_device_train_batch_size": 1}
         settings = arguments(stage=stage, gradient_accumulation_steps=3, max_steps=1, max_grad_norm=1e9, **options)
@@ -220,7 +132,7 @@ class TestLearning:
         assert stage == "flow" or len(set(counts)) > 1, "the weights should matter"
         loss = sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)
         loss.backward()
-        (line,) = log_of(settings.output_dir)
+        (line,) = runs.log(settings.output_dir)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
@@ -258,12 +170,12 @@ class TestLearning:
 
 
 class TestLoading:
-    def test_stage_two_starts_from_stage_one(self, arguments, data):
+    def test_stage_two_starts_from_stage_one(self, arguments, data, runs):
         settings = arguments()
         pretrain(settings)
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
         second = load_model("flow", settings.output_dir, tokenizer)
-        assert same(YanForAutoencoding.from_pretrained(settings.output_dir).state_dict(), second.state_dict())
+        assert runs.equal(YanForAutoencoding.from_pretrained(settings.output_dir).state_dict(), second.state_dict())
         assert not second.model.norm.weight.requires_grad
         assert second.flow.norm.weight.requires_grad
 
@@ -333,7 +245,7 @@ class TestFailures:
 
         return install
 
-    def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(self, arguments, fail_at_call):
+    def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(self, arguments, fail_at_call, runs):
         forward = YanForAutoencoding.forward
 
         def broken(self, *args, **kwargs):
@@ -345,9 +257,9 @@ class TestFailures:
         settings = arguments(max_steps=5, save_steps=2)
         with pytest.raises(FloatingPointError, match="update 3: the loss is nan"):
             pretrain(settings)
-        self.check_resuming(settings, saved=["checkpoint-2"])
+        self.check_resuming(runs, settings, saved=["checkpoint-2"])
 
-    def test_a_save_that_is_cut_off_leaves_the_checkpoint_before_it_whole(self, arguments, fail_at_call):
+    def test_a_save_that_is_cut_off_leaves_the_checkpoint_before_it_whole(self, arguments, fail_at_call, runs):
         def cut_off(self, folder, *args, **kwargs):
             (Path(folder) / "model.safetensors").write_bytes(b"half")
             raise OSError("no space left on device")
@@ -358,18 +270,18 @@ class TestFailures:
             OSError, match=r"checkpoint-4 could not be written \(no space left.*checkpoint-2 is the last"
         ):
             pretrain(settings)
-        self.check_resuming(settings, saved=["checkpoint-2"])
+        self.check_resuming(runs, settings, saved=["checkpoint-2"])
 
-    def check_resuming(self, settings, saved):
+    def check_resuming(self, runs, settings, saved):
         """Only whole checkpoints are there, and from them the run ends as one that was never broken."""
         folder = Path(settings.output_dir)
         assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == saved
-        assert same(weights_of(folder / saved[-1]), weights_of(folder / saved[-1]))
+        assert runs.equal(runs.weights(folder / saved[-1]), runs.weights(folder / saved[-1]))
         AcceleratorState._reset_state(True)
         pretrain(replace(settings, resume=True))
         AcceleratorState._reset_state(True)
         unbroken = replace(settings, output_dir=settings.output_dir + "-unbroken")
         pretrain(unbroken)
-        assert same(weights_of(folder), weights_of(unbroken.output_dir))
-        ends = [[line.get("loss") for line in log_of(run.output_dir)] for run in (settings, unbroken)]
+        assert runs.equal(runs.weights(folder), runs.weights(unbroken.output_dir))
+        ends = [[line.get("loss") for line in runs.log(run.output_dir)] for run in (settings, unbroken)]
         assert ends[0] == ends[1]
