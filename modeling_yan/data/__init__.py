@@ -1,4 +1,4 @@
-"""Data: rows on disk, the story world, tasks made from text, the tokenizer and the collators."""
+"""Data: rows on disk, data sets by name, the story world, tasks made from text, the tokenizer and the collators."""
 
 from importlib import import_module
 from typing import Any
@@ -6,6 +6,11 @@ from typing import Any
 _HOMES = {
     "read_rows": "rows",
     "write_rows": "rows",
+    "load_rows": "sources",
+    "REGISTRY": "registry",
+    "DatasetSpec": "registry",
+    "FormatOptions": "registry",
+    "SkippedRow": "registry",
     "Story": "stories",
     "generate_story": "stories",
     "generate_stories": "stories",

@@ -27,7 +27,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
             the file is cut off or damaged, or it holds no row at all.
     """
     path = _checked_path(path)
-    rows = [_parse(line, f"{path}, line {number}") for number, line in _numbered_lines(path) if line.strip()]
+    rows = [_parse(line, f"{path}, line {number}") for number, line in numbered_lines(path) if line.strip()]
     if not rows:
         raise ValueError(f"{path}: the file holds no rows; {ALLOWED}")
     return rows
@@ -61,6 +61,25 @@ def check_row(row: Any, where: str) -> None:
         _check_string(row.get(key), key, where)
 
 
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, unpacked if its name ends in `.gz`, with their numbers from 1."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, after line {number}: the gzip file is cut off or damaged ({error})") from error
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """What the JSON says, or a ValueError that begins with `where`."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:  # both broken UTF-8 and broken JSON
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); {ALLOWED}") from error
+
+
 def _check_string(value: Any, key: str, where: str) -> None:
     if not isinstance(value, str):
         raise ValueError(f'{where}: "{key}" is {type(value).__name__}, not a string; {ALLOWED}')
@@ -78,21 +97,8 @@ def _checked_path(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}, after line {number}: the gzip file is cut off or damaged ({error})") from error
-
-
 def _parse(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # both broken UTF-8 and broken JSON
-        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); {ALLOWED}") from error
+    row = parse_json(line, where)
     check_row(row, where)
     return row
 
