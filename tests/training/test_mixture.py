@@ -87,8 +87,7 @@ class TestTasks:
 
         def draw(**overrides):
             mixture = make_mixture(length=300, **overrides)
-            mixture.batch = lambda task, rng: task
-            return list(mixture)
+            return [mixture.task_of(index) for index in range(300)]
 
         return draw
 
