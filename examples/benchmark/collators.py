@@ -2,7 +2,8 @@
 
     python examples/benchmark/collators.py
 
-Rows are tokenised before. Loop and collator take turns; the figures are medians.
+Rows are tokenised before. Loop and collator take turns on one thread; the figures are medians, of processor time so
+that other work on the machine counts less.
 """
 
 import argparse
@@ -112,13 +113,13 @@ def draw_ids(tokenizer, length, as_list):
 
 
 def seconds_of(function):
-    start = time.perf_counter()
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(loop, collate, repeats):
-    """Median seconds of both, measured in turns."""
+    """Median seconds of processor time of both, measured in turns."""
     times = [(seconds_of(loop), seconds_of(collate)) for _ in range(repeats + 1)][1:]
     return [statistics.median(column) for column in zip(*times)]
 

@@ -321,8 +321,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Ids], add_
 
 def _learned_text(row: Row) -> str | Ids:
     """What the autoencoder learns to restore: the target of a pair, or the text."""
-    names = [name for name in ("target", "input_ids") if row.get(name) is not None]
-    return row[names[0]] if names else _entry(row, "text")
+    for name in ("target", "input_ids"):
+        if row.get(name) is not None:
+            return row[name]
+    return _entry(row, "text")
 
 
 def _entry(row: Row, key: str) -> str | Ids:
