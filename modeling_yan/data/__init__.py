@@ -15,6 +15,7 @@ _HOMES = {
     "generate_story": "stories",
     "generate_stories": "stories",
     "train_tokenizer": "tokenizer",
+    "prepare_tokenizer": "tokenizer",
     "TEXT_TASKS": "tasks",
     "split_sentences": "tasks",
     "crop_sentences": "tasks",

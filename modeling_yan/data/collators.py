@@ -1,11 +1,14 @@
 """Batches for the two stages: texts with their corruption for the autoencoder, sources and targets for the flow.
 
-B: rows of the batch; L: width of an autoencoder batch; Ls, Lt: widths of the sources and of the targets.
+B: rows of the batch; L: width of an autoencoder batch; Ls, Lt: widths of the sources and of the targets. No step
+loops over tokens in Python: rows are cut one by one, everything behind that works on whole batches.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import LongTensor
 from torch.utils.data import get_worker_info
@@ -14,8 +17,16 @@ from transformers import PreTrainedTokenizerBase
 IGNORED = -100  # the label that a loss leaves out
 MAX_MASK_RATIO = 0.5  # up to here there is always a kept token for every span to stand before
 
-Ids = list[int]
+Ids = Sequence[int] | np.ndarray
+Row = Mapping[str, Any]
 Batch = dict[str, LongTensor]
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths (B,), all their tokens (N,) in one array."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
 
 
 def mask_spans(
@@ -33,11 +44,11 @@ def mask_spans(
     n tokens loses `mask_ratio` * n of them, rounded up or down at random, so that short rows lose as much on average.
 
     Args:
-        input_ids: (B, L), valid on the left.
+        input_ids: (B, L), valid on the left, on the CPU.
         lengths: (B,) numbers of valid tokens, 0 to L.
         mask_ratio: 0 to 0.5; at 0 the input is returned as it is.
         pad_token_id: what fills the rows up to L; may be the end-of-sequence token.
-        generator: on the device of `input_ids`.
+        generator: of the CPU; the global one if None.
 
     Returns:
         (B, L) ids.
@@ -45,8 +56,10 @@ def mask_spans(
     _check_masking(mask_ratio, max_span_len)
     if mask_ratio == 0:
         return input_ids
-    gap_lengths = _draw_gaps(lengths, input_ids.shape[1], mask_ratio, max_span_len, generator)
-    return _collapse(input_ids, lengths, gap_lengths, mask_token_id, pad_token_id)
+    width, counts = input_ids.shape[1], lengths.numpy()
+    rows = Ragged(input_ids.numpy()[np.arange(width) < counts[:, None]], counts)
+    spans = _draw_spans(counts, mask_ratio, max_span_len, generator)
+    return torch.from_numpy(_pad(_hide_spans(rows, *spans, mask_token_id), width, pad_token_id))
 
 
 def _check_masking(mask_ratio: float, max_span_len: int) -> None:
@@ -56,44 +69,45 @@ def _check_masking(mask_ratio: float, max_span_len: int) -> None:
         raise ValueError(f"max_span_len is {max_span_len}, but must be at least 1")
 
 
-def _draw_gaps(
-    lengths: LongTensor, width: int, mask_ratio: float, max_span_len: int, generator: torch.Generator | None
-) -> LongTensor:
-    """(B, L + 1): how many tokens are hidden right before the kept token number 0, 1, ..., or after the last."""
-    shape, options = (len(lengths), width + 1), {"generator": generator, "device": lengths.device}
-    num_hidden = (mask_ratio * lengths + torch.rand(len(lengths), **options)).long()
-    spans = _draw_spans(num_hidden, torch.randint(1, max_span_len + 1, shape, **options))
-    # Deal the spans out to gaps in random order; spans of length 0 land in the rest, those out of range among them.
-    num_kept = (lengths - num_hidden)[:, None]
-    scores = torch.rand(shape, **options)
-    out_of_range = torch.arange(width + 1, device=lengths.device) > num_kept
-    order = scores.masked_fill(out_of_range, 2.0).argsort(dim=1)
-    return torch.zeros_like(spans).scatter(1, order, spans)
+def _draw_spans(
+    lengths: np.ndarray, mask_ratio: float | np.ndarray, max_span_len: int, generator: torch.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, n) first token and length of the spans to hide in rows of (B,) `lengths`, in order; lengths may be 0.
+
+    `mask_ratio` is one number, or one a row.
+    """
+    num_hidden = (mask_ratio * lengths + torch.rand(len(lengths), generator=generator).numpy()).astype(np.int64)
+    spans = _draw_span_lengths(num_hidden, max_span_len, generator)
+    # Deal the spans out to the gaps before and behind the kept tokens, each to one of its own: the lowest scores win.
+    scores = torch.rand(len(lengths), int(lengths.max()) + 1, generator=generator)
+    scores.numpy()[np.arange(scores.shape[1]) > (lengths - num_hidden)[:, None]] = 2.0  # there are not so many gaps
+    gaps = scores.topk(spans.shape[1], largest=False).indices.numpy()
+    # Sort the spans by their gaps, both in one number.
+    gaps, spans = np.divmod(np.sort(gaps * (max_span_len + 1) + spans), max_span_len + 1)
+    return gaps + spans.cumsum(1) - spans, spans
 
 
-def _draw_spans(num_hidden: LongTensor, proposed: LongTensor) -> LongTensor:
-    """Cut the proposed lengths (B, n) off where their sum reaches (B,) `num_hidden`; zeros follow."""
-    before = proposed.cumsum(1) - proposed
-    return torch.minimum(proposed, (num_hidden[:, None] - before).clamp(min=0))
+def _draw_span_lengths(num_hidden: np.ndarray, max_span_len: int, generator: torch.Generator | None) -> np.ndarray:
+    """(B, n) lengths that add up to (B,) `num_hidden`, followed by zeros; the last that counts may be cut short."""
+    shape = len(num_hidden), int(num_hidden.max())
+    proposed = torch.randint(1, max_span_len + 1, shape, generator=generator).numpy()
+    left = num_hidden[:, None] - proposed.cumsum(1) + proposed
+    spans = np.minimum(proposed, np.maximum(left, 0))
+    return spans[:, : np.count_nonzero(spans.any(0))]
 
 
-def _collapse(
-    input_ids: LongTensor, lengths: LongTensor, gap_lengths: LongTensor, mask_token_id: int, pad_token_id: int
-) -> LongTensor:
-    """Rebuild the rows from their kept tokens (number j comes after the gap j) and one mask token for every span."""
-    width = input_ids.shape[1]
-    index = torch.arange(width + 1, device=input_ids.device)
-    is_span = gap_lengths > 0
-    taken_from = index + gap_lengths.cumsum(1)
-    kept = input_ids.gather(1, taken_from.clamp(max=width - 1))
-    is_kept = taken_from < lengths[:, None]
-    moved_to = index + is_span.cumsum(1)
-
-    # One spare column takes everything that is not there.
-    rows = input_ids.new_full((len(input_ids), width + 1), pad_token_id)
-    rows.scatter_(1, torch.where(is_kept, moved_to, width), kept)
-    rows.scatter_(1, torch.where(is_span, moved_to - 1, width), torch.full_like(kept, mask_token_id))
-    return rows[:, :width]
+def _hide_spans(rows: Ragged, starts: np.ndarray, spans: np.ndarray, mask_token_id: int) -> Ragged:
+    """The rows with every span collapsed into one mask token; `starts` and `spans` (B, n) as `_draw_spans` gives."""
+    tokens, lengths = rows.tokens.copy(), rows.lengths
+    is_span = spans > 0
+    first = (starts + (lengths.cumsum() - lengths)[:, None])[is_span]
+    changes = np.zeros(len(tokens) + 1, np.int8)  # +1 where a span begins, -1 where it is over
+    changes[first] += 1
+    changes[first + spans[is_span]] -= 1
+    is_shown = changes[:-1].cumsum(dtype=np.int8) == 0
+    is_shown[first] = True
+    tokens[first] = mask_token_id
+    return Ragged(tokens[is_shown], lengths - spans.sum(1) + is_span.sum(1))
 
 
 class SeededDraws:
@@ -118,12 +132,16 @@ class AutoencoderCollator:
 
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. A source that begins with more mask tokens than the target has its answer slot there: the
-    target, filled up with EOS, is learned in its place. Of a pair only the target and one EOS are learned, the rest is
-    -100: copying the source would drown the few tokens of the answer in the mean loss. Strings may be token ids. From
-    a text of more than `max_length` tokens a window is taken at random; a source keeps the end that fits. L is the
-    longest row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length`
-    if `fixed_width`.
+    answer from the source. A source that begins with more mask tokens than the target has its answer slot there (a
+    BOS before it does not matter): the target, filled up with EOS, is learned in its place. Of a pair only the target
+    and one EOS are learned, the rest is -100: copying the source would drown the few tokens of the answer in the mean
+    loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a window is taken
+    at random; a source keeps the end that fits, or the start if its answer slot is there; `num_truncated` counts both
+    (in each worker of a data loader for itself). L is the longest row with one EOS, rounded up to a multiple of
+    `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+
+    Batches follow `seed`, or the `generator` of a call. Sources are encoded as a prompt is, with the special tokens
+    that the tokenizer adds to one, and texts and targets without.
     """
 
     def __init__(
@@ -148,63 +166,88 @@ class AutoencoderCollator:
         self.fixed_width = fixed_width
         self.multiple_of = multiple_of
         self.draws = SeededDraws(seed)
+        self.num_truncated = 0
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        generator, eos_token_id = self.draws(), self.tokenizer.eos_token_id
-        texts = _to_ids(self.tokenizer, [_learned_text(row) for row in rows])
-        texts = [_choose_window(ids, self.max_length, generator) for ids in texts]
-        sources = _to_ids(self.tokenizer, [_entry(row, "source") if "target" in row else [] for row in rows])
-        slots = [self._slot_length(source, text) for source, text in zip(sources, texts)]
-        sources = [
-            source[: self.max_length] if slot else _keep_end(source, self.max_length - len(text))
-            for source, text, slot in zip(sources, texts, slots)
-        ]
-        corrupted = self._corrupt(texts, ["target" in row for row in rows], generator)
-        for index, slot in enumerate(slots):
-            if slot:
-                source, text = sources[index], (texts[index] + [eos_token_id] * slot)[:slot]
-                # read as a text that is hidden in the slot and followed by the rest of the source
-                sources[index], texts[index], corrupted[index] = [], text + source[slot:], source
-
-        whole = [source + text for source, text in zip(sources, texts)]
-        width = self._width(whole)
-        labels = _fill(whole, width, eos_token_id)
-        for row, source, text, slot in zip(labels, sources, texts, slots):
-            if source or slot:
-                row[: len(source)] = IGNORED
-                row[slot or len(source) + len(text) + 1 :] = IGNORED
-        input_ids = _fill([(source + ids)[:width] for source, ids in zip(sources, corrupted)], width, eos_token_id)
+    def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
+        generator = self.draws() if generator is None else generator
+        rows = encode_rows(self.tokenizer, rows)
+        is_pair = np.array(["target" in row for row in rows])
+        texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
+        text = _flatten(self._choose_windows(texts, generator))
+        mask_ratio = np.where(is_pair, self.target_mask_ratio, self.mask_ratio)
+        spans = _draw_spans(text.lengths, mask_ratio, self.max_span_len, generator)
+        shown = _hide_spans(text, *spans, self.tokenizer.mask_token_id)
+        if is_pair.any():
+            input_ids, labels = self._add_sources([row.get("source", []) for row in rows], text, shown)
+        else:
+            width, eos_token_id = self._width(int(text.lengths.max())), self.tokenizer.eos_token_id
+            input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
+        input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
 
-    def _corrupt(self, texts: Sequence[Ids], is_target: Sequence[bool], generator: torch.Generator) -> list[Ids]:
-        """Mask every text at the ratio of its kind; all come back as long as the longest, filled up with EOS."""
-        lengths = torch.tensor([len(ids) for ids in texts])
-        mask_token_id, eos_token_id = self.tokenizer.mask_token_id, self.tokenizer.eos_token_id
-        clean = _fill(texts, int(lengths.max()), eos_token_id)
-        as_text, as_target = (
-            mask_spans(clean, lengths, ratio, self.max_span_len, mask_token_id, eos_token_id, generator)
-            for ratio in (self.mask_ratio, self.target_mask_ratio)
-        )
-        return torch.where(torch.tensor(is_target)[:, None], as_target, as_text).tolist()
+    def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
+        """At most `max_length` tokens of every text, from a random place."""
+        if max(map(len, texts)) <= self.max_length:
+            return texts
+        excess = np.maximum(_lengths(texts) - self.max_length, 0)
+        self.num_truncated += np.count_nonzero(excess)
+        starts = torch.rand(len(texts), generator=generator, dtype=torch.float64).numpy() * (excess + 1)
+        return [ids[start : start + self.max_length] for ids, start in zip(texts, starts.astype(np.int64).tolist())]
 
-    def _slot_length(self, source: Ids, target: Ids) -> int:
-        """Number of mask tokens that begin the source, if they are enough for the target and one EOS; else 0."""
-        masks = next((i for i, token in enumerate(source) if token != self.tokenizer.mask_token_id), len(source))
-        return masks if masks > len(target) else 0
+    def _add_sources(self, sources: Sequence[Ids], text: Ragged, shown: Ragged) -> tuple[LongTensor, LongTensor]:
+        """`input_ids` and `labels` of a batch with pairs: its sources, its texts, and what is shown of those."""
+        eos_token_id, lengths = self.tokenizer.eos_token_id, text.lengths
+        slot_starts, slot_ends = self._find_slots(sources, lengths)
+        has_slot = slot_ends > slot_starts
+        source = _flatten(self._cut_sources(sources, lengths, has_slot))
+        width = self._width(int((source.lengths + lengths * ~has_slot).max()))
+        starts = np.where(has_slot, slot_starts, source.lengths)
+        ends = np.where(source.lengths > 0, starts + lengths + 1, width)  # with one EOS, or with all of the fill
+        ends = np.where(has_slot, slot_ends, ends)
 
-    def _width(self, sequences: Sequence[Ids]) -> int:
-        longest = max(len(ids) for ids in sequences)
+        labels = _pad(text, width, eos_token_id, starts)
+        labels[~_is_between(starts, ends, width)] = IGNORED
+        input_ids = _pad(source, width, eos_token_id)
+        is_text = _is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
+        input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
+        return input_ids, labels
+
+    def _find_slots(self, sources: Sequence[Ids], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) start and end of the mask tokens that begin a source; equal if too few for the text and one EOS."""
+        heads = _flatten([ids[: self.max_length] for ids in sources])
+        heads = _pad(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
+        begins = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if token is not None]
+        starts = np.isin(heads[:, 0], begins)
+        is_slot = heads == self.tokenizer.mask_token_id
+        is_slot[:, 0] |= starts
+        ends = np.logical_and.accumulate(is_slot, axis=1).sum(1)
+        return starts.astype(np.int64), np.where(ends - starts > lengths, ends, starts)
+
+    def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
+        """The part of every source that fits, beside its text unless that has its slot there."""
+        given = _lengths(sources)
+        kept = np.minimum(given, self.max_length - lengths * ~has_slot)
+        self.num_truncated += np.count_nonzero(given > kept)
+        starts = np.where(has_slot, 0, given - kept)
+        return [ids[start:stop] for ids, start, stop in zip(sources, starts.tolist(), (starts + kept).tolist())]
+
+    def _width(self, longest: int) -> int:
         return self.max_length if self.fixed_width else _bucket(longest + 1, self.multiple_of, self.max_length)
 
 
 class FlowCollator:
     """Rows of `source` and `target`, strings or token ids -> `input_ids`, `attention_mask` (B, Ls), `labels` (B, Lt).
 
-    Sources are padded on the tokenizer's `padding_side`; one longer than `max_source_length` keeps its end, where the
-    question is, and is counted in `num_truncated` (by each worker of a data loader for itself). An empty source
-    becomes a single BOS. A target gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS
-    is cut and has none: its text goes on in the next canvas. Ls and Lt are those of the longest row, rounded up to a
+    Sources are encoded as a prompt is, with the special tokens that the tokenizer adds to one, and padded on its
+    `padding_side`; one longer than `max_source_length` keeps its end, where the question is, and is counted in
+    `num_truncated`. An empty source becomes a single BOS. A target gets one EOS and then -100; one that does not fit
+    into `canvas_length` with its EOS is cut and has none, because its text goes on in the next canvas, and is counted
+    in `num_cut_targets`. An empty target is its EOS alone, which teaches to write nothing: `TaskMixture` leaves such
+    rows out. Each worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a
     multiple of `multiple_of`, at most the two limits.
+
+    Raises:
+        ValueError: A row without source or target, or an empty source where the tokenizer has no BOS.
     """
 
     def __init__(
@@ -217,27 +260,78 @@ class FlowCollator:
         self.canvas_length = canvas_length
         self.multiple_of = multiple_of
         self.num_truncated = 0
+        self.num_cut_targets = 0
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        sources = [self._cut_source(ids) for ids in _to_ids(self.tokenizer, [_entry(row, "source") for row in rows])]
-        targets = [self._end_target(ids) for ids in _to_ids(self.tokenizer, [_entry(row, "target") for row in rows])]
-        source_width = self._width(sources, self.max_source_length)
-        left = self.tokenizer.padding_side == "left"
-        return {
-            "input_ids": _fill(sources, source_width, self.tokenizer.pad_token_id, left),
-            "attention_mask": _fill([[1] * len(ids) for ids in sources], source_width, 0, left),
-            "labels": _fill(targets, self._width(targets, self.canvas_length), IGNORED),
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        rows = encode_rows(self.tokenizer, [{key: _entry(row, key) for key in ("source", "target")} for row in rows])
+        source = _flatten([self._cut_source(row["source"]) for row in rows])
+        source_width = _bucket(int(source.lengths.max()), self.multiple_of, self.max_source_length)
+        starts = (
+            source_width - source.lengths if self.tokenizer.padding_side == "left" else np.zeros_like(source.lengths)
+        )
+        batch = {
+            "input_ids": _pad(source, source_width, self.tokenizer.pad_token_id, starts),
+            "attention_mask": _is_between(starts, starts + source.lengths, source_width).astype(np.int64),
+            "labels": self._end_targets([row["target"] for row in rows]),
         }
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _cut_source(self, ids: Ids) -> Ids:
         self.num_truncated += len(ids) > self.max_source_length
-        return ids[-self.max_source_length :] or [self.tokenizer.bos_token_id]
+        if not len(ids) and self.tokenizer.bos_token_id is None:
+            raise ValueError("a source is empty and the tokenizer has no BOS to stand for it: see prepare_tokenizer")
+        return ids[-self.max_source_length :] if len(ids) else [self.tokenizer.bos_token_id]
 
-    def _end_target(self, ids: Ids) -> Ids:
-        return [*ids, self.tokenizer.eos_token_id][: self.canvas_length]
+    def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
+        target = _flatten([ids[: self.canvas_length] for ids in targets])
+        width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
+        labels = _pad(target, width, IGNORED)
+        has_end = target.lengths < self.canvas_length
+        self.num_cut_targets += np.count_nonzero(~has_end)
+        labels[has_end, target.lengths[has_end]] = self.tokenizer.eos_token_id
+        return labels
 
-    def _width(self, sequences: Sequence[Ids], limit: int) -> int:
-        return _bucket(max(len(ids) for ids in sequences), self.multiple_of, limit)
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[dict[str, Ids]]:
+    """Rows as token ids: `source` and `target` of a pair, else the `input_ids`; ids that are there already stay.
+
+    A source gets the special tokens that the tokenizer adds to a prompt, because the prompt of `generate` has them;
+    what the model writes has none. A column that is None counts as missing.
+
+    Raises:
+        ValueError: a row has neither text nor target, or a target without source.
+    """
+    is_pair = [row.get("target") is not None for row in rows]
+    learned = iter(_encode(tokenizer, [_learned_text(row) for row in rows], add_special_tokens=False))
+    sources = [_entry(row, "source") for row, pair in zip(rows, is_pair) if pair]
+    sources = iter(_encode(tokenizer, sources, add_special_tokens=True))
+    return [
+        {"source": next(sources), "target": next(learned)} if pair else {"input_ids": next(learned)}
+        for pair in is_pair
+    ]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Ids], add_special_tokens: bool) -> list[Ids]:
+    """Encode the strings, in one call because that is faster; leave token ids as they are."""
+    strings = [text for text in texts if isinstance(text, str)]
+    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False}
+    encoded = iter(tokenizer(strings, **options)["input_ids"] if strings else [])
+    return [next(encoded) if isinstance(text, str) else text for text in texts]
+
+
+def _learned_text(row: Row) -> str | Ids:
+    """What the autoencoder learns to restore: the target of a pair, or the text."""
+    for name in ("target", "input_ids"):
+        if row.get(name) is not None:
+            return row[name]
+    return _entry(row, "text")
+
+
+def _entry(row: Row, key: str) -> str | Ids:
+    if row.get(key) is None:
+        found = sorted(name for name, value in row.items() if value is not None)
+        raise ValueError(f'a row has the keys {found}, but "{key}" is needed')
+    return row[key]
 
 
 def _check_length(name: str, value: int) -> None:
@@ -245,44 +339,30 @@ def _check_length(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}, but must be at least 1")
 
 
-def _entry(row: Mapping[str, Any], key: str) -> str | Ids:
-    if key not in row:
-        raise ValueError(f'a row has the keys {sorted(row)}, but "{key}" is needed')
-    return row[key]
-
-
-def _learned_text(row: Mapping[str, Any]) -> str | Ids:
-    """What the autoencoder learns to restore: the target of a pair, or the text."""
-    if "target" in row:
-        return row["target"]
-    return row["input_ids"] if "input_ids" in row else _entry(row, "text")
-
-
-def _keep_end(ids: Ids, num_tokens: int) -> Ids:
-    return ids[max(0, len(ids) - num_tokens) :]
-
-
-def _choose_window(ids: Ids, max_length: int, generator: torch.Generator) -> Ids:
-    if len(ids) <= max_length:
-        return ids
-    start = int(torch.randint(len(ids) - max_length + 1, (), generator=generator))
-    return ids[start : start + max_length]
-
-
-def _to_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Ids]) -> list[Ids]:
-    """Encode the strings, in one call because that is faster; leave token ids as they are."""
-    strings = [text for text in texts if isinstance(text, str)]
-    encoded = iter(tokenizer(strings, add_special_tokens=False)["input_ids"] if strings else [])
-    return [next(encoded) if isinstance(text, str) else list(text) for text in texts]
-
-
 def _bucket(length: int, multiple_of: int, limit: int) -> int:
     return min(-(-length // multiple_of) * multiple_of, limit)
 
 
-def _fill(sequences: Sequence[Ids], width: int, value: int, left: bool = False) -> LongTensor:
-    """(B, width) with `value` after each sequence, or before it if `left`."""
-    filled = torch.full((len(sequences), width), value)
-    for row, ids in zip(filled, sequences):
-        row[width - len(ids) if left else 0 :][: len(ids)] = torch.tensor(ids, dtype=torch.long)
+def _lengths(sequences: Sequence[Ids]) -> np.ndarray:
+    return np.fromiter(map(len, sequences), np.int64, len(sequences))
+
+
+def _flatten(sequences: Sequence[Ids]) -> Ragged:
+    lengths = _lengths(sequences)
+    if all(isinstance(ids, list) for ids in sequences):  # faster than an array for each
+        return Ragged(np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum())), lengths)
+    return Ragged(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]), lengths)
+
+
+def _is_between(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
+    """(B, width), True from the column `starts` (B,) of a row to the one before `ends` (B,)."""
+    index = np.arange(width)
+    return (index >= starts[:, None]) & (index < ends[:, None])
+
+
+def _pad(rows: Ragged, width: int, value: int, starts: np.ndarray | None = None) -> np.ndarray:
+    """(B, width) with every row at its column `starts` (B,), 0 if None, and `value` around it."""
+    starts = np.zeros_like(rows.lengths) if starts is None else starts
+    filled = np.full((len(rows.lengths), width), value)
+    filled[_is_between(starts, starts + rows.lengths, width)] = rows.tokens
     return filled

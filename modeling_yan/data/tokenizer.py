@@ -1,19 +1,25 @@
-"""Training of the project's tokenizer: byte-level BPE, in which a word is the same tokens wherever it stands.
+"""Tokenizers: training of the project's own, byte-level BPE in which a word is the same tokens wherever it stands, and
+what any other one needs to serve a YAN model.
 
 python -m modeling_yan.data.tokenizer --files train.jsonl.gz stories.jsonl.gz --vocab_size 4096 --output tokenizer
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from datasets import load_dataset
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .rows import read_rows, row_texts
+from .rows import check_row, read_rows, row_texts
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"  # in the order of their ids, 0 to 3
+ROLES = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MASK}
+STAND_INS = {"bos_token": "cls_token", "eos_token": "sep_token"}
+MODEL_INPUTS = ["input_ids", "attention_mask"]
 NUM_BYTES = 256
 SPACE = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]  # how byte-level BPE spells " "
 
@@ -39,9 +45,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS,
         mask_token=mask,
         padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
+        model_input_names=MODEL_INPUTS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give any tokenizer, in place, what a YAN model needs; saved and loaded, it keeps that.
+
+    A missing BOS or EOS becomes the CLS or the separator that the tokenizer has; what is still missing of `<pad>`,
+    `<s>`, `</s>` and `<mask>` is added as a special token. Encoding then gives ids and attention mask, nothing else.
+
+    Returns:
+        How many tokens the vocabulary gained; the model has to have room for them: see `fit_to_tokenizer`.
+    """
+    for role, stand_in in STAND_INS.items():
+        if getattr(tokenizer, role) is None and getattr(tokenizer, stand_in) is not None:
+            setattr(tokenizer, role, getattr(tokenizer, stand_in))
+    # As in the project's own: the space before a mask belongs to it.
+    missing = {
+        role: AddedToken(token, lstrip=role == "mask_token", normalized=False, special=True)
+        for role, token in ROLES.items()
+        if getattr(tokenizer, role) is None
+    }
+    size = len(tokenizer)
+    tokenizer.add_special_tokens(missing)
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = list(MODEL_INPUTS)
+    return len(tokenizer) - size
 
 
 def _untrained_tokenizer() -> Tokenizer:
@@ -65,14 +95,33 @@ def _trainer(vocab_size: int, mask: AddedToken) -> BpeTrainer:
     )
 
 
+def read_texts(path: str) -> Iterator[str]:
+    """The prose of a file: of rows (`.jsonl`, `.jsonl.gz`, `.parquet`), or of lines that are not blank (`.txt`)."""
+    builder = {".txt": "text", ".parquet": "parquet"}.get(Path(path).suffix)
+    if builder is None:
+        rows = read_rows(path)
+    else:
+        rows = load_dataset(builder, data_files=path, split="train", streaming=True)
+        rows = ({name: value for name, value in row.items() if value is not None} for row in rows)
+    for row in rows:
+        if builder != "text" or row["text"].strip():
+            check_row(row, path)
+            yield from row_texts(row)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a tokenizer on the prose of files of rows and save it in a folder."""
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on the prose of files of rows.")
-    parser.add_argument("--files", nargs="+", required=True, help=".jsonl or .jsonl.gz files of texts or pairs")
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        required=True,
+        help=".jsonl, .jsonl.gz or .parquet files of texts or pairs, or .txt files",
+    )
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output", required=True, help="the folder to write")
     options = parser.parse_args(arguments)
-    texts = (text for path in options.files for row in read_rows(path) for text in row_texts(row))
+    texts = (text for path in options.files for text in read_texts(path))
     train_tokenizer(texts, options.vocab_size).save_pretrained(options.output)
 
 

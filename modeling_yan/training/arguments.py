@@ -22,6 +22,8 @@ AT_LEAST = {  # the smallest allowed value of every number
     "decay_steps": 0,
     "weight_decay": 0,
     "max_words": 2,
+    "shuffle_buffer": 1,
+    "bucket_batches": 1,
     "max_source_length": 1,
     "validation_batches": 1,
     "num_samples": 0,
@@ -41,10 +43,20 @@ class PretrainingArguments:
     config: str = field(metadata={"help": "folder or hub name of a preset (trained from scratch) or of a checkpoint"})
     tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer"})
     output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
-    train_file: list[str] = field(
-        default_factory=list, metadata={"help": ".jsonl or .jsonl.gz, rows with text or with source and target"}
+    resize_embeddings: bool = field(
+        default=False, metadata={"help": "fit a checkpoint to a tokenizer it doesn't know"}
     )
-    validation_file: list[str] = field(default_factory=list, metadata={"help": "like train_file"})
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={"help": ".jsonl, .jsonl.gz, .txt or .parquet, rows with text or with source and target"},
+    )
+    dataset: list[str] = field(
+        default_factory=list, metadata={"help": "data sets by name: of the registry, of the hub, or folders"}
+    )
+    streaming: bool = field(default=False, metadata={"help": "read the rows as they are needed, from file or hub"})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "rows that the shuffle of a stream holds"})
+    bucket_batches: int = field(default=1, metadata={"help": "batches drawn together and sorted by length"})
+    validation_file: list[str] = field(default_factory=list, metadata={"help": ".jsonl or .jsonl.gz"})
     max_steps: int = field(default=10_000, metadata={"help": "updates"})
     save_steps: int = field(default=1_000, metadata={"help": "updates between checkpoints, each with a validation"})
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep, the newest ones"})

@@ -1,9 +1,9 @@
 """The training loop of both stages: any number of processes through Accelerate, killed and resumed without a trace.
 
-Micro-batch number m of a run is a pure function of the seed and of m: its rows, its noise and its number of solver
-steps. An update takes G of them, as many as there are processes times accumulation steps, and weighs each by its
-tokens. So the same G gives the same loss curve however it is made up of processes and accumulation, and a resumed run
-goes on exactly where its checkpoint was.
+An update has G places, as many as there are processes times accumulation steps. The micro-batch at a place is a pure
+function of the seed, the update and the place: its rows, its noise and its number of solver steps. Each is weighed by
+its tokens. So the same G gives the same loss curve however it is made up of processes and accumulation, and a resumed
+run goes on exactly where its checkpoint was.
 """
 
 import contextlib
@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..data import read_rows
+from ..data import load_rows, prepare_tokenizer, read_rows
+from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
 from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .mixture import TaskMixture
@@ -35,7 +37,10 @@ from .validation import Validation
 
 SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
 # A resumed run with another value of these would see other batches from its first update on.
-FIXED = "stage seed train_file per_device_train_batch_size tasks max_words max_source_length micro_batches".split()
+FIXED = (
+    *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
+    *("per_device_train_batch_size", "max_words", "max_source_length", "num_places"),
+)
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,15 +57,22 @@ def pretrain(arguments: PretrainingArguments) -> None:
     checkpoint = find_checkpoint(arguments, accelerator)
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    model = load_model(arguments.stage, arguments.config, tokenizer)
-    mixture = make_mixture(arguments, arguments.train_file, tokenizer, model.config, count_micro_batches(accelerator))
+    prepare_tokenizer(tokenizer)
+    model = load_model(arguments.stage, arguments.config, tokenizer, arguments.resize_embeddings)
+    with accelerator.main_process_first():  # the others find what it downloaded and converted
+        rows = load_training_rows(arguments, arguments.train_file, arguments.dataset)
+    num_places = count_places(accelerator)
+    mixtures = [
+        make_mixture(arguments, rows, tokenizer, model.config, place, num_places)
+        for place in local_places(accelerator)
+    ]
     validation = None
     if arguments.validation_file:
-        held_out = make_mixture(arguments, arguments.validation_file, tokenizer, model.config)
-        validation = Validation(arguments, held_out, tokenizer)
+        held_out = [row for path in arguments.validation_file for row in read_rows(path)]
+        validation = Validation(arguments, make_mixture(arguments, held_out, tokenizer, model.config), tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    training = Training(arguments, accelerator, model, tokenizer, mixture, validation)
+    training = Training(arguments, accelerator, model, tokenizer, mixtures, validation)
     if checkpoint:
         training.restore(checkpoint)
     accelerator.wait_for_everyone()
@@ -92,7 +104,7 @@ def make_accelerator(arguments) -> Accelerator:
     return accelerator
 
 
-def count_micro_batches(accelerator) -> int:
+def count_places(accelerator) -> int:
     """Micro-batches of one update, over all processes."""
     return accelerator.num_processes * accelerator.gradient_accumulation_steps
 
@@ -117,28 +129,52 @@ def find_checkpoint(arguments, accelerator) -> Path | None:
             f"{output_dir} holds {checkpoints[-1].name}: go on with --resume, or choose another folder"
         )
     before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
-    now = asdict(arguments) | {"micro_batches": count_micro_batches(accelerator)}
+    now = asdict(arguments) | {"num_places": count_places(accelerator)}
     changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
     if changed:
         raise ValueError(f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}: the batches would be others")
     return checkpoints[-1]
 
 
-def make_mixture(arguments, files, tokenizer, config, micro_batches: int = 1) -> TaskMixture:
-    """The batches of `files`, an update of which are `micro_batches`."""
+def load_training_rows(arguments, files: list[str], names: list[str]):
+    """All rows of local files and of data sets by name: a list, one Arrow data set, or one stream.
+
+    Raises:
+        ValueError: There is nothing to load, or streams and lists would have to be mixed.
+    """
+    if not files and not names:
+        raise ValueError("nothing to train on: give train_file or dataset")
+    is_plain = not names and not arguments.streaming and all(path.endswith(SUFFIXES) for path in files)
+    if is_plain:
+        return [row for path in files for row in read_rows(path)]
+    options = {"streaming": arguments.streaming, "seed": arguments.seed}
+    parts = [load_rows(source, **options) for source in [*names, *([files] if files else [])]]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def make_mixture(arguments, rows, tokenizer, config, place: int = 0, num_places: int = 1) -> TaskMixture:
+    """The micro-batches of one place of every update."""
     return TaskMixture(
-        [row for path in files for row in read_rows(path)],
+        rows,
         tokenizer,
         config,
         arguments.stage,
         batch_size=arguments.per_device_train_batch_size,
-        length=arguments.max_steps * micro_batches,
+        length=arguments.max_steps,
         seed=arguments.seed,
         weights=arguments.task_weights(),
         max_words=arguments.max_words,
         max_source_length=arguments.max_source_length,
-        micro_batches=micro_batches,
+        process_index=place,
+        num_processes=num_places,
+        bucket_batches=arguments.bucket_batches,
+        shuffle_buffer=arguments.shuffle_buffer,
     )
+
+
+def local_places(accelerator) -> range:
+    """The places of an update that this process works on."""
+    return range(accelerator.process_index, count_places(accelerator), accelerator.num_processes)
 
 
 def count_targets(batch) -> int:
@@ -192,9 +228,9 @@ class Meter:
 class Training:
     """One run: model, optimizer and data, and the loop over them."""
 
-    def __init__(self, arguments, accelerator, model, tokenizer, mixture: TaskMixture, validation=None):
+    def __init__(self, arguments, accelerator, model, tokenizer, mixtures: list[TaskMixture], validation=None):
         self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
-        self.mixture, self.validation, self.config = mixture, validation, model.config
+        self.mixtures, self.validation, self.config = mixtures, validation, model.config
         optimizer, self.scheduler = make_optimizer(arguments, model)
         # The scheduler stays unprepared: Accelerate would step it once per process and update.
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -243,24 +279,19 @@ class Training:
         if self.accelerator.is_main_process:
             _cut_log(Path(self.arguments.output_dir) / LOG_FILE, self.step)
 
-    def _updates(self) -> Iterator[list[dict]]:
-        """The micro-batches of this process, one list an update."""
-        processes, accumulated = self.accelerator.num_processes, self.arguments.gradient_accumulation_steps
-        for step in range(self.step, self.arguments.max_steps):
-            first = step * processes * accumulated + self.accelerator.process_index
-            numbers = range(first, first + processes * accumulated, processes)
-            yield [{"number": number, **self.mixture[number]} for number in numbers]
+    def _updates(self) -> Iterator[tuple[dict, ...]]:
+        """The micro-batches of this process, update by update."""
+        return zip(*(mixture.batches(self.step) for mixture in self.mixtures))
 
     def _update(self, batches):
         """Forward and backward passes of one update's micro-batches, then the optimizer's step."""
-        numbers = [batch.pop("number") for batch in batches]
         counts = [count_targets(batch) for batch in batches]
         total = self.accelerator.reduce(torch.tensor(float(sum(counts)), device=self.accelerator.device), "sum")
         losses = []
-        for number, batch, count in zip(numbers, batches, counts, strict=True):
+        for place, batch, count in zip(local_places(self.accelerator), batches, counts, strict=True):
             with self.accelerator.accumulate(self.model):
                 # Accelerate takes the mean over accumulation steps and processes: together the mean over all tokens.
-                loss = self._forward(number, batch, count) * (count * count_micro_batches(self.accelerator) / total)
+                loss = self._forward(place, batch, count) * (count * count_places(self.accelerator) / total)
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
@@ -271,13 +302,13 @@ class Training:
         if self.average:
             self.average.update()
 
-    def _forward(self, number, batch, count) -> torch.Tensor:
-        """Loss of micro-batch `number`, a pure function of weights, seed and number."""
+    def _forward(self, place, batch, count) -> torch.Tensor:
+        """Loss of the micro-batch at a place of this update, a pure function of weights, seed, update and place."""
         seed, settings = self.arguments.seed, {}
         if self.arguments.stage == "flow":  # the same for all processes, or sharded weights would wait for each other
             low, high = self.config.min_train_flow_steps, self.config.max_train_flow_steps
             settings["num_flow_steps"] = random.Random(f"{seed} steps {self.step}").randint(low, high)
-        torch.manual_seed(random.Random(f"{seed} noise {number}").getrandbits(63))
+        torch.manual_seed(random.Random(f"{seed} noise {self.step} {place}").getrandbits(63))
         outputs = self.model(**to_device(batch, self.accelerator.device), **settings)
         num_tokens = int(batch["attention_mask"].sum()) + count * ("canvas_length" in batch)
         shape = (*batch["input_ids"].shape, batch.get("canvas_length", 0), settings.get("num_flow_steps", 0))
@@ -344,7 +375,7 @@ class Training:
             return
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
-        place = {"step": self.step, "seconds": self.seconds, "micro_batches": count_micro_batches(self.accelerator)}
+        place = {"step": self.step, "seconds": self.seconds, "num_places": count_places(self.accelerator)}
         settings = asdict(self.arguments) | place
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 

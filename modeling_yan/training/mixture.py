@@ -1,44 +1,61 @@
-"""Training batches of one task each, where batch number i is a pure function of the seed and of i.
+"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of the place.
 
 So there is no state to save: a run that stopped goes on at the same place in the data.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
+from ..data.collators import encode_rows
+from .streams import PAIRS, TEXT, DrawnRows, Row, Rows, TaskSchedule, cut, split_kinds
 
-Row = dict[str, Any]
-PAIRS, TEXT = "pairs", "text"
 CANVAS_MULTIPLE = 8
 WIDE_CANVAS_CHANCE = 0.3  # of a canvas wider than the batch needs, so that any width works at generation
 MAX_TRIES = 1000
+
+Batch = dict[str, Any]
 
 
 class TaskMixture(Dataset):
     """Batches of the tasks that the rows and the stage allow, each task with its weight.
 
     Rows with source and target are the task "pairs". Rows with text are the task "text" in the autoencoder stage, and
-    each of `TEXT_TASKS` in the flow stage.
+    each of `TEXT_TASKS` in the flow stage. A list or an Arrow data set is drawn from with replacement. From a stream
+    each task takes its rows in order: shuffled in a buffer, divided among the processes, epoch after epoch with a new
+    shuffle; to start in the middle the stream is read again up to there, though nothing is tokenised on the way.
+
+    `bucket_batches` batches of a task are drawn together, sorted by their rows' numbers of tokens, cut, and dealt out
+    in random order: every row is used once, beside rows of about its length. In memory there are never more rows than
+    one such group for each task, and the buffer of a stream.
+
+    A row that a task can't use (no sentence of `max_words` or fewer, an empty target) is skipped and counted in
+    `num_skipped`; `num_truncated` and `num_cut_targets` are those of the collators. They count what this object did.
 
     Args:
-        rows: Rows as `read_rows` gives them. stage: "autoencoder" or "flow".
+        rows: Rows as `read_rows` gives them, or a `datasets.Dataset` or `IterableDataset` with columns "text", or
+            "source" and "target", or all of them with nulls. stage: "autoencoder" or "flow".
         weights: Task to weight, at least 0; None for equal weights of all tasks that the rows allow.
         max_words: Texts are cropped to whole sentences of at most so many words.
         max_source_length: Longest source in tokens; config: gives canvas length and masking.
-        length: Number of batches. seed: Chooses them. micro_batches: Batches of one update, all of one task.
+        length: Number of batches. seed, process_index: Choose the batches.
+        bucket_batches: At least 1, which sorts nothing. shuffle_buffer: Rows that the shuffle of a stream holds.
+        num_processes: That share a stream.
 
     Raises:
-        ValueError: An unknown task, one without rows, or no weight above 0.
+        ValueError: No rows, an unknown task, one without rows, or no weight above 0; and when a batch is asked for:
+            rows of which the task can use none.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Rows,
         tokenizer: PreTrainedTokenizerBase,
         config,
         stage: str,
@@ -48,80 +65,147 @@ class TaskMixture(Dataset):
         weights: dict[str, float] | None = None,
         max_words: int = 24,
         max_source_length: int = 64,
-        micro_batches: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+        bucket_batches: int = 1,
+        shuffle_buffer: int = 10_000,
     ):
+        if stage not in STAGE_TASKS:
+            raise ValueError(f"stage={stage!r}: must be one of {', '.join(STAGE_TASKS)}")
+        _check_sizes(batch_size=batch_size, bucket_batches=bucket_batches, shuffle_buffer=shuffle_buffer)
         self.tokenizer, self.config, self.stage = tokenizer, config, stage
-        self.batch_size, self.length, self.seed, self.micro_batches = batch_size, length, seed, micro_batches
-        self.max_words, self.max_source_length = max_words, max_source_length
-        self.pairs = [row for row in rows if "target" in row]
-        self.texts = [row for row in rows if "target" not in row]
-        if stage not in COLLATE:
-            raise ValueError(f"stage={stage!r}: must be one of {', '.join(COLLATE)}")
-        self.weights = _check_weights(weights, self._tasks())
-
-    def _tasks(self) -> list[str]:
-        text_tasks = [TEXT] if self.stage == "autoencoder" else list(TEXT_TASKS)
-        return [PAIRS] * bool(self.pairs) + text_tasks * bool(self.texts)
+        self.batch_size, self.length, self.seed, self.process_index = batch_size, length, seed, process_index
+        self.max_words, self.bucket_batches, self.num_skipped = max_words, bucket_batches, 0
+        kinds = split_kinds(rows, process_index, num_processes, shuffle_buffer)
+        self._rows = {task: kinds[kind] for kind in kinds for task in STAGE_TASKS[stage][kind]}
+        self.weights = _check_weights(weights, list(self._rows))
+        self._schedule = TaskSchedule(self.weights, seed)
+        self._groups = {
+            task: self._rows[task].groups(partial(self._fill, task), f"{seed} {task}", process_index)
+            for task in self.weights
+        }
+        self._collator = self._make_collator(min(max_source_length, config.max_position_embeddings))
+        self._current: dict[str, tuple[int, list[list[Row]]]] = {}
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        # All batches of an update are of one task, so that the processes take about as long.
-        task_rng = random.Random(f"{self.seed} task {index // self.micro_batches}")
-        task = task_rng.choices(list(self.weights), list(self.weights.values()))[0]
-        return self.batch(task, random.Random(f"{self.seed} batch {index}"))
+        # All processes work on one task at a time, so that they take about as long.
+        task, number = self._schedule[index]
+        group, place = divmod(number, self.bucket_batches)
+        rng = random.Random(f"{self.seed} {index} {self.process_index}")
+        return self._collate(self._batches_of(task, group)[place], rng)
 
-    def batch(self, task: str, rng: random.Random) -> Row:
-        """One batch of `task`, ready for the stage's model."""
-        rows = [self._draw_row(task, rng) for _ in range(self.batch_size)]
-        return COLLATE[self.stage](self, rows, rng)
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches from number `start` on, as the iteration over all of them gives them.
 
-    def _draw_row(self, task: str, rng: random.Random) -> Row:
+        Raises:
+            ValueError: `start` is not from 0 to the number of batches.
+        """
+        if not 0 <= start <= self.length:
+            raise ValueError(f"start={start}: must be from 0 to length={self.length}")
+        return map(self.__getitem__, range(start, self.length))
+
+    def task_of(self, index: int) -> str:
+        """The task of batch number `index`, the same in every process."""
+        return self._schedule[index][0]
+
+    def batch(self, task: str, rng: random.Random) -> Batch:
+        """One batch of `task` drawn with `rng`. Raises ValueError if the rows are a stream."""
+        if not isinstance(self._rows[task], DrawnRows):
+            raise ValueError("single batches can't be drawn from a stream: give a list or a map-style data set")
+        rows = self._fill(task, self._rows[task].draw(rng), rng, self.batch_size)
+        return self._collate(encode_rows(self.tokenizer, rows), rng)
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows of which the source, or the text of an autoencoder, did not fit."""
+        return self._collator.num_truncated
+
+    @property
+    def num_cut_targets(self) -> int:
+        """Targets that did not fit into a canvas with their EOS."""
+        return getattr(self._collator, "num_cut_targets", 0)
+
+    def _batches_of(self, task: str, group: int) -> list[list[Row]]:
+        """The rows of each batch of a group, as token ids; the last group of every task is kept."""
+        if self._current.get(task, (None,))[0] != group:
+            self._current.pop(task, None)  # never two groups in memory
+            rows = encode_rows(self.tokenizer, self._groups[task](group))
+            rows.sort(key=lambda row: sum(map(len, row.values())))
+            batches = cut(rows, self.batch_size)
+            # Without the process: all of them have their long batches at the same time.
+            random.Random(f"{self.seed} {task} {group} order").shuffle(batches)
+            self._current[task] = group, batches
+        return self._current[task][1]
+
+    def _fill(self, task: str, rows: Iterator[Row], rng: random.Random, size: int | None = None) -> list[Row]:
+        """Rows made for the task, as many as a group has, out of the next rows that it can use."""
+        size, made, tries = size or self.batch_size * self.bucket_batches, [], 0
+        for row in rows:
+            made_row = self._make_row(task, row, rng)
+            tries = 0 if made_row else tries + 1
+            self.num_skipped += not made_row
+            if made_row:
+                made.append(made_row)
+            if len(made) == size:
+                break
+            if tries == MAX_TRIES:
+                lack = "target" if task == PAIRS else f"sentence of max_words={self.max_words} or fewer words to use"
+                raise ValueError(f"{MAX_TRIES} rows in a row have no {lack} for task {task}")
+        return made
+
+    def _make_row(self, task: str, row: Row, rng: random.Random) -> Row | None:
+        """The row's source and target, or its text, for the task; None if that can't use it."""
         if task == PAIRS:
-            return rng.choice(self.pairs)
-        for _ in range(MAX_TRIES):
-            text = crop_sentences(rng.choice(self.texts)["text"], self.max_words, rng)
-            row = text and ({"text": text} if task == TEXT else self._make_pair(task, text, rng))
-            if row:
-                return row
-        raise ValueError(f"{MAX_TRIES} texts in a row have no sentence of max_words={self.max_words} for task {task}")
+            return {key: row[key] for key in ("source", "target")} if _is_usable_pair(row) else None
+        text = crop_sentences(row.get("text") or "", self.max_words, rng)
+        return text and ({"text": text} if task == TEXT else self._make_pair(task, text, rng))
 
-    def _make_pair(self, task, text, rng):
+    def _make_pair(self, task: str, text: str, rng: random.Random) -> Row | None:
         details = {"count_tokens": lambda span: len(self.tokenizer.tokenize(span))} if task == "infilling" else {}
-        return TEXT_TASKS[task](text, rng, self.tokenizer.mask_token, **details)
+        pair = TEXT_TASKS[task](text, rng, self.tokenizer.mask_token, **details)
+        return pair and {key: pair[key] for key in ("source", "target")}
 
-    def _collate_autoencoder(self, rows, rng):
+    def _make_collator(self, longest: int) -> Callable:
         config = self.config
-        collator = AutoencoderCollator(
-            self.tokenizer,
-            max_length=min(self.max_source_length, config.max_position_embeddings),
-            mask_ratio=config.mask_ratio,
-            max_span_len=config.max_span_len,
-            seed=rng.getrandbits(60),
-        )
-        return collator(rows)
+        if self.stage == "flow":
+            return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
+        return AutoencoderCollator(self.tokenizer, longest, config.mask_ratio, config.max_span_len)
 
-    def _collate_flow(self, rows, rng):
-        longest = min(self.max_source_length, self.config.max_position_embeddings)
-        batch = FlowCollator(self.tokenizer, longest, self.config.canvas_length, CANVAS_MULTIPLE)(rows)
+    def _collate(self, rows: list[Row], rng: random.Random) -> Batch:
+        if self.stage == "autoencoder":
+            return self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60)))
+        batch = self._collator(rows)
         batch["canvas_length"] = width = batch["labels"].shape[1]
         if rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
         return batch
 
 
-COLLATE: dict[str, Callable] = {
-    "autoencoder": TaskMixture._collate_autoencoder,
-    "flow": TaskMixture._collate_flow,
+STAGE_TASKS = {
+    "autoencoder": {PAIRS: [PAIRS], TEXT: [TEXT]},
+    "flow": {PAIRS: [PAIRS], TEXT: list(TEXT_TASKS)},
 }
 
 
+def _is_usable_pair(row: Row) -> bool:
+    source, target = row.get("source"), row.get("target")
+    return (
+        source is not None and target is not None and bool(target.strip() if isinstance(target, str) else len(target))
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+
+
 def _check_weights(weights, tasks):
-    if not tasks:
-        raise ValueError("there are no rows to train on")
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(tasks))
     if unknown:

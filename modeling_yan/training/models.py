@@ -12,35 +12,41 @@ from transformers.utils import (
 
 from ..configuration_yan import YanConfig
 from ..modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from .vocabulary import ROLES, count_ids, fit_to_tokenizer
 
 STAGES = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-def load_model(stage: str, name: str, tokenizer):
+def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False):
     """The stage's model: weights of a checkpoint, or a fresh one of a preset, fitted to the tokenizer.
 
     Args:
         name: Folder or hub name. It counts as a preset if it holds no weights.
+        tokenizer: With pad, EOS and mask tokens, as `prepare_tokenizer` leaves it.
+        resize_embeddings: Whether a checkpoint may be fitted to a tokenizer that it does not know.
 
     Raises:
         ValueError: The tokenizer lacks a special token, or does not fit the checkpoint.
     """
-    for token in ("pad_token_id", "eos_token_id", "mask_token_id"):
-        if getattr(tokenizer, token) is None:
-            raise ValueError(f"the tokenizer has no {token}: add the token before training")
-    special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("pad", "bos", "eos", "mask")}
+    for role in ("pad_token_id", "eos_token_id", "mask_token_id"):
+        if getattr(tokenizer, role) is None:
+            raise ValueError(f"the tokenizer has no {role}: call prepare_tokenizer first")
+    special = {role: getattr(tokenizer, role) for role in ROLES}
     config = YanConfig.from_pretrained(name)
     if not has_weights(name):
-        config.update({"vocab_size": len(tokenizer), **special})
+        config.update({"vocab_size": count_ids(tokenizer), **special})
         return STAGES[stage](config)
-    differing = {token: value for token, value in special.items() if getattr(config, token) != value}
-    if len(tokenizer) > config.vocab_size or differing:
+    differing = {role: value for role, value in special.items() if getattr(config, role) != value}
+    if (count_ids(tokenizer) > config.vocab_size or differing) and not resize_embeddings:
         raise ValueError(
-            f"the tokenizer with {len(tokenizer)} tokens and {special} does not fit the checkpoint {name} with "
-            f"vocab_size={config.vocab_size} and { {token: getattr(config, token) for token in special} }"
+            f"the tokenizer with {count_ids(tokenizer)} tokens and {special} does not fit the checkpoint {name} with "
+            f"vocab_size={config.vocab_size} and { {role: getattr(config, role) for role in special} }; "
+            "give the checkpoint's own tokenizer, or --resize_embeddings True to train it for another one"
         )
-    return STAGES[stage].from_pretrained(name)
+    model = STAGES[stage].from_pretrained(name)
+    fit_to_tokenizer(model, tokenizer)
+    return model
 
 
 def has_weights(name: str) -> bool:

@@ -1,10 +1,18 @@
+import copy
+import cProfile
+import random
+import runpy
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_yan.data import AutoencoderCollator, FlowCollator, generate_stories, mask_spans
+from modeling_yan.data import AutoencoderCollator, FlowCollator, collators, generate_stories, mask_spans
 
 MASK, PAD = 3, 2
+BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmark" / "collators.py"
 
 
 def ragged_batch(num_rows, width, seed=0):
@@ -246,3 +254,175 @@ def test_flow_refuses_texts_and_empty_limits(tokenizer):
     for name in ("max_source_length", "canvas_length"):
         with pytest.raises(ValueError, match=name):
             FlowCollator(tokenizer, **{"max_source_length": 8, "canvas_length": 8, name: 0})
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The names of the benchmark script, the plain loops among them."""
+    return runpy.run_path(str(BENCHMARK))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """List that collects the spans of every batch: one list of (start, length) a row."""
+    batches, draw = [], collators._draw_spans
+
+    def record(*args):
+        starts, lengths = draw(*args)
+        batches.append([[(s, n) for s, n in zip(*row) if n] for row in zip(starts.tolist(), lengths.tolist())])
+        return starts, lengths
+
+    monkeypatch.setattr(collators, "_draw_spans", record)
+    return batches
+
+
+def draw_ids(rng, low, high, kind=list):
+    ids = [rng.randrange(10, 400) for _ in range(rng.randint(low, high))]
+    return kind(ids)
+
+
+KINDS = {"list": list, "array": np.array, "tensor": torch.tensor, "tuple": tuple}
+
+
+class TestAgainstLoops:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_infilling_equals_the_loop_with_the_same_spans(self, tokenizer, benchmark, drawn, kind):
+        rng = random.Random(0)
+        for width in (16, 48):
+            rows = [{"input_ids": draw_ids(rng, 1, width - 1, KINDS[kind])} for _ in range(40)]
+            batch = AutoencoderCollator(tokenizer, width, mask_ratio=0.3, fixed_width=True)(rows)
+            expected = benchmark["infill_by_loop"](rows, drawn[-1], width, MASK, tokenizer.eos_token_id)
+            assert sum(map(len, drawn[-1])) > 40
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_pairs_equal_the_loop(self, tokenizer, benchmark, kind):
+        rng = random.Random(1)
+        ids = [{"source": draw_ids(rng, 1, 30), "target": draw_ids(rng, 1, 14)} for _ in range(40)]
+        rows = [{key: KINDS[kind](value) for key, value in row.items()} for row in ids]
+        batch = FlowCollator(tokenizer, 64, 32)(rows)
+        source_width, target_width = batch["input_ids"].shape[1], batch["labels"].shape[1]
+        expected = benchmark["pair_by_loop"](ids, source_width, target_width, 0, tokenizer.eos_token_id)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+    def test_mixed_autoencoder_rows_equal_the_loop(self, tokenizer, benchmark, drawn):
+        """Texts, pairs with and without answer slot, with and without BOS, too long ones and empty sources."""
+        rng, limit, eos = random.Random(2), 32, tokenizer.eos_token_id
+        for _ in range(20):
+            rows = [self.draw_row(rng, tokenizer) for _ in range(12)]
+            batch = AutoencoderCollator(tokenizer, limit, fixed_width=True)(rows)
+            for index, row in enumerate(rows):
+                shown, labels = self.expect(row, drawn[-1][index], limit, benchmark["mask_row"], tokenizer)
+                assert batch["input_ids"][index].tolist() == (shown + [eos] * limit)[:limit]
+                assert batch["labels"][index].tolist() == labels
+
+    def draw_row(self, rng, tokenizer):
+        if rng.random() < 0.3:
+            return {"input_ids": draw_ids(rng, 0, 31)}
+        slot = rng.choice([[], [tokenizer.bos_token_id]]) + [MASK] * rng.choice([0, 0, 2, 8, 40])
+        return {"source": slot + draw_ids(rng, 0, 40), "target": draw_ids(rng, 0, 12)}
+
+    def expect(self, row, spans, limit, mask_row, tokenizer):
+        text, source = row.get("target", row.get("input_ids")), row.get("source", [])
+        eos = tokenizer.eos_token_id
+        source_end = source[:limit]
+        start = int(source_end[:1] == [tokenizer.bos_token_id])
+        end = start
+        while end < len(source_end) and source_end[end] == MASK:
+            end += 1
+        if end - start > len(text):
+            answer = text + [eos] * (end - start - len(text))
+            return source_end, [-100] * start + answer + [-100] * (limit - end)
+        source = source[max(0, len(source) - (limit - len(text))) :]
+        shown = source + mask_row(text, spans, MASK)
+        if not source:
+            return shown, text + [eos] * (limit - len(text))
+        labels = [-100] * len(source) + text + [eos]
+        return shown, (labels + [-100] * limit)[:limit]
+
+    def test_the_loop_draws_spans_as_often_as_the_collator(self, benchmark):
+        rng, num_tokens = random.Random(3), 40
+        loop = [benchmark["draw_spans"](num_tokens, rng) for _ in range(10_000)]
+        generator = torch.Generator().manual_seed(0)
+        starts, lengths = collators._draw_spans(np.full(10_000, num_tokens), 0.15, 3, generator)
+        for mean, expected in (
+            ((lengths > 0).sum(1).mean(), np.mean([len(spans) for spans in loop])),
+            (lengths.sum(1).mean(), np.mean([sum(n for _, n in spans) for spans in loop])),
+            (starts[lengths > 0].mean(), np.mean([start for spans in loop for start, _ in spans])),
+            (np.mean(lengths[lengths > 0] == 1), np.mean([n == 1 for spans in loop for _, n in spans])),
+        ):
+            assert mean == pytest.approx(expected, rel=0.03)
+
+
+def test_no_token_is_touched_in_a_python_loop(tokenizer):
+    """The calls that a batch makes do not grow with its tokens."""
+
+    def count_calls(make, length):
+        collator, profile = make(), cProfile.Profile()
+        rows = [{"input_ids": [10] * length, "source": [10] * length, "target": [11] * length}] * 4
+        rows = rows if isinstance(collator, FlowCollator) else [{"input_ids": [10] * length}, *rows]
+        profile.enable()
+        collator(rows)
+        profile.disable()
+        return sum(entry.callcount for entry in profile.getstats())
+
+    for make in (lambda: FlowCollator(tokenizer, 5_000, 5_000), lambda: AutoencoderCollator(tokenizer, 5_000)):
+        count_calls(make, 10)
+        assert count_calls(make, 2_000) <= count_calls(make, 200) + 20
+
+
+def test_the_benchmark_prints_a_line_for_every_case(benchmark, capsys):
+    benchmark["main"](["--repeats", "1", "--sizes", "4x16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        [batch, ids, "4x16"] for batch in ("infilling", "pairs") for ids in ("list", "array")
+    ]
+    assert all(float(line.split()[-1]) > 0 for line in lines[1:])
+
+
+class TestCounts:
+    def test_flow_counts_cut_sources_and_cut_targets(self, tokenizer):
+        collator = FlowCollator(tokenizer, 4, 4)
+        for _ in range(2):
+            collator([{"source": [10] * n, "target": [11] * m} for n, m in ((4, 3), (5, 3), (9, 4), (1, 9))])
+        assert (collator.num_truncated, collator.num_cut_targets) == (4, 4)
+
+    def test_autoencoder_counts_windows_and_cut_sources(self, tokenizer):
+        collator = AutoencoderCollator(tokenizer, 8)
+        collator([{"input_ids": [10] * n} for n in (7, 8, 9, 30)])
+        assert collator.num_truncated == 2
+        collator([{"source": [10] * 5, "target": [11] * n} for n in (3, 4)])
+        assert collator.num_truncated == 3
+
+    def test_an_empty_target_is_an_eos_alone(self, tokenizer):
+        batch = FlowCollator(tokenizer, 8, 8)([{"source": "Mary", "target": ""}])
+        assert batch["labels"].tolist() == [[tokenizer.eos_token_id, -100, -100, -100]]
+
+    def test_an_empty_source_needs_a_bos(self, tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.bos_token = None
+        with pytest.raises(ValueError, match="no BOS"):
+            FlowCollator(tokenizer, 8, 8)([{"source": "", "target": "Mary"}])
+
+
+def test_columns_that_are_none_count_as_missing(tokenizer):
+    text = {"text": "Mary took the apple.", "source": None, "target": None}
+    pair = {"text": None, "source": [20], "target": [10, 11]}
+    collator = AutoencoderCollator(tokenizer, 16, mask_ratio=0, target_mask_ratio=0)
+    sparse = collator([{"text": text["text"]}, {"source": [20], "target": [10, 11]}])
+    assert all(torch.equal(tensor, sparse[name]) for name, tensor in collator([text, pair]).items())
+    with pytest.raises(ValueError, match=r"keys \['text'\], but \"source\" is needed"):
+        FlowCollator(tokenizer, 8, 8)([text])
+
+
+def test_a_generator_of_the_call_wins_over_the_seed(tokenizer):
+    rows = [{"input_ids": list(range(10, 40))}] * 8
+    first, second = AutoencoderCollator(tokenizer, 32, seed=1), AutoencoderCollator(tokenizer, 32, seed=2)
+    batches = [collator(rows, torch.Generator().manual_seed(5)) for collator in (first, second, first)]
+    assert all(torch.equal(batches[0]["input_ids"], batch["input_ids"]) for batch in batches)
+
+
+def test_a_batch_of_empty_rows_is_all_fill(tokenizer):
+    batch = AutoencoderCollator(tokenizer, 16)([{"input_ids": []}, {"source": [20, 21], "target": []}])
+    assert batch["input_ids"][:, 2:].eq(tokenizer.eos_token_id).all()
+    assert batch["labels"].tolist() == [[2] * 8, [-100, -100, 2, -100, -100, -100, -100, -100]]

@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_yan.data import generate_stories, train_tokenizer, write_rows
 from modeling_yan.data.rows import row_texts
-from modeling_yan.data.tokenizer import main
+from modeling_yan.data.tokenizer import main, read_texts
 
 TEXTS = [
     "Mary went to the kitchen.",
@@ -117,3 +118,19 @@ def test_command(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     texts = [text for row in pairs for text in row_texts(row)] + ["Zebras zigzag."] * 20
     assert loaded.get_vocab() == train_tokenizer(texts, 350).get_vocab()
+
+
+def test_texts_of_every_kind_of_file(tmp_path):
+    mixed = [{"text": "one", "source": None, "target": None}, {"text": None, "source": "two", "target": "three"}]
+    Dataset.from_list(mixed).to_parquet(str(tmp_path / "rows.parquet"))
+    (tmp_path / "lines.txt").write_text("one\n\ntwo words\n")
+    write_rows(tmp_path / "rows.jsonl", [{"text": "one"}])
+    assert list(read_texts(str(tmp_path / "rows.parquet"))) == ["one", "two", "three"]
+    assert list(read_texts(str(tmp_path / "lines.txt"))) == ["one", "two words"]
+    assert list(read_texts(str(tmp_path / "rows.jsonl"))) == ["one"]
+
+
+def test_a_table_without_text_is_refused(tmp_path):
+    Dataset.from_list([{"words": "one"}]).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match=r"rows\.parquet.*words"):
+        list(read_texts(str(tmp_path / "rows.parquet")))

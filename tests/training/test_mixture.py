@@ -56,9 +56,15 @@ class TestRepetition:
         mixture = make_mixture(stage=stage)
         assert not any(same(mixture[0], mixture[index]) for index in range(1, 8))
 
-    def test_seeds_see_other_batches(self, make_mixture, stage):
-        first, other = make_mixture(stage=stage), make_mixture(stage=stage, seed=1)
-        assert not any(same(first[index], other[index]) for index in range(5))
+    def test_seeds_and_processes_see_other_batches(self, make_mixture, stage):
+        mixtures = [
+            make_mixture(stage=stage),
+            make_mixture(stage=stage, seed=1),
+            make_mixture(stage=stage, process_index=1),
+        ]
+        for index in range(5):
+            first, *others = [mixture[index] for mixture in mixtures]
+            assert not any(same(first, other) for other in others)
 
     def test_length_bounds_the_iteration(self, make_mixture, stage):
         mixture = make_mixture(stage=stage, length=3)
@@ -81,8 +87,7 @@ class TestTasks:
 
         def draw(**overrides):
             mixture = make_mixture(length=300, **overrides)
-            mixture.batch = lambda task, rng: task
-            return list(mixture)
+            return [mixture.task_of(index) for index in range(300)]
 
         return draw
 
@@ -96,10 +101,10 @@ class TestTasks:
         assert set(counts) == {"pairs", "infilling"}
         assert 195 <= counts["pairs"] <= 255  # 225 +- 4 sigma
 
-    def test_all_batches_of_an_update_are_of_one_task(self, draw_tasks):
-        single, triple = draw_tasks(), draw_tasks(micro_batches=3)
-        assert triple == [single[index // 3] for index in range(300)]
-        assert draw_tasks(seed=1) != single
+    def test_all_processes_work_on_one_task_at_a_time(self, draw_tasks):
+        first = draw_tasks(process_index=0)
+        assert draw_tasks(process_index=1) == first
+        assert draw_tasks(seed=1) != first
 
     def test_a_pairs_target_stands_beside_its_source(self, make_mixture, tokenizer):
         batch = make_mixture(rows=PAIRS)[0]
