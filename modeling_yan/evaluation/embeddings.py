@@ -90,10 +90,7 @@ def bert_scores(
         OSError: The encoder can't be loaded.
     """
     check_rows(predictions=predictions, references=references)
-    if encoder is None:
-        encoder = TextEncoder.from_pretrained(TOKEN_ENCODER, layer=TOKEN_LAYER)
-    elif not isinstance(encoder, TextEncoder):
-        encoder = TextEncoder.from_pretrained(encoder)
+    encoder = load_token_encoder(encoder)
     texts = sorted({*predictions, *references})
     tokens = dict(zip(texts, encoder.embed_tokens(texts)))
     rows = [_greedy_match(*tokens[text], *tokens[wanted]) for text, wanted in zip(predictions, references)]
@@ -116,7 +113,7 @@ def semantic_distances(
     """
     check_rows(predictions=predictions, references=references)
     texts = sorted({*predictions, *references})
-    vectors = dict(zip(texts, F.normalize(_embed(encoder)(texts).double(), dim=-1)))
+    vectors = dict(zip(texts, F.normalize(load_sentence_encoder(encoder)(texts).double(), dim=-1)))
     rows = zip(predictions, references)
     return [_distance(vectors[text], vectors[wanted]) if text != wanted else 0.0 for text, wanted in rows]
 
@@ -131,7 +128,7 @@ def mean_pairwise_distance(texts: Sequence[str], encoder: Encoder | Embed = None
     check_rows(texts=texts)
     if len(texts) < 2:
         raise ValueError(f"pairwise distance of {len(texts)} text: must be at least 2")
-    vectors = F.normalize(_embed(encoder)(texts).double(), dim=-1)
+    vectors = F.normalize(load_sentence_encoder(encoder)(texts).double(), dim=-1)
     cosines = vectors @ vectors.T
     num_pairs = len(texts) * (len(texts) - 1)
     return float(1 - (cosines.sum() - cosines.diagonal().sum()) / num_pairs)
@@ -155,13 +152,18 @@ def mauve_score(
     """
     check_rows(predictions=predictions)
     check_rows(references=references)
+    compute_mauve, embed = import_mauve(), load_sentence_encoder(encoder)
+    features = {"p_features": embed(references).cpu().numpy(), "q_features": embed(predictions).cpu().numpy()}
+    return float(compute_mauve(**features, **options).mauve)
+
+
+def import_mauve() -> Callable:
+    """`mauve.compute_mauve`; raises ImportError, saying what to install, where it is missing."""
     try:
         from mauve import compute_mauve
     except ImportError as error:
         raise ImportError("MAUVE needs mauve-text: pip install mauve-text") from error
-    embed = _embed(encoder)
-    features = {"p_features": embed(references).cpu().numpy(), "q_features": embed(predictions).cpu().numpy()}
-    return float(compute_mauve(**features, **options).mauve)
+    return compute_mauve
 
 
 def _installed_folder(name_or_path):
@@ -176,7 +178,15 @@ def _installed_folder(name_or_path):
     return name_or_path
 
 
-def _embed(encoder) -> Embed:
+def load_token_encoder(encoder: Encoder = None) -> TextEncoder:
+    """The encoder of `bert_scores`, loaded where it is None, a name or a folder."""
+    if encoder is None:
+        return TextEncoder.from_pretrained(TOKEN_ENCODER, layer=TOKEN_LAYER)
+    return encoder if isinstance(encoder, TextEncoder) else TextEncoder.from_pretrained(encoder)
+
+
+def load_sentence_encoder(encoder: Encoder | Embed = None) -> Embed:
+    """Function from N texts to vectors (N, D), of an encoder that is loaded where it is None, a name or a folder."""
     if encoder is None or isinstance(encoder, (str, os.PathLike)):
         encoder = TextEncoder.from_pretrained(SENTENCE_ENCODER if encoder is None else encoder)
     return encoder.embed_sentences if isinstance(encoder, TextEncoder) else encoder

@@ -46,7 +46,7 @@ def generative_perplexity(
     """
     prompts = [""] * len(texts) if prompts is None else prompts
     check_rows(texts=texts, prompts=prompts)
-    judge, tokenizer = _load(judge, tokenizer)
+    judge, tokenizer = load_judge(judge, tokenizer)
     rows = [_row(*row, judge, tokenizer, separator) for row in zip(prompts, texts)]
     counted = [index for index, (_, num_tokens) in enumerate(rows) if num_tokens]
     if not counted:
@@ -60,7 +60,8 @@ def generative_perplexity(
     return GenerativePerplexity(math.exp(sum(sums) / sum(num_tokens)), sums, num_tokens)
 
 
-def _load(judge, tokenizer):
+def load_judge(judge, tokenizer=None):
+    """The judge and its tokenizer, loaded if it is a hub name or a folder; errors as in `generative_perplexity`."""
     if isinstance(judge, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(judge) if tokenizer is None else tokenizer
         judge = AutoModelForCausalLM.from_pretrained(judge)

@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
-from .embeddings import bert_scores, mauve_score, semantic_distances
-from .likelihood import generative_perplexity
+from .embeddings import (
+    bert_scores,
+    import_mauve,
+    load_sentence_encoder,
+    load_token_encoder,
+    mauve_score,
+    semantic_distances,
+)
+from .likelihood import generative_perplexity, load_judge
 from .metrics import exact_match_scores, rouge_scores, token_f1_scores
 from .runs import DETERMINISTIC, Run, RunOptions, run_model
 from .statistics import (
@@ -95,7 +102,7 @@ def evaluate_task(
         report["runs"].setdefault(run.length, {})[run.decoding] = _summary(run, scores, figures)
     if others is not None:
         own = {(run.length, run.decoding): scores for run, scores, _ in scored}
-        report["comparison"] = {"with": str(compare), **compare_runs(own, others)}
+        report["comparison"] = {"with": str(compare), "runs": compare_runs(own, others)}
     lines = [line for run, scores, _ in scored for line in _lines(run, scores, rows)]
     _write(Path(output) / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     _write(Path(output) / "metrics.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -133,7 +140,8 @@ def read_predictions(folder: str | os.PathLike, rows: Sequence[Row]) -> dict[tup
         ValueError: Its rows are not `rows`; the message names the first that differs.
     """
     path, scores = Path(folder) / "predictions.jsonl", {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # split at "\n" alone: a prediction may hold other characters that end a line for `splitlines`
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     num_rows = 1 + max((line["row"] for line in lines), default=-1)
     if num_rows != len(rows):
         raise ValueError(f"{path} has {num_rows} rows: must have {len(rows)} to be compared")
@@ -154,9 +162,10 @@ def format_report(report: Mapping[str, Any]) -> str:
         for decoding, run in decodings.items():
             lines.append(f"\n{length} length, {decoding}, {run['num_seeds']} seed(s), {report['num_rows']} rows")
             lines += [f"  {name:24} {_cells(figure)}" for name, figure in run["metrics"].items()]
-    for length, decodings in report.get("comparison", {}).items():
-        for decoding, tests in decodings.items() if isinstance(decodings, Mapping) else ():
-            lines.append(f"\n{length} length, {decoding} minus {tests['against']} of {report['comparison']['with']}")
+    comparison = report.get("comparison", {"runs": {}})
+    for length, decodings in comparison["runs"].items():
+        for decoding, tests in decodings.items():
+            lines.append(f"\n{length} length, {decoding} minus {tests['against']} of {comparison['with']}")
             lines += [f"  {name:24} {_test_cells(test)}" for name, test in tests["metrics"].items()]
     return "\n".join(lines).lstrip("\n")
 
@@ -173,16 +182,26 @@ def _check(rows, metrics):
 
 
 def _functions(metrics, encoder, judge, sources):
-    """Row metrics, set metrics, and the function for the judge or None, as the options ask for them."""
+    """Row metrics, set metrics, and the function for the judge or None, as the options ask for them.
+
+    Models are loaded here, once, and what isn't installed is missed here, before anything is generated.
+    """
     of_rows = [ROW_METRICS[name] for name in metrics if name in ROW_METRICS]
     of_sets = [SET_METRICS[name] for name in metrics if name in SET_METRICS]
     if "bert_score" in metrics:
-        of_rows.append(lambda texts, wanted: {"bert_score_f1": bert_scores(texts, wanted, encoder)["f1"]})
+        of_tokens = load_token_encoder(encoder)
+        of_rows.append(lambda texts, wanted: {"bert_score_f1": bert_scores(texts, wanted, of_tokens)["f1"]})
+    if {"semantic_distance", "mauve"} & set(metrics):
+        embed = load_sentence_encoder(encoder)
     if "semantic_distance" in metrics:
-        of_rows.append(lambda texts, wanted: {"semantic_distance": semantic_distances(texts, wanted, encoder)})
+        of_rows.append(lambda texts, wanted: {"semantic_distance": semantic_distances(texts, wanted, embed)})
     if "mauve" in metrics:
-        of_sets.append(lambda texts, wanted: {"mauve": mauve_score(texts, wanted, encoder)})
-    judged = None if judge is None else lambda texts: generative_perplexity(texts, judge, prompts=sources)
+        import_mauve()
+        of_sets.append(lambda texts, wanted: {"mauve": mauve_score(texts, wanted, embed)})
+    for function in of_rows:
+        function(["a"], ["a"])
+    judge = None if judge is None else load_judge(judge)
+    judged = None if judge is None else lambda texts: generative_perplexity(texts, *judge, prompts=sources)
     return of_rows, of_sets, judged
 
 

@@ -101,7 +101,7 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
     Raises:
         ValueError: A prompt that is too long for the model.
     """
-    prompts = [options.template.format(source=source) for source in sources]
+    prompts = [options.template.replace("{source}", source) for source in sources]
     _prepare_tokenizer(tokenizer)
     _check_prompts(model, tokenizer, prompts, options.max_new_tokens)
     generate_timed(model, tokenizer, prompts[: options.batch_size], options.batch_size, max_new_tokens=1)  # warm-up

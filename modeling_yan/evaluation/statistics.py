@@ -1,4 +1,4 @@
-"""Intervals and paired tests for scores of rows. What is drawn at random comes from `seed`: same input, same output."""
+"""Intervals and paired tests for scores of rows. All that is random comes from `seed`: same input, same output."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
