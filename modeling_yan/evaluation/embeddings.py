@@ -62,8 +62,10 @@ class TextEncoder:
 
     def _tokenize(self, texts):
         longest = min(self.tokenizer.model_max_length, LONGEST_TEXT)
-        options = {"padding": True, "truncation": True, "max_length": longest, "return_special_tokens_mask": True}
-        return self.tokenizer(texts, return_tensors="pt", **options).to(self.model.device)
+        # on the right whatever the tokenizer says: absolute positions would count padding in front of a text
+        options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
+        batch = self.tokenizer(texts, return_tensors="pt", return_special_tokens_mask=True, **options)
+        return batch.to(self.model.device)
 
     def _hidden_states(self, batch):
         outputs = self.model(**batch, output_hidden_states=self.layer is not None)
