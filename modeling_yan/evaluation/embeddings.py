@@ -68,6 +68,8 @@ class TextEncoder:
         return batch.to(self.model.device)
 
     def _hidden_states(self, batch):
+        if batch["input_ids"].shape[1] == 0:  # empty texts, and a tokenizer without special tokens
+            return torch.zeros(len(batch["input_ids"]), 0, self.model.config.hidden_size)
         outputs = self.model(**batch, output_hidden_states=self.layer is not None)
         return outputs.last_hidden_state if self.layer is None else outputs.hidden_states[self.layer]
 

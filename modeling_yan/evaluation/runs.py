@@ -103,9 +103,9 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
     """
     prompts = [options.template.replace("{source}", source) for source in sources]
     _prepare_tokenizer(tokenizer)
-    _check_prompts(model, tokenizer, prompts, options.max_new_tokens)
-    generate_timed(model, tokenizer, prompts[: options.batch_size], options.batch_size, max_new_tokens=1)  # warm-up
     lengths = [max(1, len(ids)) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]]
+    _check_prompts(model, tokenizer, prompts, max(options.max_new_tokens, *lengths))
+    generate_timed(model, tokenizer, prompts[: options.batch_size], options.batch_size, max_new_tokens=1)  # warm-up
     runs = []
     for decoding in (SAMPLED, DETERMINISTIC) if is_yan(model) else (DETERMINISTIC,):
         free, oracle = Run(FREE, decoding), Run(ORACLE, decoding)
@@ -184,7 +184,8 @@ def _check_prompts(model, tokenizer, prompts, max_new_tokens):
     room = longest if is_yan(model) else longest - max_new_tokens
     for row, ids in enumerate(tokenizer(list(prompts))["input_ids"]):
         if len(ids) > room:
-            raise ValueError(f"row {row}: the prompt has {len(ids)} tokens, must be at most {room} for this model")
+            allowed = f"{room} for this model" + ("" if is_yan(model) else f" with {max_new_tokens} new tokens")
+            raise ValueError(f"row {row}: the prompt has {len(ids)} tokens, must be at most {allowed}")
 
 
 def _batch_seed(seed, start):

@@ -103,7 +103,8 @@ def test_an_encoder_loads_from_a_folder(bert, tokenizer, tmp_path):
 def test_bert_score_is_the_reference_packages(bert, tokenizer):
     """Runs where bert-score is installed, which no extra asks for."""
     utils = pytest.importorskip("bert_score.utils")
-    texts, wanted = ["Mary took the apple.", "a key"], ["The apple was taken by Mary.", "the key is here"]
+    texts, wanted = ["Mary took the apple.", "a key here"], ["The apple was taken by Mary.", "the key is here"]
+    tokenizer.model_max_length = 64
     weights = dict.fromkeys(range(len(tokenizer)), 1.0)
     weights.update(dict.fromkeys(tokenizer.all_special_ids, 0.0))
     expected = utils.bert_cos_score_idf(bert, wanted, texts, tokenizer, weights, device="cpu", all_layers=False)
