@@ -1,20 +1,206 @@
-"""Running a checkpoint over rows of source and target."""
+"""Running a checkpoint over rows of source and target: YAN, or any autoregressive model as a baseline."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .speed import num_new_tokens
 
-@torch.no_grad()
+FREE, ORACLE = "free", "oracle"  # whether the model finds the length itself or is told the reference's
+SAMPLED, DETERMINISTIC = "sampled", "deterministic"
+
+
+@dataclass
+class Generated:
+    """Text and number of new tokens (EOS included) of every row, and the seconds spent inside `generate`."""
+
+    texts: list[str]
+    num_tokens: list[int]
+    seconds: float
+
+
+@dataclass
+class Run:
+    """One way of generating: `length` "free" or "oracle", `decoding` "sampled" or "deterministic", a pass a seed."""
+
+    length: str
+    decoding: str
+    passes: list[Generated] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to generate.
+
+    Args:
+        max_new_tokens: Most new tokens of a row whose length is free.
+        num_flow_steps: YAN's solver steps per canvas; the model's if None.
+        canvas_length: YAN's tokens written at once where the length is free; the model's if None.
+        num_seeds: Passes of the sampled runs, with seeds 0, 1, ...
+        template: What a source becomes before it is tokenized, with `{source}` in it.
+    """
+
+    max_new_tokens: int = 64
+    num_flow_steps: int | None = None
+    canvas_length: int | None = None
+    num_seeds: int = 5
+    batch_size: int = 32
+    template: str = "{source}"
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if "{source}" not in self.template:
+            raise ValueError(f"template={self.template!r}: must hold {{source}}")
+
+
 def generate_answers(model, tokenizer, sources: Sequence[str], batch_size: int = 32, **options) -> list[str]:
     """The new text that `model.generate(..., **options)` writes for each source, without special tokens."""
-    answers = []
+    return generate_timed(model, tokenizer, sources, batch_size, **options).texts
+
+
+@torch.no_grad()
+def generate_timed(
+    model, tokenizer, sources: Sequence[str], batch_size: int = 32, seed: Sequence[int] | int | None = None, **options
+) -> Generated:
+    """Generate for each source, and count tokens and seconds.
+
+    Args:
+        seed: For models whose `generate` has a `seed`. Every batch gets its own, made from this and its place: with
+            one for all, rows at the same place of different batches would start from the same noise.
+    """
+    result = Generated([], [], 0.0)
     for start in tqdm(range(0, len(sources), batch_size), desc="generating", leave=False):
-        batch = tokenizer(list(sources[start : start + batch_size]), padding=True, return_tensors="pt").to(
-            model.device
-        )
-        sequences = model.generate(**batch, **options)
+        batch = _tokenize(tokenizer, sources[start : start + batch_size]).to(model.device)
+        if seed is not None:
+            options["seed"] = _batch_seed(seed, start)
+        sequences, seconds = _timed(model.generate, **batch, **options)
         new_tokens = sequences[:, batch["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return answers
+        result.texts += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        result.num_tokens += num_new_tokens(new_tokens, model.generation_config.eos_token_id)
+        result.seconds += seconds
+    return result
+
+
+def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str], options: RunOptions) -> list[Run]:
+    """Generate for all sources in every way the model has, each without and with the reference's length.
+
+    YAN runs "sampled", one pass a seed, with `do_sample=True` at temperature 1: a seed chooses the start noise. It
+    also runs "deterministic", with `do_sample=False`: one noise for all rows and times, so one pass says everything.
+    Every other model runs "deterministic": greedy, with its cache of keys and values.
+
+    With "oracle" length a row gets at most as many new tokens as its reference has, without EOS, and YAN's canvas has
+    that length too (at most `max_position_embeddings`); rows of one length are generated together, so its batches are
+    smaller and its speed compares only with other oracle runs.
+
+    Raises:
+        ValueError: A prompt that is too long for the model.
+    """
+    prompts = [options.template.replace("{source}", source) for source in sources]
+    _prepare_tokenizer(tokenizer)
+    lengths = [max(1, len(ids)) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]]
+    _check_prompts(model, tokenizer, prompts, max(options.max_new_tokens, *lengths))
+    generate_timed(model, tokenizer, prompts[: options.batch_size], options.batch_size, max_new_tokens=1)  # warm-up
+    runs = []
+    for decoding in (SAMPLED, DETERMINISTIC) if is_yan(model) else (DETERMINISTIC,):
+        free, oracle = Run(FREE, decoding), Run(ORACLE, decoding)
+        for seed in range(options.num_seeds if decoding == SAMPLED else 1):
+            settings = _settings(model, options, decoding)
+            generate = _generator(model, tokenizer, prompts, options.batch_size, settings, decoding, seed)
+            free.passes.append(generate(range(len(prompts)), **_length(model, options)))
+            oracle.passes.append(_by_length(model, generate, lengths))
+        runs += [free, oracle]
+    return runs
+
+
+def is_yan(model) -> bool:
+    """Whether the model is a YAN, also one that was loaded as remote code."""
+    return model.config.model_type == "yan"
+
+
+def _settings(model, options, decoding):
+    """Options of `generate` besides lengths and seed."""
+    if not is_yan(model):
+        return {"do_sample": False, "num_beams": 1, "use_cache": True}
+    steps = {} if options.num_flow_steps is None else {"num_flow_steps": options.num_flow_steps}
+    return {**steps, **({"do_sample": True, "temperature": 1.0} if decoding == SAMPLED else {"do_sample": False})}
+
+
+def _length(model, options):
+    canvas = {"canvas_length": options.canvas_length} if is_yan(model) and options.canvas_length else {}
+    return {"max_new_tokens": options.max_new_tokens, **canvas}
+
+
+def _oracle_length(model, length):
+    canvas = {"canvas_length": min(length, model.config.max_position_embeddings)} if is_yan(model) else {}
+    return {"max_new_tokens": length, **canvas}
+
+
+def _generator(model, tokenizer, prompts, batch_size, settings, decoding, seed) -> Callable[..., Generated]:
+    """Function from the numbers of rows, and lengths, to what is generated for them."""
+
+    def generate(rows, **length):
+        own_seed = {"seed": (seed, length["max_new_tokens"])} if decoding == SAMPLED else {}
+        chosen = [prompts[row] for row in rows]
+        return generate_timed(model, tokenizer, chosen, batch_size, **settings, **length, **own_seed)
+
+    return generate
+
+
+def _by_length(model, generate, lengths) -> Generated:
+    """Generate all rows, those of equal reference length together."""
+    result = Generated([""] * len(lengths), [0] * len(lengths), 0.0)
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        part = generate(rows, **_oracle_length(model, length))
+        for row, text, number in zip(rows, part.texts, part.num_tokens):
+            result.texts[row], result.num_tokens[row] = text, number
+        result.seconds += part.seconds
+    return result
+
+
+def _prepare_tokenizer(tokenizer):
+    """Pad on the left, where a causal model needs it; YAN takes either side."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _tokenize(tokenizer, texts):
+    batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+    batch.pop("token_type_ids", None)  # `generate` refuses what the model's forward doesn't take
+    return batch
+
+
+def _check_prompts(model, tokenizer, prompts, max_new_tokens):
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None:
+        return
+    room = longest if is_yan(model) else longest - max_new_tokens
+    for row, ids in enumerate(tokenizer(list(prompts))["input_ids"]):
+        if len(ids) > room:
+            allowed = f"{room} for this model" + ("" if is_yan(model) else f" with {max_new_tokens} new tokens")
+            raise ValueError(f"row {row}: the prompt has {len(ids)} tokens, must be at most {allowed}")
+
+
+def _batch_seed(seed, start):
+    entropy = [*(seed if isinstance(seed, Sequence) else [seed]), start]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def _timed(function, **options):
+    _synchronize()
+    start = time.perf_counter()
+    result = function(**options)
+    _synchronize()
+    return result, time.perf_counter() - start
+
+
+def _synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
