@@ -371,7 +371,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             part.requires_grad_(is_trained)
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
-        """As in torch. TRL's SFTTrainer asks for `fused_lm_head`, and puts one around `forward` that skips the flow."""
+        """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
         outputs = super().__call__(*args, **kwargs)
         return token_output(outputs.loss, outputs.logits, kwargs["labels"]) if fused_lm_head else outputs
 

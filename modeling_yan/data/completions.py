@@ -33,7 +33,7 @@ class CompletionCollator:
 
     def _take_apart(self, row: Mapping[str, Any]) -> dict[str, Ids]:
         if not {"input_ids", "labels"} <= row.keys() or len(row["input_ids"]) != len(row["labels"]):
-            raise ValueError(f'a row has the keys {sorted(row)}, but "input_ids" and "labels" of one length are needed')
+            raise ValueError(f"a row has the keys {sorted(row)}, but input_ids and labels of one length are needed")
         start = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
         target = list(row["labels"][start:])
         if IGNORED in target:
