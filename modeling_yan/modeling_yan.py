@@ -43,7 +43,7 @@ from .layers_yan import (
     sinusoid_angles,
 )
 from .mamba_yan import YanMamba
-from .trainer_yan import token_output
+from .trainer_yan import refuse_causal_batch, token_output
 
 IGNORE_INDEX = -100
 AUTO_MAP = {
@@ -372,8 +372,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
+        if not fused_lm_head:
+            return super().__call__(*args, **kwargs)
+        refuse_causal_batch(kwargs.get("input_ids"), kwargs["labels"])
         outputs = super().__call__(*args, **kwargs)
-        return token_output(outputs.loss, outputs.logits, kwargs["labels"]) if fused_lm_head else outputs
+        return token_output(outputs.loss, outputs.logits, kwargs["labels"])
 
     @can_return_tuple
     def forward(

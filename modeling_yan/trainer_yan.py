@@ -128,3 +128,15 @@ def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTen
         is_top1=(log_probs.argmax(-1) == targets) & mask,
         label_mask=mask,
     )
+
+
+def refuse_causal_batch(input_ids: torch.LongTensor | None, labels: torch.LongTensor):
+    """Raise ValueError if the labels (B, L) are the ids of the prompt itself, as in batches for causal models."""
+    if input_ids is None or input_ids.shape != labels.shape:
+        return
+    targets = labels != -100
+    if targets.any() and torch.equal(input_ids[targets], labels[targets]):
+        raise ValueError(
+            "the labels are the prompt's own tokens: give SFTTrainer data_collator=CompletionCollator(...) of "
+            "modeling_yan.data, which separates prompt and completion"
+        )
