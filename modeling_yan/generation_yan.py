@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_uniform, solve_flow
+from .trainer_yan import open_options
 
 FLOW_FIELDS = ("num_flow_steps", "solver", "expert_choice", "canvas_length", "seed", "return_prompt")
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
@@ -46,7 +47,8 @@ class YanGenerationConfig(GenerationConfig):
         canvas_length: Tokens written at once; the model's if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
-        return_prompt: Whether the sequences begin with the prompt; True if None.
+        return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
+            compares them with the labels.
         temperature: Scales the start noise when `do_sample` is set; at least 0.
     """
 
@@ -155,6 +157,7 @@ class YanGenerationMixin(GenerationMixin):
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
         _refuse_autoregressive_options(kwargs, generation_config, self.generation_config)
+        self.open_options = open_options(self.generation_config)
         options, model_kwargs = self._resolve_options(generation_config, kwargs, generator)
         prompt, mask = self._prepare_prompt(inputs, options, **model_kwargs)
         asked = [kwargs, *(config.to_diff_dict() for config in (generation_config, self.generation_config) if config)]
@@ -199,7 +202,7 @@ class YanGenerationMixin(GenerationMixin):
             "solver": "euler",
             "expert_choice": "argmax",
             "canvas_length": self.config.canvas_length,
-            "return_prompt": True,
+            "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
         }
         for name in (*FLOW_FIELDS, "max_new_tokens"):

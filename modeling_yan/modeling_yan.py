@@ -43,6 +43,7 @@ from .layers_yan import (
     sinusoid_angles,
 )
 from .mamba_yan import YanMamba
+from .trainer_yan import refuse_causal_batch, token_output
 
 IGNORE_INDEX = -100
 AUTO_MAP = {
@@ -142,6 +143,7 @@ class YanPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
+    loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -173,6 +175,9 @@ class YanPreTrainedModel(PreTrainedModel):
         if config.model_type != YanConfig.model_type:
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
         super().__init__(config, *args, **kwargs)
+
+    def _keep_terms(self, terms: dict[str, torch.Tensor]):
+        self.loss_terms = {name: term.detach() for name, term in terms.items()}
 
     def _check_length(self, length: int, name: str):
         longest = self.config.max_position_embeddings
@@ -314,7 +319,9 @@ class YanForAutoencoding(YanPreTrainedModel):
         valid = labels != IGNORE_INDEX
         ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
         regularisers = latent_regularisers(self, latents, attention_mask)
-        return {"loss": ce_loss + weighted_sum(self.config, regularisers), "ce_loss": ce_loss, **regularisers}
+        terms = {"ce_loss": ce_loss, **regularisers}
+        self._keep_terms(terms)
+        return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
 def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
@@ -364,6 +371,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         }
         for part, is_trained in parts.items():
             part.requires_grad_(is_trained)
+
+    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
+        """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
+        if not fused_lm_head:
+            return super().__call__(*args, **kwargs)
+        refuse_causal_batch(kwargs.get("input_ids"), kwargs["labels"])
+        outputs = super().__call__(*args, **kwargs)
+        return token_output(outputs.loss, outputs.logits, kwargs["labels"])
 
     @can_return_tuple
     def forward(
@@ -496,8 +511,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             terms |= latent_regularisers(self, x_1)
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
         loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
-        details = {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy, "logits": logits}
-        return {"loss": loss, **terms, **details, "expert_usage": log_gate.exp().mean((0, 1)).detach()}
+        terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
+        self._keep_terms(terms)
+        return {"loss": loss, **terms, "logits": logits, "expert_usage": log_gate.exp().mean((0, 1)).detach()}
 
 
 __all__ = [

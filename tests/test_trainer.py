@@ -1,7 +1,8 @@
-"""transformers' own Trainer and Seq2SeqTrainer train and evaluate the flow model as they are."""
+"""transformers' own Trainer and Seq2SeqTrainer train and evaluate the models as they are."""
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -11,12 +12,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_yan import YanForFlowGeneration
-from modeling_yan.data import train_tokenizer
+from modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from modeling_yan.data import AutoencoderCollator, train_tokenizer
+from modeling_yan.evaluation import exact_match
+from modeling_yan.trainer_yan import RunningMeans
 
 SENTENCES = ["The cat sat on the mat.", "Where is the dog?", "Mary is in the garden.", "John has the red apple."]
 
 SMALL = {"num_encoder_layers": 1, "num_flow_layers": 1}
+
+FLOW_TERMS = {"nll_loss", "nll_loss_per_dim", "mse_loss", "ce_loss", "gate_entropy", "load_balance_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,114 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
+def recombined(config, terms) -> float:
+    """The objective from its logged terms."""
+    weighted = sum(getattr(config, f"{name}_weight") * terms[f"{name}_loss"] for name in ("mse", "ce", "load_balance"))
+    return (
+        weighted + config.nll_weight * terms["nll_loss_per_dim"] - config.gate_entropy_weight * terms["gate_entropy"]
+    )
+
+
+def test_every_log_has_the_means_of_the_loss_terms_over_all_passes_since_the_last(model, tokenizer, rows, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 2}
+    trainer, logs = make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
+    passes = []
+    handle = model.register_forward_hook(lambda module, args, outputs: passes.append(outputs.ce_loss.item()))
+    trainer.train()
+    handle.remove()
+    assert len(passes) == 8
+    assert logs.of("ce_loss") == pytest.approx([sum(passes[:4]) / 4, sum(passes[4:]) / 4])
+    for log in [log for log in trainer.state.log_history if "loss" in log]:
+        assert set(log) >= FLOW_TERMS
+        assert recombined(model.config, log) == pytest.approx(log["loss"], rel=1e-4)
+
+
+def test_evaluation_has_the_terms_too(model, tokenizer, rows, tmp_path):
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_eval_batch_size=7)
+    with torch.no_grad():
+        expected = model(**DataCollatorForSeq2Seq(tokenizer)(rows[:7])).ce_loss.item()
+    for _ in range(2):
+        assert trainer.evaluate()["eval_ce_loss"] == pytest.approx(expected)
+    assert trainer.predict(rows[:7]).metrics["test_ce_loss"] == pytest.approx(expected)
+    assert trainer.state.log_history[-1]["eval_mse_loss"] > 0
+
+
+def test_trackers_see_the_terms(model, tokenizer, rows, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, max_steps=2, report_to="tensorboard")
+    trainer.train()
+    (events,) = tmp_path.rglob("events.out.*")
+    log = event_accumulator.EventAccumulator(str(events.parent)).Reload()
+    assert {f"train/{name}" for name in FLOW_TERMS} <= set(log.Tags()["scalars"])
+    assert len(log.Scalars("train/mse_loss")) == 2
+
+
+def test_the_autoencoder_logs_its_terms(make_model, tokenizer, tmp_path):
+    model = make_model(YanForAutoencoding, vocab_size=len(tokenizer), **SMALL, mmd_weight=0.5)
+    options = {"max_steps": 1, "remove_unused_columns": False}
+    texts = [{"text": text} for text in SENTENCES]
+    trainer, logs = make_trainer(Trainer, model, tokenizer, texts, tmp_path, **options)
+    trainer.data_collator = AutoencoderCollator(tokenizer, max_length=16)
+    trainer.train()
+    log = logs.logs[0]
+    assert log["ce_loss"] + 0.5 * log["mmd_loss"] == pytest.approx(log["loss"], rel=1e-4)
+    assert log["latent_norm_loss"] > 0
+
+
+class Line(torch.nn.Module):
+    """A model that is none of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        return {"loss": self.linear(x).square().mean()}
+
+
+def test_trainers_of_other_models_log_what_they_did(tmp_path):
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    trainer = Trainer(Line(), TrainingArguments(**options, save_strategy="no"), train_dataset=[{"x": [1.0]}] * 2)
+    trainer.train()
+    assert set(trainer.state.log_history[0]) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+
+
+def mean_over_processes(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    means = RunningMeans()
+    for value in (1.0, 2.0):
+        means.add({"first": torch.tensor(value + 4 * rank), "second": torch.tensor(float(rank))})
+    (folder / str(rank)).write_text(repr((means.take(), means.take())))
+    distributed.destroy_process_group()
+
+
+def test_terms_are_means_over_all_processes(tmp_path):
+    multiprocessing.start_processes(mean_over_processes, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == repr(({"first": 3.5, "second": 0.5}, {}))
+
+
+def trained_weights(make_model, tokenizer, rows, tmp_path, **options):
+    model = make_model(vocab_size=len(tokenizer), **SMALL)
+    trainer, losses = make_trainer(Trainer, model, tokenizer, rows, tmp_path, max_steps=2, **options)
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), losses.of("loss")
+
+
+def test_gradient_checkpointing_changes_no_update(make_model, tokenizer, rows, tmp_path):
+    plain, losses = trained_weights(make_model, tokenizer, rows, tmp_path)
+    saving, same_losses = trained_weights(make_model, tokenizer, rows, tmp_path, gradient_checkpointing=True)
+    assert same_losses == pytest.approx(losses)
+    torch.testing.assert_close(saving, plain)
+
+
+def test_bfloat16_trains_nearly_the_same(make_model, tokenizer, rows, tmp_path):
+    _, losses = trained_weights(make_model, tokenizer, rows, tmp_path)
+    _, narrow = trained_weights(make_model, tokenizer, rows, tmp_path, bf16=True)
+    assert narrow == pytest.approx(losses, rel=0.05)
+    assert narrow != losses
+
+
 def test_resuming_gives_the_weights_of_an_unbroken_run(make_model, tokenizer, rows, tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_model(vocab_size=len(tokenizer), **SMALL)
@@ -131,29 +244,43 @@ def written(model, tokenizer, rows, **options) -> torch.LongTensor:
     return model.eval().generate(**batch, **options)
 
 
-def test_seq2seq_evaluation_writes_text(model, tokenizer, rows, tmp_path):
-    model.generation_config.return_prompt = False
+def test_seq2seq_evaluation_gives_metrics_of_the_answers_alone(model, tokenizer, rows, tmp_path):
+    expected = written(model, tokenizer, rows[:7], return_prompt=False)
+    texts = tokenizer.batch_decode(expected, skip_special_tokens=True)
+    # Of the seven answers that are wanted, the model gives the first three.
+    wanted = [{**row, "labels": ids.tolist()} for row, ids in zip(rows[:3], expected)] + rows[3:7]
     seen = []
 
     def compute_metrics(prediction):
-        seen.append(torch.tensor(prediction.predictions))
-        return {"rows": len(prediction.predictions)}
+        ids = torch.tensor(prediction.predictions).where(torch.tensor(prediction.predictions) >= 0, 0)
+        labels = torch.tensor(prediction.label_ids).where(torch.tensor(prediction.label_ids) >= 0, 0)
+        answers, targets = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (ids, labels))
+        seen.append(answers)
+        return {"exact_match": sum(map(exact_match, answers, targets)) / len(answers)}
 
     options = {"predict_with_generate": True, "per_device_eval_batch_size": 4}
-    trainer, _ = make_trainer(Seq2SeqTrainer, model, tokenizer, rows, tmp_path, max_steps=2, **options)
+    trainer, _ = make_trainer(Seq2SeqTrainer, model, tokenizer, rows, tmp_path, **options)
     trainer.compute_metrics = compute_metrics
-    trainer.train()
-    expected = written(model, tokenizer, rows[:7])
-    # The trainer changes the model's generation config after the first batch; nothing may come of it.
     for _ in range(2):
-        assert trainer.evaluate()["eval_rows"] == 7
-        assert torch.equal(seen[-1][:, : expected.shape[1]], expected)
-    assert torch.equal(written(model, tokenizer, rows[:7]), expected)
+        metrics = trainer.evaluate(wanted)
+        assert seen[-1] == texts
+        assert metrics["eval_exact_match"] == pytest.approx(3 / 7)
+        assert metrics["eval_loss"] > 0 < metrics["eval_ce_loss"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_flow_steps": 2, "max_length": 40}], ids=["default", "chosen"])
+def test_evaluation_leaves_the_generation_config_as_it_was(model, tokenizer, rows, tmp_path, options):
+    model.generation_config.update(**options)
+    before, config = model.generation_config.to_dict(), model.generation_config
+    trainer, _ = make_trainer(Seq2SeqTrainer, model, tokenizer, rows, tmp_path, predict_with_generate=True)
+    trainer.evaluate()
+    trainer.predict(rows[:3])
+    assert model.generation_config is config
+    assert config.to_dict() == before
 
 
 def test_seq2seq_options_reach_generate(model, tokenizer, rows, tmp_path):
-    model.generation_config.return_prompt = False
-    expected = written(model, tokenizer, rows[:7], max_new_tokens=3)
+    expected = written(model, tokenizer, rows[:7], max_new_tokens=3, return_prompt=False)
     trainer, _ = make_trainer(Seq2SeqTrainer, model, tokenizer, rows, tmp_path, predict_with_generate=True)
     predictions = trainer.predict(rows[:7], max_new_tokens=3).predictions
     assert torch.equal(torch.tensor(predictions)[:, :3], expected)

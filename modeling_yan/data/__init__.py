@@ -23,6 +23,7 @@ _HOMES = {
     "mask_spans": "collators",
     "AutoencoderCollator": "collators",
     "FlowCollator": "collators",
+    "CompletionCollator": "completions",
 }
 
 __all__ = list(_HOMES)
