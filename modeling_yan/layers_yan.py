@@ -16,6 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba
 
+SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
+CROSS_LOGIT = 26.0  # sharp: a place of the canvas sees the same place of the prompt
+
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Plain attention over (B, H, L, D/H) tensors, in the form of transformers' attention interface."""
@@ -43,6 +46,23 @@ def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: 
     return places.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
 
 
+class YanAlignedLinear(nn.Linear):
+    """A linear layer whose weights start as a fixed function of their shape and a seed: two of them start equal.
+
+    As queries and keys they make a state attend first to what is like it, in token and in place. `logit` is the
+    attention logit of a state of unit variance with itself. (Mimetic initialisation, arXiv 2305.09828.)
+    """
+
+    def __init__(self, in_features: int, out_features: int, logit: float, seed: int | None = None):
+        super().__init__(in_features, out_features)
+        self.logit, self.seed = logit, seed or 0
+
+    @torch.no_grad()
+    def reset_aligned(self, head_dim: int):
+        standard_deviation = math.sqrt(self.logit / (self.in_features * math.sqrt(head_dim)))
+        init.copy_(self.weight, standard_deviation * hashed_normal(self.seed, self.weight.shape))
+
+
 class YanAttention(nn.Module):
     """Multi-head attention of a sequence to itself, or to another one whose keys and values are handed in."""
 
@@ -54,8 +74,8 @@ class YanAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False  # without it sdpa runs causally wherever the mask is None
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, SELF_LOGIT, layer_idx)
+        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, SELF_LOGIT, layer_idx)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -83,16 +103,6 @@ class YanAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class YanAlignedLinear(nn.Linear):
-    """A linear layer whose weights start as a fixed function of their shape: two of them start equal."""
-
-    @torch.no_grad()
-    def reset_aligned(self, head_dim: int):
-        # The logit of the same position is then about 44, and that of its neighbour about 4 less.
-        standard_deviation = math.sqrt(26 / (self.in_features * math.sqrt(head_dim)))
-        init.copy_(self.weight, standard_deviation * hashed_normal(0, self.weight.shape))
-
-
 class YanIdentityLinear(nn.Linear):
     """A square linear layer that starts as the identity."""
 
@@ -110,8 +120,8 @@ class YanCrossAttention(YanAttention):
 
     def __init__(self, config, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
-        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
+        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
         self.v_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
         self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
 

@@ -40,7 +40,6 @@ from .layers_yan import (
     YanEncoderLayer,
     YanIdentityLinear,
     count_positions,
-    sinusoid_angles,
 )
 from .mamba_yan import YanMamba
 from .trainer_yan import refuse_causal_batch, token_output
@@ -110,13 +109,16 @@ class YanFlowOutput(ModelOutput):
 
 
 class YanPositionEmbedding(nn.Embedding):
-    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation."""
+    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation.
+
+    Their frequencies are evenly spaced up to half a turn a token, so that one position is unlike all others.
+    """
 
     @torch.no_grad()
     def reset_sinusoids(self, standard_deviation: float):
-        angles = sinusoid_angles(
-            torch.arange(self.num_embeddings), self.embedding_dim // 2, longest_period=float(self.num_embeddings)
-        )
+        num_frequencies = self.embedding_dim // 2
+        frequencies = math.pi * torch.arange(1, num_frequencies + 1) / num_frequencies
+        angles = torch.arange(self.num_embeddings)[:, None] * frequencies
         table = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embedding_dim % 2))
         init.copy_(self.weight, math.sqrt(2) * standard_deviation * table)
 

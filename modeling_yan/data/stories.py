@@ -71,7 +71,7 @@ def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> St
         question_and_answer = QUESTIONS[kind](world, rng)
         if question_and_answer:
             question, answer = question_and_answer
-            return Story(" ".join([*sentences, "Question:", question]), answer, kind, num_sentences)
+            return Story(" ".join(["Question:", question, *sentences]), answer, kind, num_sentences)
 
 
 def generate_stories(

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from modeling_yan.data import generate_stories, generate_story, read_rows
-from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, main
+from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, generate_descriptions, main
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,31 @@ def expected_answer(question, places, where, holders):
 
 def test_every_answer_follows_from_the_text(rows):
     for row in rows:
-        story, question = row["source"].split(" Question: ")
+        question, story = re.fullmatch(r"Question: (.*?\?) (.*)", row["source"]).groups()
         world = reread(story.removesuffix(".").split(". "))
         assert expected_answer(question, *world) == (row["kind"], row["target"]), row["source"]
+
+
+class TestDescriptions:
+    def test_every_fact_is_an_answer_to_the_story(self):
+        for row in generate_descriptions(300, seed=3, max_sentences=5, max_facts=3):
+            places, where, holders = reread(row["source"].removesuffix(".").split(". "))
+            true = {f"{person} is in the {place}." for person, place in places.items()}
+            true |= {f"The {thing} is in the {place}." for thing, place in where.items()}
+            true |= {f"{person} is carrying the {thing}." for thing, person in holders.items() if person}
+            facts = row["target"].removesuffix(".").split(". ")
+            assert {fact + "." for fact in facts} <= true
+            assert len(set(facts)) == len(facts) == min(3, len(true))
+
+    def test_one_seed_gives_one_file(self):
+        assert generate_descriptions(20, seed=3) == generate_descriptions(20, seed=3)
+        assert generate_descriptions(20, seed=3) != generate_descriptions(20, seed=4)
+
+    @pytest.mark.parametrize("bad", [{"num_rows": -1}, {"max_sentences": 1}, {"max_facts": 0}])
+    def test_sizes_that_are_not_allowed(self, bad):
+        ((name, value),) = bad.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
+            generate_descriptions(**{"num_rows": 1, "seed": 0, **bad})
 
 
 def test_size_of_the_stories():
