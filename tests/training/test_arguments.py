@@ -1,10 +1,13 @@
 """Settings from the command line, from recipes, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from modeling_yan.training import PretrainingArguments, parse_arguments
 from modeling_yan.training.arguments import read_recipe
 
+READY = sorted((Path(__file__).parents[2] / "configuration" / "recipes").glob("*.yaml"))
 REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_dir", "o"]
 
 
@@ -32,6 +35,12 @@ class TestRecipes:
     def test_the_required_settings_may_come_from_a_recipe(self, recipe):
         path = recipe("stage: flow\nconfig: c\ntokenizer: t\noutput_dir: o\n")
         assert parse_arguments(["--recipe", path]) == make()
+
+    @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+    def test_the_ready_recipes_are_whole_but_for_files_and_folders(self, path):
+        arguments = parse_arguments(["--recipe", str(path), "--tokenizer", "t", "--output_dir", "o"])
+        assert arguments.stage == path.stem.split("-")[1]
+        assert arguments.config == "stage-one" or (READY[0].parents[2] / arguments.config / "config.json").exists()
 
     def test_a_setting_that_does_not_exist(self, recipe):
         with pytest.raises(ValueError, match=r"recipe\.yaml: no such setting as learning_rat; there are stage"):
