@@ -41,7 +41,9 @@ def random_gate(*shape):
 def test_the_chosen_experts_velocity_equals_the_dense_one(experts, seed):
     torch.manual_seed(seed)
     states, chosen = torch.randn(3, 5, 32), torch.randint(0, 4, (3, 5))
-    torch.testing.assert_close(experts.output_of(states, experts.group(chosen)), gather_chosen(experts, states, chosen))
+    torch.testing.assert_close(
+        experts.output_of(states, experts.group(chosen)), gather_chosen(experts, states, chosen)
+    )
 
 
 @pytest.mark.parametrize("num_used", [1, 3, 4])
