@@ -3,10 +3,13 @@
 Letters: B batch, L canvas length, D hidden size, K experts.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .compilation_yan import opaque_operator
 from .layers_yan import YanFeedForward
 
 
@@ -27,6 +30,66 @@ class YanGate(nn.Module):
         return F.log_softmax(logits.float() / self.temperature, dim=-1)
 
 
+def _grouped_linear(
+    tokens: torch.Tensor, sizes: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]
+) -> torch.Tensor:
+    parts = zip(tokens.split(sizes.tolist()), weights, biases, strict=True)
+    return torch.cat([F.linear(*part) for part in parts])
+
+
+def _grouped_linear_gradients(
+    grad: torch.Tensor, tokens: torch.Tensor, sizes: torch.Tensor, weights: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    sizes = sizes.tolist()
+    grads = grad.split(sizes)
+    grad_tokens = torch.cat([part @ weight for part, weight in zip(grads, weights, strict=True)])
+    grad_weights = [part.T @ inputs for part, inputs in zip(grads, tokens.split(sizes), strict=True)]
+    return grad_tokens, grad_weights, [part.sum(0) for part in grads]
+
+
+_gradients_operator = opaque_operator(
+    _grouped_linear_gradients,
+    lambda grad, tokens, sizes, weights: (
+        torch.empty_like(tokens),
+        [torch.empty_like(weight) for weight in weights],
+        [grad.new_empty(len(weight)) for weight in weights],
+    ),
+)
+
+
+def _save_for_backward(ctx, inputs, output):
+    tokens, sizes, weights, _ = inputs
+    ctx.save_for_backward(tokens, sizes, *weights)
+
+
+def _backward(ctx, grad):
+    tokens, sizes, *weights = ctx.saved_tensors
+    grad_tokens, grad_weights, grad_biases = _gradients_operator(grad.contiguous(), tokens, sizes, weights)
+    return grad_tokens, None, grad_weights, grad_biases
+
+
+# The K linear layers of the experts, applied to (T, in) tokens sorted by expert: a compiler has to know all shapes,
+# and how many tokens an expert has depends on the data.
+grouped_linear = opaque_operator(
+    _grouped_linear, lambda tokens, sizes, weights, biases: tokens.new_empty(len(tokens), len(weights[0]))
+)
+grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@dataclass
+class YanTokenGroups:
+    """The tokens of a batch, sorted by their expert.
+
+    Args:
+        order: Flat indices (B L,) of the tokens, those of the first expert first.
+        place: Each token's place (B L,) in that order. sizes: Number of tokens (K,) of each expert.
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    sizes: torch.Tensor
+
+
 class YanExperts(nn.Module):
     """K feed-forward heads on the trunk's state."""
 
@@ -38,15 +101,32 @@ class YanExperts(nn.Module):
         """Outputs of all heads, (B, L, K, D), from states (B, L, D)."""
         return torch.stack([head(states) for head in self.heads], dim=-2)
 
-    def output_of(self, states, chosen):
-        """Output (B, L, D) of each token's own head; `chosen` (B, L) holds indices. No other head is computed."""
+    def group(self, chosen):
+        """The tokens sorted by `chosen` (B, L), for any number of `output_of`; None where there is no choice."""
         if len(self.heads) == 1:
+            return None
+        chosen = chosen.flatten()
+        order = chosen.argsort(stable=True)
+        sizes = (chosen.unsqueeze(-1) == torch.arange(len(self.heads), device=chosen.device)).sum(0)
+        return YanTokenGroups(order, order.argsort(), sizes)
+
+    def output_of(self, states, groups: YanTokenGroups | None):
+        """Output (B, L, D) of each token's own head. No other head is computed."""
+        if groups is None:
             return self.heads[0](states)
-        output = torch.zeros_like(states)
-        for index, head in enumerate(self.heads):
-            tokens = (chosen == index).nonzero(as_tuple=True)
-            output = output.index_put(tokens, head(states[tokens]).to(output.dtype))  # autocast narrows heads
-        return output
+        tokens = states.flatten(0, 1).index_select(0, groups.order)
+        outputs = self._grouped_output(tokens, groups.sizes)
+        return outputs.index_select(0, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
+
+    def _grouped_output(self, tokens, sizes):
+        ups, downs = ([getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj"))
+        # An adapter's layers have to be called, at the price of a graph break where the compiler allows one.
+        if torch.compiler.is_compiling() and all(type(layer) is nn.Linear for layer in (*ups, *downs)):
+            hidden = grouped_linear(tokens, sizes, [up.weight for up in ups], [up.bias for up in ups])
+            hidden = self.heads[0].act_fn(hidden)
+            return grouped_linear(hidden, sizes, [down.weight for down in downs], [down.bias for down in downs])
+        parts = tokens.split(sizes.tolist())
+        return torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
 
     def mixture_of(self, states, log_gate):
         """Gate-weighted mean output (B, L, D) of all heads."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .compilation_yan import opaque_operator
+
 MMD_BANDWIDTHS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -26,6 +28,11 @@ def hashed_uniform(seed: int, shape: tuple[int, ...], device=None) -> torch.Tens
     An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
     in every batch. Each axis is folded in by one round of a 32-bit integer hash.
     """
+    compute = _hash_operator if torch.compiler.is_compiling() else _hash_indices
+    return compute(seed, list(shape), device)
+
+
+def _hash_indices(seed: int, shape: list[int], device: torch.device | None) -> torch.Tensor:
     state = torch.full([1] * len(shape), (seed + 0x9E3779B9) % 2**32, dtype=torch.int64, device=device)
     for axis, size in enumerate(shape):
         index = torch.arange(size, dtype=torch.int64, device=device).view(-1, *[1] * (len(shape) - axis - 1))
@@ -37,6 +44,12 @@ def _hash32(x):
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)
+
+
+# Opaque, because each round reads its input twice and inductor inlines it: 2^18 copies of the first one.
+_hash_operator = opaque_operator(
+    _hash_indices, lambda seed, shape, device: torch.empty(shape, dtype=torch.float32, device=device)
+)
 
 
 def hashed_normal(seed: int, shape: tuple[int, ...], device=None) -> torch.Tensor:

@@ -131,7 +131,7 @@ class YanVelocity:
         times = solver_times(num_steps, solver)
         self.index_of_time = {time: index for index, time in enumerate(times)}
         self.modulation = flow.modulation(torch.tensor(times, device=positions.device))
-        self.log_gate = self.experts = None
+        self.log_gate = self.experts = self.groups = None
         self.num_trunk_passes = 0
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
@@ -142,6 +142,7 @@ class YanVelocity:
         if self.log_gate is None:
             self.log_gate = self.flow.log_gate(states, modulation, self.condition)
             self.experts = choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
+            self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
         if self.experts is None:
             return self.flow.experts.mixture_of(states, self.log_gate) - x
-        return self.flow.experts.output_of(states, self.experts) - x
+        return self.flow.experts.output_of(states, self.groups) - x

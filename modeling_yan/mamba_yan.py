@@ -13,12 +13,73 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .compilation_yan import opaque_operator
+
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 except ImportError:
     selective_scan_fn = None
 
-SCAN_CHUNK_ELEMENTS = 2**20  # elements of one chunk's states; a few such buffers should fit the last-level cache
+SCAN_CHUNK_ELEMENTS = 2**19  # elements of one chunk's states; a few such buffers should fit the cache
+
+
+def _scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, shaped like x, and the states (chunks, G, B, N, E) before each chunk."""
+    chunk = chunk_length(x, b.shape[-1])
+    state = x.new_zeros(*x.shape[1:-1], b.shape[-1], x.shape[-1])
+    y, borders = torch.empty_like(x), []
+    for start in range(0, x.shape[0], chunk):
+        part = slice(start, start + chunk)
+        borders.append(state)
+        _, states = _chunk_states(dt[part] * x[part], dt[part], a_matrix, b[part], state)
+        y[part] = torch.matmul(c[part].unsqueeze(-2), states).squeeze(-2)
+        state = states[-1].clone()
+    return y, torch.stack(borders)
+
+
+def _scan_gradients(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a_matrix: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    borders: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, dt, a_matrix, b and c; recomputes one chunk's states at a time."""
+    grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
+    grad_a, grad_state = torch.zeros_like(borders[0]), torch.zeros_like(borders[0])
+    chunk = chunk_length(x, b.shape[-1])
+    for index in reversed(range(len(borders))):
+        part = slice(index * chunk, (index + 1) * chunk)
+        inputs = dt[part] * x[part]
+        decay, states = _chunk_states(inputs, dt[part], a_matrix, b[part], borders[index])
+        grad_c[part] = torch.linalg.vecdot(states, grad_y[part].unsqueeze(-2))
+        grads = c[part].unsqueeze(-1) * grad_y[part].unsqueeze(-2)
+        grads[-1].add_(grad_state)
+        for step in reversed(range(len(grads) - 1)):
+            grads[step].addcmul_(decay[step + 1], grads[step + 1])
+        grad_inputs = torch.matmul(b[part].unsqueeze(-2), grads).squeeze(-2)
+        grad_b[part] = torch.linalg.vecdot(grads, inputs.unsqueeze(-2))
+        grad_state = decay[0] * grads[0]
+        # gradient of the exponent dt A: grads * decay * previous state, built in the decay's own memory
+        exponent = decay.mul_(grads)
+        exponent[1:].mul_(states[:-1])
+        exponent[0].mul_(borders[index])
+        grad_x[part] = grad_inputs * dt[part]
+        grad_dt[part] = _weigh_states(exponent, a_matrix).add_(grad_inputs.mul_(x[part]))
+        grad_a += exponent.mul_(dt[part].unsqueeze(-2)).sum(0)  # rows are added at the end: far from all at once
+    return grad_x, grad_dt, grad_a.sum(1), grad_b, grad_c
+
+
+def _weigh_states(states, weights):
+    """Sum over N of states (T, G, B, N, E) times weights (G, N, E), without a product as large as the states."""
+    total = states[..., 0, :] * weights[:, None, 0]
+    for index in range(1, states.shape[-2]):
+        total.addcmul_(states[..., index, :], weights[:, None, index])
+    return total
 
 
 class ChunkedSelectiveScan(torch.autograd.Function):
@@ -30,46 +91,31 @@ class ChunkedSelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, a_matrix, b, c):
-        chunk = chunk_length(x, b.shape[-1])
-        state = x.new_zeros(*x.shape[1:-1], b.shape[-1], x.shape[-1])
-        y, borders = torch.empty_like(x), []
-        for start in range(0, x.shape[0], chunk):
-            part = slice(start, start + chunk)
-            borders.append(state)
-            _, states = _chunk_states(x[part], dt[part], a_matrix, b[part], state)
-            y[part] = torch.matmul(c[part].unsqueeze(-2), states).squeeze(-2)
-            state = states[-1].clone()
-        ctx.save_for_backward(x, dt, a_matrix, b, c, torch.stack(borders))
+    def forward(ctx, *inputs):
+        y, borders = _scan(*inputs)
+        ctx.save_for_backward(*inputs, borders)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        x, dt, a_matrix, b, c, borders = ctx.saved_tensors
-        grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
-        grad_a = torch.zeros_like(a_matrix)
-        grad_state = torch.zeros_like(borders[0])
-        chunk = chunk_length(x, b.shape[-1])
-        for index in reversed(range(len(borders))):
-            part = slice(index * chunk, (index + 1) * chunk)
-            decay, states = _chunk_states(x[part], dt[part], a_matrix, b[part], borders[index])
-            grad_c[part] = torch.matmul(states, grad_y[part].unsqueeze(-1)).squeeze(-1)
-            grads = c[part].unsqueeze(-1) * grad_y[part].unsqueeze(-2)
-            grads[-1].add_(grad_state)
-            for step in reversed(range(len(grads) - 1)):
-                grads[step].addcmul_(decay[step + 1], grads[step + 1])
-            grad_input = torch.matmul(b[part].unsqueeze(-2), grads).squeeze(-2)
-            grad_b[part] = torch.matmul(grads, (dt[part] * x[part]).unsqueeze(-1)).squeeze(-1)
-            grad_state = decay[0] * grads[0]
-            # gradient of the exponent dt A: grads * decay * previous state, built in the decay's own memory
-            exponent = decay.mul_(grads)
-            exponent[1:].mul_(states[:-1])
-            exponent[0].mul_(borders[index])
-            grad_a += (exponent * dt[part].unsqueeze(-2)).sum((0, 2))
-            grad_x[part] = grad_input * dt[part]
-            grad_dt[part] = grad_input * x[part] + (exponent * a_matrix.unsqueeze(1)).sum(-2)
-        return grad_x, grad_dt, grad_a, grad_b, grad_c
+        return _scan_gradients(grad_y, *ctx.saved_tensors)
+
+
+def _fake_scan(x, dt, a_matrix, b, c):
+    num_chunks = -(-x.shape[0] // chunk_length(x, b.shape[-1]))
+    return torch.empty_like(x), x.new_empty(num_chunks, *x.shape[1:-1], b.shape[-1], x.shape[-1])
+
+
+# The same scan as one operator of a compiled graph, which would otherwise unroll it over time.
+_scan_operator = opaque_operator(_scan, _fake_scan)
+_gradients_operator = opaque_operator(
+    _scan_gradients, lambda grad_y, *inputs: tuple(torch.empty_like(tensor) for tensor in inputs[:-1])
+)
+_scan_operator.register_autograd(
+    lambda ctx, grad_y, _: _gradients_operator(grad_y.contiguous(), *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1]),
+)
 
 
 def chunk_length(x: torch.Tensor, state_size: int) -> int:
@@ -77,10 +123,10 @@ def chunk_length(x: torch.Tensor, state_size: int) -> int:
     return min(x.shape[0], max(8, SCAN_CHUNK_ELEMENTS // (x[0].numel() * state_size)))
 
 
-def _chunk_states(x, dt, a_matrix, b, state):
-    """Decays exp(dt A) and states of one chunk, (T, G, B, N, E) each, from the state before it."""
+def _chunk_states(inputs, dt, a_matrix, b, state):
+    """Decays exp(dt A) and states of one chunk, (T, G, B, N, E) each, from dt x and the state before it."""
     decay = (dt.unsqueeze(-2) * a_matrix.unsqueeze(1)).exp_()
-    states = b.unsqueeze(-1) * (dt * x).unsqueeze(-2)
+    states = b.unsqueeze(-1) * inputs.unsqueeze(-2)
     for step in range(len(states)):
         states[step].addcmul_(decay[step], states[step - 1] if step else state)
     return decay, states
@@ -101,8 +147,12 @@ def selective_scan(x, dt, a_matrix, b, c):
     time_major = [tensor.float().permute(2, 0, 1, 3).contiguous() for tensor in (x, dt, b, c)]
     a_matrix = a_matrix.float().transpose(1, 2).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        y = ChunkedSelectiveScan.apply(time_major[0], time_major[1], a_matrix, time_major[2], time_major[3])
+        y = _scan_time_major(time_major[0], time_major[1], a_matrix, time_major[2], time_major[3])
     return y.permute(1, 2, 0, 3).to(x.dtype)
+
+
+def _scan_time_major(*inputs):
+    return _scan_operator(*inputs)[0] if torch.compiler.is_compiling() else ChunkedSelectiveScan.apply(*inputs)
 
 
 def _kernel_scan(x, dt, a_matrix, b, c):

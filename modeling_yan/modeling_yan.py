@@ -328,10 +328,11 @@ class YanForAutoencoding(YanPreTrainedModel):
 
 def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
     """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
-    tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
     terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
-    if model.config.mmd_weight > 0 and len(tokens):
-        terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
+    if model.config.mmd_weight > 0:
+        tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
+        if len(tokens):
+            terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
     return terms
 
 
@@ -468,10 +469,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
                 f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
             )
         valid = labels != IGNORE_INDEX
-        canvas = labels.new_full((len(labels), canvas_length), self.config.eos_token_id)
-        rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
-        canvas[rows[valid], (valid.cumsum(1) - 1)[valid]] = labels[valid]
-        return canvas
+        place = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
+        canvas = labels.new_full((len(labels), canvas_length + 1), self.config.eos_token_id)
+        return canvas.scatter(1, place, labels)[:, :canvas_length]
 
     def _draw_num_steps(self) -> int:
         config = self.config
