@@ -22,6 +22,7 @@ AT_LEAST = {  # the smallest allowed value of every number
     "decay_steps": 0,
     "weight_decay": 0,
     "max_words": 2,
+    "dataset_rows": 0,
     "shuffle_buffer": 1,
     "bucket_batches": 1,
     "max_source_length": 1,
@@ -53,6 +54,7 @@ class PretrainingArguments:
     dataset: list[str] = field(
         default_factory=list, metadata={"help": "data sets by name: of the registry, of the hub, or folders"}
     )
+    dataset_rows: int = field(default=0, metadata={"help": "at most so many rows of each data set; 0 for all"})
     streaming: bool = field(default=False, metadata={"help": "read the rows as they are needed, from file or hub"})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "rows that the shuffle of a stream holds"})
     bucket_batches: int = field(default=1, metadata={"help": "batches drawn together and sorted by length"})

@@ -148,7 +148,8 @@ def load_training_rows(arguments, files: list[str], names: list[str]):
     if is_plain:
         return [row for path in files for row in read_rows(path)]
     options = {"streaming": arguments.streaming, "seed": arguments.seed}
-    parts = [load_rows(source, **options) for source in [*names, *([files] if files else [])]]
+    parts = [load_rows(name, num_rows=arguments.dataset_rows or None, **options) for name in names]
+    parts += [load_rows(files, **options)] if files else []
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
@@ -259,7 +260,8 @@ class Training:
             if self.step % arguments.logging_steps == 0 or is_last:
                 self.seconds = time.perf_counter() - started
                 rate = self.scheduler.get_last_lr()[0]
-                self._log({"seconds": self.seconds, "learning_rate": rate, **self.meter.means(self.peak)})
+                counts = self._count_rows()
+                self._log({"seconds": self.seconds, "learning_rate": rate, **self.meter.means(self.peak), **counts})
             if self.step % arguments.save_steps == 0 or is_last:
                 self._validate()
                 self._save(output_dir)
@@ -282,6 +284,12 @@ class Training:
     def _updates(self) -> Iterator[tuple[dict, ...]]:
         """The micro-batches of this process, update by update."""
         return zip(*(mixture.batches(self.step) for mixture in self.mixtures))
+
+    def _count_rows(self) -> dict[str, int]:
+        """What the data did not fit since this process began: rows left out, sources and targets cut."""
+        names = {"skipped_rows": "num_skipped", "cut_sources": "num_truncated", "cut_targets": "num_cut_targets"}
+        counts = {name: sum(getattr(mixture, field) for mixture in self.mixtures) for name, field in names.items()}
+        return {name: int(count) for name, count in counts.items() if count}
 
     def _update(self, batches):
         """Forward and backward passes of one update's micro-batches, then the optimizer's step."""
@@ -369,11 +377,12 @@ class Training:
         is_main = self.accelerator.is_main_process
         if self.average and (is_main or self._is_sharded()):
             torch.save(self.average.state_dict(), self._average_file(folder / STATE_FOLDER))
-        with self._averaged():
+        with self._averaged():  # what get_state_dict gives may be the weights themselves, not a copy
             weights = self.accelerator.get_state_dict(self.model)
+            if is_main:
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
         if not is_main:
             return
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         place = {"step": self.step, "seconds": self.seconds, "num_places": count_places(self.accelerator)}
         settings = asdict(self.arguments) | place
