@@ -32,6 +32,9 @@ class TestRecipes:
         arguments = parse_arguments([*REQUIRED, "--recipe", path, "--max_steps", "9"])
         assert arguments == make(learning_rate=0.5, max_steps=9, resume=True, tasks=["pairs=1", "infilling=2"])
 
+    def test_switches_need_no_value(self):
+        assert parse_arguments([*REQUIRED, "--resume", "--use_cpu"]) == make(resume=True, use_cpu=True)
+
     def test_the_required_settings_may_come_from_a_recipe(self, recipe):
         path = recipe("stage: flow\nconfig: c\ntokenizer: t\noutput_dir: o\n")
         assert parse_arguments(["--recipe", path]) == make()
