@@ -42,6 +42,12 @@ def is_saving(output_dir: Path) -> bool:
     return any(output_dir.glob(ASIDE + "*"))
 
 
+def newest_step(output_dir: Path) -> int:
+    """Updates behind the newest checkpoint."""
+    checkpoints = list_checkpoints(output_dir)
+    return int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0
+
+
 def wait_until(condition, seconds: float = LONGEST_WAIT) -> float:
     """Sleep until the condition holds or the time is over; returns the seconds that it took."""
     start = time.monotonic()
@@ -59,16 +65,16 @@ def main(settings: dict, num_kills: int):
             birth = wait_until(lambda: list_checkpoints(output_dir))
         elif number % 2:
             wait_until(lambda: False, rng.uniform(0, 2 * birth))
-        else:
-            wait_until(lambda: is_saving(output_dir))
+        else:  # in the middle of the next save, or of one of the three after it
+            step = newest_step(output_dir) + settings["save_steps"] * rng.randint(0, 3)
+            wait_until(lambda: newest_step(output_dir) >= step and is_saving(output_dir))  # noqa: B023
             time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             raise SystemExit(f"the run ended before kill {number}: {(output_dir / 'error.txt').read_text()}")
         num_in_save += is_saving(output_dir)
-        checkpoints = list_checkpoints(output_dir)
-        steps.append(int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0)
+        steps.append(newest_step(output_dir))
     _, status = os.waitpid(live(settings), 0)
     if status:
         raise SystemExit((output_dir / "error.txt").read_text())
