@@ -90,7 +90,7 @@ class PretrainingArguments:
         default=None, metadata={"help": "as the launcher says if left out", "choices": list(MIXED_PRECISIONS)}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a second forward pass"})
-    torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
+    dynamo_backend: str = field(default="no", metadata={"help": "to compile the model: inductor, ..."})
     use_cpu: bool = False
     tasks: list[str] = field(default_factory=list, metadata={"help": "TASK=WEIGHT ...; equal weights if empty"})
     max_words: int = field(default=24, metadata={"help": "texts are cropped to sentences of so many words in all"})

@@ -89,7 +89,7 @@ def make_accelerator(arguments) -> Accelerator:
         cpu=arguments.use_cpu,
         log_with=trackers or None,
         project_config=ProjectConfiguration(arguments.output_dir, logging_dir=f"{arguments.output_dir}/runs"),
-        dynamo_backend="inductor" if arguments.torch_compile else None,
+        dynamo_backend=arguments.dynamo_backend,
         step_scheduler_with_optimizer=False,
     )
     unusable = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
@@ -379,8 +379,10 @@ class Training:
             torch.save(self.average.state_dict(), self._average_file(folder / STATE_FOLDER))
         with self._averaged():  # what get_state_dict gives may be the weights themselves, not a copy
             weights = self.accelerator.get_state_dict(self.model)
+            weights = {name.removeprefix("_orig_mod."): value for name, value in weights.items()}  # if compiled
             if is_main:
-                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
+                model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                model.save_pretrained(folder, state_dict=weights)
         if not is_main:
             return
         self.tokenizer.save_pretrained(folder)
