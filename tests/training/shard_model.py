@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from modeling_yan import YanForFlowGeneration
 
 NUM_UPDATES = 3
+UNITS = ["YanEncoderLayer", "YanSelfAttentionMixer", "YanMambaMixer", "YanFeedForward", "YanDecoderLayer"]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -44,9 +45,9 @@ def train(model) -> list[float]:
 
 
 def shard(model, mesh):
-    """Shard what transformers' integration would shard: every block, then the rest."""
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
+    """Shard the units of configuration/accelerate/fsdp2.yaml, the inner ones first, then the rest."""
+    for module in reversed(list(model.modules())):
+        if type(module).__name__ in UNITS:
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 

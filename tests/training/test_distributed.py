@@ -46,7 +46,8 @@ def test_two_processes_have_the_loss_curve_of_one(arguments, runs, stage, launch
     assert curves[1] == pytest.approx(curves[0], abs=TOLERANCE)
     weights = runs.weights(double.output_dir)
     for name, value in runs.weights(single.output_dir).items():
-        torch.testing.assert_close(weights[name], value, atol=TOLERANCE, rtol=0)
+        if not name.endswith("k_proj.bias"):  # no gradient but rounding, of which Adam makes whole steps
+            torch.testing.assert_close(weights[name], value, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_sharded_training(make_model, runs, sharding, tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_reads_the_ready_files(path):
+def test_accelerate_reads_the_ready_files(path, sharding):
     config = load_config_from_file(str(path))
     expected = {
         "cpu": "NO",
@@ -102,7 +103,7 @@ def test_accelerate_reads_the_ready_files(path):
     assert config.distributed_type == expected[path.stem]
     if path.stem == "fsdp2":
         blocks = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
-        assert blocks == YanForFlowGeneration._no_split_modules
+        assert blocks == sharding.UNITS
         assert config.fsdp_config["fsdp_version"] == 2
     if path.stem.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
