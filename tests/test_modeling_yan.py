@@ -109,7 +109,10 @@ def test_a_whole_model_survives_saving_and_loading(lively_model, tmp_path):
     model, ids = lively_model(), random_ids()
     model.save_pretrained(tmp_path)
     loaded = YanForFlowGeneration.from_pretrained(tmp_path)
-    assert torch.equal(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in loaded.state_dict().items())
+    # Weights of a file lie elsewhere between the borders of cache lines, and products then add in another order.
+    torch.testing.assert_close(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss, rtol=1e-5, atol=1e-5)
     encoder = YanModel.from_pretrained(tmp_path)
     assert torch.equal(encoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
