@@ -4,15 +4,50 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 
 
 def opaque_operator(function: Callable, fake: Callable) -> Callable:
     """`function` as one operator of the compiled graph; `fake` gives empty tensors shaped like its results.
 
-    It must not return its own inputs. The operator is named after the module it is defined in: this code, loaded a
-    second time from a checkpoint's folder, registers operators of its own.
+    It must not return its own inputs, and `fake` must read sizes from `shape`: `len` would make them constants. The
+    operator is named after the module it is defined in: this code, loaded a second time from a checkpoint's folder,
+    registers operators of its own.
     """
     name = re.sub(r"\W", "_", f"{function.__module__}_{function.__name__}")
     operator = torch.library.custom_op(f"yan::{name}", function, mutates_args=())
     operator.register_fake(fake)
     return operator
+
+
+def _select_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return table[index]
+
+
+def _add_rows(rows: torch.Tensor, index: torch.Tensor, table_size: int) -> torch.Tensor:
+    return rows.new_zeros(table_size, rows.shape[-1]).index_add_(0, index.flatten(), rows.flatten(0, -2))
+
+
+_select_operator = opaque_operator(_select_rows, lambda table, index: table.new_empty(*index.shape, table.shape[-1]))
+_add_operator = opaque_operator(_add_rows, lambda rows, index, table_size: rows.new_empty(table_size, rows.shape[-1]))
+
+
+def _save_index(ctx, inputs, output):
+    table, index = inputs
+    ctx.table_size = table.shape[0]
+    ctx.save_for_backward(index)
+
+
+_select_operator.register_autograd(
+    lambda ctx, grad: (_add_operator(grad.contiguous(), *ctx.saved_tensors, ctx.table_size), None),
+    setup_context=_save_index,
+)
+
+
+def select_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows (..., D) of a table (N, D) that `index` (...) names.
+
+    Opaque, because the code that inductor of torch 2.13 generates for the CPU may use a gradient that sums rows before
+    it is summed.
+    """
+    return _select_operator(table, index) if torch.compiler.is_compiling() else F.embedding(index, table)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .compilation_yan import opaque_operator
+from .compilation_yan import opaque_operator, select_rows
 from .layers_yan import YanFeedForward
 
 
@@ -52,7 +52,7 @@ _gradients_operator = opaque_operator(
     lambda grad, tokens, sizes, weights: (
         torch.empty_like(tokens),
         [torch.empty_like(weight) for weight in weights],
-        [grad.new_empty(len(weight)) for weight in weights],
+        [grad.new_empty(weight.shape[0]) for weight in weights],
     ),
 )
 
@@ -71,7 +71,7 @@ def _backward(ctx, grad):
 # The K linear layers of the experts, applied to (T, in) tokens sorted by expert: a compiler has to know all shapes,
 # and how many tokens an expert has depends on the data.
 grouped_linear = opaque_operator(
-    _grouped_linear, lambda tokens, sizes, weights, biases: tokens.new_empty(len(tokens), len(weights[0]))
+    _grouped_linear, lambda tokens, sizes, weights, biases: tokens.new_empty(tokens.shape[0], weights[0].shape[0])
 )
 grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
@@ -114,9 +114,9 @@ class YanExperts(nn.Module):
         """Output (B, L, D) of each token's own head. No other head is computed."""
         if groups is None:
             return self.heads[0](states)
-        tokens = states.flatten(0, 1).index_select(0, groups.order)
+        tokens = select_rows(states.flatten(0, 1), groups.order)
         outputs = self._grouped_output(tokens, groups.sizes)
-        return outputs.index_select(0, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
+        return select_rows(outputs, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
 
     def _grouped_output(self, tokens, sizes):
         ups, downs = ([getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj"))

@@ -234,7 +234,9 @@ class YanBidirectionalMamba(nn.Module):
         reversed_mask = None if padding_mask is None else padding_mask.flip(1)
         ahead, gate_ahead = self.forward_mamba.scan_inputs(hidden_states, padding_mask)
         back, gate_back = self.backward_mamba.scan_inputs(hidden_states.flip(1), reversed_mask)
-        y = selective_scan(*(torch.stack(pair) for pair in zip(ahead, back, strict=True)))
-        out_ahead = self.forward_mamba.output(ahead[0], y[0], gate_ahead)
-        out_back = self.backward_mamba.output(back[0], y[1], gate_back).flip(1)
+        inputs = [torch.stack(pair) for pair in zip(ahead, back, strict=True)]
+        x, y = inputs[0], selective_scan(*inputs)
+        # x[0], not ahead[0]: inductor of torch 2.13 hands the memory of a stacked part on at the wrong offset.
+        out_ahead = self.forward_mamba.output(x[0], y[0], gate_ahead)
+        out_back = self.backward_mamba.output(x[1], y[1], gate_back).flip(1)
         return self.out_proj(torch.cat([out_ahead, out_back], dim=-1))

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
 from .flow_matching_yan import (
     gate_entropy,
@@ -108,7 +109,14 @@ class YanFlowOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class YanPositionEmbedding(nn.Embedding):
+class YanEmbedding(nn.Embedding):
+    """An embedding whose gradient is right where it is compiled, too."""
+
+    def forward(self, ids):
+        return select_rows(self.weight, ids)
+
+
+class YanPositionEmbedding(YanEmbedding):
     """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation.
 
     Their frequencies are evenly spaced up to half a turn a token, so that one position is unlike all others.
@@ -128,7 +136,7 @@ class YanEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -477,6 +485,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         config = self.config
         if not self.training:
             return config.num_flow_steps
+        if config.min_train_flow_steps == config.max_train_flow_steps:  # a draw would break a compiled graph
+            return config.min_train_flow_steps
         return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
 
     def _encode_target(self, canvas):

@@ -1,0 +1,192 @@
+"""`torch.compile` of both variants: one graph, few recompilations, the plain model's numbers; and its operators."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, mamba_yan
+from modeling_yan.compilation_yan import select_rows
+from modeling_yan.experts_yan import YanExperts
+
+# Everything but the generation of code: traced, decomposed and split into forward and backward as inductor wants it.
+TRACED = "aot_eager_decomp_partition"
+STEPS = {"num_flow_steps": 2, "min_train_flow_steps": 2, "max_train_flow_steps": 2}
+only_attention = pytest.mark.parametrize("variant", ["attention"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def lively_model(make_model):
+    """A tiny model in evaluation mode, where nothing is random, without parts that start at zero."""
+
+    def make(*args, **overrides):
+        model = make_model(*args, **{"num_encoder_layers": 1, "num_flow_layers": 1, **STEPS, **overrides})
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+        return model
+
+    return make
+
+
+def batch(rows=3, length=11):
+    """Ids, a mask with padding on the left, and labels."""
+    ids, mask = torch.randint(4, 64, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    mask[0, :3] = 0
+    return ids, mask, torch.randint(4, 64, (rows, length))
+
+
+def results(function, model, ids, mask, labels):
+    """Loss, logits and all gradients."""
+    model.zero_grad()
+    output = function(ids, mask, labels=labels)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients}
+
+
+def check_training_steps(model, backend, shapes, num_labels):
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for shape in shapes:
+        ids, mask, labels = batch(*shape)
+        actual = results(compiled, model, ids, mask, labels[:, :num_labels])
+        expected = results(model, model, ids, mask, labels[:, :num_labels])
+        assert actual.keys() == expected.keys()
+        for name, tensor in actual.items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+# --- the whole model
+
+
+@pytest.mark.parametrize("model_class", ["flow", "autoencoder"])
+def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
+    model = lively_model() if model_class == "flow" else lively_model(YanForAutoencoding)
+    num_labels = 6 if model_class == "flow" else None
+    check_training_steps(model, "eager", [(3, 11), (4, 13), (5, 9)], num_labels)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_step_in_training_mode_has_no_graph_break(lively_model):
+    model, (ids, mask, labels) = lively_model().train(), batch()
+    torch.compile(model, backend="eager", fullgraph=True)(ids, mask, labels=labels[:, :6]).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(TRACED, marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.compiler)],
+)
+def test_compiled_gradients_equal_the_plain_ones(lively_model, backend):
+    model = lively_model(num_encoder_layers=2, num_flow_layers=2)  # memory of the first layers is used again
+    check_training_steps(model, backend, [(3, 11), (3, 11)], num_labels=6)
+
+
+@pytest.mark.compiler
+def test_the_compiled_solve_gives_the_plain_logits(lively_model):
+    model, (ids, mask, _) = lively_model(), batch()
+    with torch.no_grad():
+        compiled = torch.compile(model.forward)(ids, mask).logits
+        torch.testing.assert_close(compiled, model(ids, mask).logits, rtol=1e-4, atol=1e-5)
+
+
+# --- parts
+
+
+def output_and_gradients(function, inputs):
+    output = function(*inputs)
+    weight = torch.arange(output.numel()).view_as(output).sin()
+    return [output, *torch.autograd.grad((output * weight).sum(), inputs, materialize_grads=True)]
+
+
+@only_attention
+@pytest.mark.parametrize("num_used", [1, 4])
+def test_compiled_experts_equal_plain_ones(make_config, num_used):
+    experts, states = YanExperts(make_config(num_experts=4)), torch.randn(3, 5, 32, requires_grad=True)
+    chosen = torch.arange(15).view(3, 5) % num_used
+
+    def run(states, *parameters):
+        return experts.output_of(states, experts.group(chosen))
+
+    inputs = [states, *experts.parameters()]
+    compiled = torch.compile(run, backend=TRACED, fullgraph=True)
+    for a, b in zip(output_and_gradients(compiled, inputs), output_and_gradients(run, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Doubled(nn.Linear):
+    """Stands for an adapter: its weight alone does not say what it computes."""
+
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+@only_attention
+def test_compiled_experts_call_layers_that_are_more_than_linear(make_config):
+    experts, states = YanExperts(make_config(num_experts=3)), torch.randn(2, 6, 32)
+    experts.heads[1].up_proj = Doubled(32, experts.heads[1].up_proj.out_features)
+    chosen = torch.arange(12).view(2, 6) % 3
+    compiled = torch.compile(lambda x: experts.output_of(x, experts.group(chosen)), backend="eager")
+    torch.testing.assert_close(compiled(states), experts.output_of(states, experts.group(chosen)))
+
+
+def test_selected_rows_and_their_gradient_equal_an_embeddings():
+    table, index = torch.randn(7, 5, requires_grad=True), torch.tensor([[1, 1, 6], [0, 1, 6]])
+    compiled = torch.compile(select_rows, backend=TRACED, fullgraph=True)
+    expected = output_and_gradients(lambda weight: F.embedding(index, weight), [table])
+    for function in (compiled, select_rows):
+        for a, b in zip(output_and_gradients(lambda weight, f=function: f(weight, index), [table]), expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_noise_is_the_plain_noise():
+    compiled = torch.compile(flow_matching_yan.hashed_normal, backend=TRACED, fullgraph=True)
+    for shape in [(1, 4, 6), (1, 5, 6)]:
+        torch.testing.assert_close(compiled(3, shape), flow_matching_yan.hashed_normal(3, shape))
+
+
+def scan_arguments():
+    x, dt, a_matrix = torch.randn(11, 2, 3, 4), torch.rand(11, 2, 3, 4) + 0.05, -torch.rand(2, 5, 4)
+    return [
+        tensor.requires_grad_() for tensor in (x, dt, a_matrix, torch.randn(11, 2, 3, 5), torch.randn(11, 2, 3, 5))
+    ]
+
+
+def grouped_arguments():
+    tokens, sizes = torch.randn(6, 3, requires_grad=True), torch.tensor([2, 0, 4])
+    weights, biases = [torch.randn(5, 3) for _ in sizes], [torch.randn(5) for _ in sizes]
+    return [tokens, sizes, [w.requires_grad_() for w in weights], [b.requires_grad_() for b in biases]]
+
+
+@pytest.mark.parametrize(
+    ("operator", "make_arguments"),
+    [(mamba_yan._scan_operator, scan_arguments), (experts_yan.grouped_linear, grouped_arguments)],
+    ids=["scan", "grouped_linear"],
+)
+def test_the_operators_keep_the_rules_of_torch(operator, make_arguments):
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operator, tuple(make_arguments()), test_utils=tests)
+
+
+def test_code_that_is_loaded_again_leaves_the_first_operators_alone(monkeypatch):
+    name = "yan-copy.compilation_yan"  # as remote code: a module of its own, perhaps with a dash in its name
+    spec = importlib.util.spec_from_file_location(name, compilation_yan.__file__)
+    for _ in range(2):
+        copy = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, copy)
+        spec.loader.exec_module(copy)
+    table, index = torch.randn(7, 5), torch.tensor([1, 6])
+    for function in (copy.select_rows, select_rows):
+        assert torch.equal(torch.compile(function, backend=TRACED, fullgraph=True)(table, index), table[index])
+    assert copy._select_operator._qualname != compilation_yan._select_operator._qualname
