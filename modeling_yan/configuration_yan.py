@@ -17,7 +17,7 @@ POSITIVE_FIELDS = (
     "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
+    "attention_conv_kernel time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
     "latent_norm_weight"
 ).split()
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
@@ -35,6 +35,8 @@ class YanConfig(PreTrainedConfig):
         num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part. The decoder has no self-mixer.
         num_attention_heads: Heads of self- and cross-attention; must divide `hidden_size`.
         encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently.
+        attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens, odd; 0 for none. It
+            lets a token know its neighbours, which attention to learned positions is slow to find.
         cross_attention_layers: Flow layers (0-based) that attend to the encoded prompt; all of them if None.
         max_position_embeddings: Longest prompt and longest canvas, in tokens.
         state_size, conv_kernel, expand, time_step_rank, time_step_min, time_step_max, time_step_floor, use_bias,
@@ -87,6 +89,7 @@ class YanConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     encoder_mixer: str = "attention"
     flow_mixer: str = "attention"
+    attention_conv_kernel: int = 0
     cross_attention_layers: list[int] | None = None
     max_position_embeddings: int = 1024
     layer_norm_eps: float = 1e-5
@@ -186,6 +189,8 @@ class YanConfig(PreTrainedConfig):
         self._require("train_expert_choice", lambda value: value in EXPERT_CHOICES, choices)
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
+        odd = "0 or an odd number"
+        self._require("attention_conv_kernel", lambda value: value == 0 or value % 2 == 1, odd)
         layers, depth = self.cross_attention_layers, self.num_flow_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
             raise ValueError(f"cross_attention_layers={layers}: must be None or a non-empty list without repetition")

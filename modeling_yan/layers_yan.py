@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .flow_matching_yan import hashed_normal
-from .mamba_yan import YanBidirectionalMamba
+from .mamba_yan import YanBidirectionalMamba, silence
 
 SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
 CROSS_LOGIT = 26.0  # sharp: a place of the canvas sees the same place of the prompt
@@ -126,14 +126,36 @@ class YanCrossAttention(YanAttention):
         self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
 
 
+class YanShortConvolution(nn.Conv1d):
+    """Adds to every token a depthwise convolution of its neighbourhood, of an odd number of tokens.
+
+    A token then knows who stands beside it before attention compares it with others; attention alone takes long to
+    find that out from positions (shift of H3, arXiv 2212.14052, section 3). Padding counts as nothing.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int):
+        super().__init__(
+            hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size, bias=False
+        )
+
+    def forward(self, hidden_states, padding_mask=None):
+        """States (B, L, D) to (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
+        visible = silence(hidden_states, padding_mask)
+        return hidden_states + super().forward(visible.transpose(1, 2)).transpose(1, 2)
+
+
 class YanSelfAttentionMixer(nn.Module):
-    """Self-attention under the common signature of the self-mixers."""
+    """Self-attention under the common signature of the self-mixers, behind a short convolution where configured."""
 
     def __init__(self, config, layer_idx: int | None = None):
         super().__init__()
+        width = config.attention_conv_kernel
+        self.convolution = YanShortConvolution(config.hidden_size, width) if width else None
         self.attention = YanAttention(config, layer_idx)
 
     def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+        if self.convolution is not None:
+            hidden_states = self.convolution(hidden_states, padding_mask)
         return self.attention(hidden_states, attention_mask, **kwargs)
 
 

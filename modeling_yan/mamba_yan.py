@@ -197,9 +197,9 @@ class YanMamba(nn.Module):
         """From states (B, L, D): the arguments (x, dt, a_matrix, b, c) of one scan, and the output gate (B, L, E)."""
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         # Padding is silenced twice: the convolution reads its neighbours, and its bias revives it afterwards.
-        x = _silence(x, padding_mask)
+        x = silence(x, padding_mask)
         x = F.silu(self.conv1d(x.transpose(1, 2))[..., : hidden_states.shape[1]].transpose(1, 2))
-        x = _silence(x, padding_mask)
+        x = silence(x, padding_mask)
         sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
         rank_states, b, c = self.x_proj(x).split(sizes, dim=-1)
         dt = F.softplus(self.dt_proj(rank_states))
@@ -216,7 +216,8 @@ class YanMamba(nn.Module):
         return self.output(inputs[0], y, gate)
 
 
-def _silence(states, padding_mask):
+def silence(states, padding_mask):
+    """States (B, L, D) with zeros where `padding_mask` (B, L), if there is one, is 0."""
     return states if padding_mask is None else states * padding_mask.unsqueeze(-1).to(states.dtype)
 
 

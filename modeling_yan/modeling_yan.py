@@ -40,6 +40,7 @@ from .layers_yan import (
     YanDecoderLayer,
     YanEncoderLayer,
     YanIdentityLinear,
+    YanShortConvolution,
     count_positions,
 )
 from .mamba_yan import YanMamba
@@ -170,6 +171,8 @@ class YanPreTrainedModel(PreTrainedModel):
             module.reset_sinusoids(self.config.initializer_range)
         elif isinstance(module, YanAlignedLinear):
             module.reset_aligned(self.config.hidden_size // self.config.num_attention_heads)
+        elif isinstance(module, YanShortConvolution):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # as torch does: the generic one is far too small
         elif isinstance(module, YanIdentityLinear):
             module.reset_identity()
         elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block

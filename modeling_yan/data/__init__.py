@@ -14,7 +14,7 @@ _HOMES = {
     "Story": "stories",
     "generate_story": "stories",
     "generate_stories": "stories",
-    "generate_descriptions": "stories",
+    "generate_clozes": "stories",
     "train_tokenizer": "tokenizer",
     "prepare_tokenizer": "tokenizer",
     "TEXT_TASKS": "tasks",

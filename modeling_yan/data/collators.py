@@ -133,7 +133,8 @@ class AutoencoderCollator:
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
     answer from the source. A source that begins with more mask tokens than the target has its answer slot there (a
-    BOS before it does not matter): the target, filled up with EOS, is learned in its place. Of a pair only the target
+    BOS before it does not matter): the target, filled up with EOS, is learned in its place. A source that is its
+    target but for mask tokens is a cloze: what they hide is learned in their places. Of another pair only the target
     and one EOS are learned, the rest is -100: copying the source would drown the few tokens of the answer in the mean
     loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a window is taken
     at random; a source keeps the end that fits, or the start if its answer slot is there; `num_truncated` counts both
@@ -198,6 +199,8 @@ class AutoencoderCollator:
         """`input_ids` and `labels` of a batch with pairs: its sources, its texts, and what is shown of those."""
         eos_token_id, lengths = self.tokenizer.eos_token_id, text.lengths
         slot_starts, slot_ends = self._find_slots(sources, lengths)
+        is_cloze = self._find_clozes(sources, text)
+        slot_starts, slot_ends = np.where(is_cloze, 0, slot_starts), np.where(is_cloze, lengths, slot_ends)
         has_slot = slot_ends > slot_starts
         source = _flatten(self._cut_sources(sources, lengths, has_slot))
         width = self._width(int((source.lengths + lengths * ~has_slot).max()))
@@ -210,7 +213,21 @@ class AutoencoderCollator:
         input_ids = _pad(source, width, eos_token_id)
         is_text = _is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
         input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
+        labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORED
         return input_ids, labels
+
+    def _find_clozes(self, sources: Sequence[Ids], text: Ragged) -> np.ndarray:
+        """(B,) whether a source is its text with some of its tokens, not all, hidden by mask tokens."""
+        is_cloze = (_lengths(sources) == text.lengths) & (text.lengths > 0)
+        candidates = _flatten([ids for ids, is_candidate in zip(sources, is_cloze.tolist()) if is_candidate])
+        is_hidden = candidates.tokens == self.tokenizer.mask_token_id
+        is_equal = is_hidden | (candidates.tokens == text.tokens[np.repeat(is_cloze, text.lengths)])
+        starts = candidates.lengths.cumsum() - candidates.lengths
+        if len(starts):
+            num_hidden = np.add.reduceat(is_hidden, starts)
+            is_partly_hidden = (0 < num_hidden) & (num_hidden < candidates.lengths)
+            is_cloze[is_cloze] = np.logical_and.reduceat(is_equal, starts) & is_partly_hidden
+        return is_cloze
 
     def _find_slots(self, sources: Sequence[Ids], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B,) start and end of the mask tokens that begin a source; equal if too few for the text and one EOS."""

@@ -103,13 +103,14 @@ def _check_max_sentences(max_sentences: int) -> None:
         raise ValueError(f"max_sentences is {max_sentences}, but must be at least {MIN_SENTENCES}")
 
 
-def generate_descriptions(
-    num_rows: int, seed: int, max_sentences: int = MAX_SENTENCES, max_facts: int = 4
+def generate_clozes(
+    num_rows: int, seed: int, max_sentences: int = MAX_SENTENCES, max_facts: int = 6, mask_token: str = "<mask>"
 ) -> list[Row]:
-    """Make `num_rows` pairs of a story and what is true at its end, up to `max_facts` sentences in random order.
+    """Make `num_rows` pairs of up to `max_facts` sentences that are true at the end of a story, and the story.
 
-    One such row asks as many questions as it has facts, so that a model learns from it to read a story sooner than
-    from rows with one question. The sources are all different.
+    The target tells them; in the source one word of each of them is `mask_token`. One such row asks as many
+    questions as it has facts, so that a model learns from it to read a story far sooner than from rows with one
+    question. The sources are all different.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
@@ -120,18 +121,23 @@ def generate_descriptions(
     rows: dict[str, Row] = {}
     while len(rows) < num_rows:
         world = World()
-        source = " ".join(_tell(world, rng.randint(MIN_SENTENCES, max_sentences), rng))
+        sentences = _tell(world, rng.randint(MIN_SENTENCES, max_sentences), rng)
         facts = _facts(world)
-        target = " ".join(rng.sample(facts, min(max_facts, len(facts))))
-        rows.setdefault(source, {"source": source, "target": target, "kind": "description"})
+        facts = rng.sample(facts, min(max_facts, len(facts)))
+        source = " ".join([fact.replace(hidden, mask_token) for fact, hidden in facts] + sentences)
+        target = " ".join([fact for fact, _ in facts] + sentences)
+        rows.setdefault(source, {"source": source, "target": target, "kind": "cloze"})
     return list(rows.values())
 
 
-def _facts(world: World) -> list[str]:
-    """Everything that is true of the world."""
-    people = [f"{person} is in the {place}." for person, place in world.place_of.items()]
-    things = [f"The {thing} is in the {place}." for thing, place in world.place_of_thing.items()]
-    return people + things + [f"{person} is carrying the {thing}." for person, thing in world.hand_of.items()]
+def _facts(world: World) -> list[tuple[str, str]]:
+    """Sentences that are true of the world, and the word of each that takes the story to know."""
+    places = [(f"{person} is in the {place}.", place) for person, place in world.place_of.items()]
+    places += [(f"The {thing} is in the {place}.", place) for thing, place in world.place_of_thing.items()]
+    carriers = world.carrier_of
+    holders = [(thing, carriers.get(thing, "Nobody")) for thing in world.place_of_thing]
+    carried = [(f"{person} is carrying the {thing}.", thing) for person, thing in world.hand_of.items()]
+    return places + carried + [(f"{holder} has the {thing}.", holder) for thing, holder in holders]
 
 
 def _tell(world: World, num_sentences: int, rng: random.Random) -> list[str]:
@@ -219,10 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer_slot", default="", help="what begins every source, such as '<mask><mask> '")
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     parser.add_argument("--exclude", nargs="*", default=[], help="files of pairs whose sources must not appear again")
-    parser.add_argument("--describe", action="store_true", help="no question: the target is what is true at the end")
+    parser.add_argument("--cloze", action="store_true", help="no questions: what is true, with one word of each fact hidden")
     options = parser.parse_args(arguments)
-    if options.describe:
-        write_rows(options.output, generate_descriptions(options.num_rows, options.seed, options.max_sentences))
+    if options.cloze:
+        write_rows(options.output, generate_clozes(options.num_rows, options.seed, options.max_sentences))
         return
     exclude = {row["source"] for path in options.exclude for row in read_rows(path)}
     rows = generate_stories(options.num_rows, options.seed, exclude, options.max_sentences, options.answer_slot)

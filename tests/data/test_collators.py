@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_yan.data import AutoencoderCollator, FlowCollator, collators, generate_stories, mask_spans
+from modeling_yan.data import AutoencoderCollator, FlowCollator, collators, generate_clozes, generate_stories, mask_spans
 
 MASK, PAD = 3, 2
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmark" / "collators.py"
@@ -153,6 +153,21 @@ def test_autoencoder_learns_the_answer_in_its_slot(tokenizer):
         assert set(ids[len(source) :].tolist()) <= {tokenizer.eos_token_id}
         answer = target + [tokenizer.eos_token_id] * (8 - len(target))
         assert labels.tolist() == answer + [-100] * (len(labels) - 8)
+
+
+def test_autoencoder_learns_the_hidden_words_of_a_cloze_in_their_places(tokenizer):
+    rows = generate_clozes(20, seed=1, mask_token=tokenizer.mask_token)
+    rows.append({"source": "a book", "target": "the book"})  # as long, but no cloze: the answer is learned behind it
+    batch = AutoencoderCollator(tokenizer, 128)(rows)
+    for row, ids, labels in zip(rows[:-1], batch["input_ids"], batch["labels"]):
+        source, target = tokenizer([row["source"], row["target"]])["input_ids"]
+        assert ids[: len(source)].tolist() == source
+        learned = [there if shown == tokenizer.mask_token_id else -100 for shown, there in zip(source, target)]
+        assert labels.tolist() == learned + [-100] * (len(labels) - len(source))
+        assert max(learned) > 0
+    source, target = tokenizer(["a book", "the book"])["input_ids"]
+    learned = [*target, tokenizer.eos_token_id]
+    assert batch["labels"][-1][: len(source) + len(learned)].tolist() == [-100] * len(source) + learned
 
 
 def test_a_slot_too_short_for_its_answer_is_none(tokenizer):

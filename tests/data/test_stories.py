@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from modeling_yan.data import generate_stories, generate_story, read_rows
-from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, generate_descriptions, main
+from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, generate_clozes, main
 
 
 @pytest.fixture(scope="module")
@@ -56,26 +56,31 @@ def test_every_answer_follows_from_the_text(rows):
         assert expected_answer(question, *world) == (row["kind"], row["target"]), row["source"]
 
 
-class TestDescriptions:
-    def test_every_fact_is_an_answer_to_the_story(self):
-        for row in generate_descriptions(300, seed=3, max_sentences=5, max_facts=3):
-            places, where, holders = reread(row["source"].removesuffix(".").split(". "))
-            true = {f"{person} is in the {place}." for person, place in places.items()}
-            true |= {f"The {thing} is in the {place}." for thing, place in where.items()}
-            true |= {f"{person} is carrying the {thing}." for thing, person in holders.items() if person}
-            facts = row["target"].removesuffix(".").split(". ")
-            assert {fact + "." for fact in facts} <= true
+class TestClozes:
+    def test_every_hidden_word_follows_from_the_story(self):
+        for row in generate_clozes(300, seed=3, max_sentences=5, max_facts=3):
+            num_facts = row["source"].count("<mask>")
+            sentences = row["target"].removesuffix(".").split(". ")
+            facts, story = sentences[:num_facts], sentences[num_facts:]
+            places, where, holders = reread(story)
+            true = {f"{person} is in the {place}" for person, place in places.items()}
+            true |= {f"The {thing} is in the {place}" for thing, place in where.items()}
+            true |= {f"{person} is carrying the {thing}" for thing, person in holders.items() if person}
+            true |= {f"{person or 'Nobody'} has the {thing}" for thing, person in holders.items()}
+            assert set(facts) <= true
             assert len(set(facts)) == len(facts) == min(3, len(true))
+            hidden = [re.sub(r"^\w+(?= has)|(?<! has the )\b\w+$", "<mask>", fact) for fact in facts]
+            assert row["source"] == ". ".join(hidden + story) + "."
 
     def test_one_seed_gives_one_file(self):
-        assert generate_descriptions(20, seed=3) == generate_descriptions(20, seed=3)
-        assert generate_descriptions(20, seed=3) != generate_descriptions(20, seed=4)
+        assert generate_clozes(20, seed=3) == generate_clozes(20, seed=3)
+        assert generate_clozes(20, seed=3) != generate_clozes(20, seed=4)
 
     @pytest.mark.parametrize("bad", [{"num_rows": -1}, {"max_sentences": 1}, {"max_facts": 0}])
     def test_sizes_that_are_not_allowed(self, bad):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
-            generate_descriptions(**{"num_rows": 1, "seed": 0, **bad})
+            generate_clozes(**{"num_rows": 1, "seed": 0, **bad})
 
 
 def test_size_of_the_stories():
