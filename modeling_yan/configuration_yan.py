@@ -17,7 +17,7 @@ POSITIVE_FIELDS = (
     "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "attention_conv_kernel time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
+    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
     "latent_norm_weight"
 ).split()
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
@@ -189,8 +189,8 @@ class YanConfig(PreTrainedConfig):
         self._require("train_expert_choice", lambda value: value in EXPERT_CHOICES, choices)
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
-        odd = "0 or an odd number"
-        self._require("attention_conv_kernel", lambda value: value == 0 or value % 2 == 1, odd)
+        odd = "0 or a positive odd number"
+        self._require("attention_conv_kernel", lambda value: value == 0 or (value > 0 and value % 2), odd)
         layers, depth = self.cross_attention_layers, self.num_flow_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
             raise ValueError(f"cross_attention_layers={layers}: must be None or a non-empty list without repetition")

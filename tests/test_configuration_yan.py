@@ -34,6 +34,8 @@ WRONG_VALUES = [
     ("encoder_mixer", "rnn", "attention, mamba"),
     ("flow_mixer", "Mamba", "attention, mamba"),
     ("train_expert_choice", "best", "argmax, sample, mixture"),
+    ("attention_conv_kernel", 4, "0 or a positive odd number"),
+    ("attention_conv_kernel", -3, "0 or a positive odd number"),
     ("num_attention_heads", 5, "divisor of hidden_size=32"),
     ("cross_attention_layers", [], "non-empty"),
     ("cross_attention_layers", [0, 0], "without repetition"),

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
-from modeling_yan.layers_yan import YanAttention, YanTimeEmbedding, count_positions, modulate
+from modeling_yan import YanModel
+from modeling_yan.layers_yan import YanAttention, YanShortConvolution, YanTimeEmbedding, count_positions, modulate
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
@@ -119,6 +120,35 @@ class TestTimeEmbedding:
         layer, times = YanTimeEmbedding(make_config()), torch.linspace(0, 1, 50)
         exact = layer(times)
         torch.testing.assert_close(layer.to(torch.bfloat16)(times).float(), exact, atol=0.03, rtol=0)
+
+
+class TestShortConvolution:
+    def test_a_token_gets_its_neighbours_on_both_sides_and_itself(self):
+        layer, states = YanShortConvolution(4, 3), torch.randn(2, 6, 4)
+        before, here, after = layer.weight[:, 0].T
+        padded = F.pad(states, (0, 0, 1, 1))
+        expected = states + padded[:, :-2] * before + states * here + padded[:, 2:] * after
+        torch.testing.assert_close(layer(states), expected)
+
+    def test_padding_counts_as_nothing(self):
+        layer, states = YanShortConvolution(4, 5), torch.randn(3, 6, 4)
+        output = layer(states, PADDING)
+        torch.testing.assert_close(output[1, 2:], layer(states[1:2, 2:])[0])
+        torch.testing.assert_close(output[2, :3], layer(states[2:3, :3])[0])
+
+    @pytest.mark.parametrize("variant", ["attention"])
+    def test_the_model_uses_it_where_it_is_asked_for(self, make_model):
+        ids = torch.randint(4, 64, (1, 9))
+        model = make_model(YanModel, attention_conv_kernel=5)
+        taps = [layer.mixer.convolution.weight for layer in model.layers]
+        assert all(0.15 < tap.std() < 0.4 for tap in taps)  # uniform of variance 1 / 5 / 3, not `initializer_range`
+        with_it = model(ids).last_hidden_state
+        for tap in taps:
+            nn.init.zeros_(tap)
+        without_it = make_model(YanModel)
+        model.load_state_dict(without_it.state_dict(), strict=False)
+        torch.testing.assert_close(model(ids).last_hidden_state, without_it(ids).last_hidden_state)
+        assert not torch.allclose(with_it, model(ids).last_hidden_state, atol=1e-2)
 
 
 def test_modulation_scales_and_shifts_a_norm():

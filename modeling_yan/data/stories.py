@@ -225,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer_slot", default="", help="what begins every source, such as '<mask><mask> '")
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     parser.add_argument("--exclude", nargs="*", default=[], help="files of pairs whose sources must not appear again")
-    parser.add_argument("--cloze", action="store_true", help="no questions: what is true, with one word of each fact hidden")
+    parser.add_argument(
+        "--cloze", action="store_true", help="no questions: what is true, with one word of each fact hidden"
+    )
     options = parser.parse_args(arguments)
     if options.cloze:
         write_rows(options.output, generate_clozes(options.num_rows, options.seed, options.max_sentences))

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_yan.data import AutoencoderCollator, FlowCollator, collators, generate_clozes, generate_stories, mask_spans
+from modeling_yan.data import (
+    AutoencoderCollator,
+    FlowCollator,
+    collators,
+    generate_clozes,
+    generate_stories,
+    mask_spans,
+)
 
 MASK, PAD = 3, 2
 BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmark" / "collators.py"
