@@ -225,7 +225,7 @@ class AutoencoderCollator:
         starts = candidates.lengths.cumsum() - candidates.lengths
         if len(starts):
             num_hidden = np.add.reduceat(is_hidden, starts)
-            is_partly_hidden = (0 < num_hidden) & (num_hidden < candidates.lengths)
+            is_partly_hidden = (num_hidden > 0) & (num_hidden < candidates.lengths)
             is_cloze[is_cloze] = np.logical_and.reduceat(is_equal, starts) & is_partly_hidden
         return is_cloze
 
