@@ -1,0 +1,17 @@
+"""Models to compare YAN with, at equal size: autoregressive ones from transformers, and masked diffusion."""
+
+from importlib import import_module
+from typing import Any
+
+from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionGenerationConfig
+
+_SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
+
+__all__ = [*_SIZES, "MaskedDiffusion", "MaskedDiffusionConfig", "MaskedDiffusionGenerationConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, because sizes.py is a command too: `python -m` complains about one that its package has imported.
+    if name not in _SIZES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".sizes", __name__), name)
