@@ -3,11 +3,19 @@
 from importlib import import_module
 from typing import Any
 
+from .inputs import INPUTS, write_targets
 from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionGenerationConfig
 
 _SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
 
-__all__ = [*_SIZES, "MaskedDiffusion", "MaskedDiffusionConfig", "MaskedDiffusionGenerationConfig"]
+__all__ = [
+    *_SIZES,
+    "INPUTS",
+    "MaskedDiffusion",
+    "MaskedDiffusionConfig",
+    "MaskedDiffusionGenerationConfig",
+    "write_targets",
+]
 
 
 def __getattr__(name: str) -> Any:
