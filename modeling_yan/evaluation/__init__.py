@@ -16,7 +16,7 @@ from .metrics import (
 )
 from .modules import METRICS, load_metric
 from .reports import DEFAULT_METRICS, METRIC_NAMES, compare_runs, evaluate_task, format_report, read_predictions
-from .runs import Run, RunOptions, generate_answers, generate_timed, run_model
+from .runs import Run, RunOptions, generate_answers, generate_timed, load_for_generation, run_model
 from .speed import num_new_tokens, tokens_per_second
 from .statistics import (
     mcnemar_exact,
@@ -25,6 +25,7 @@ from .statistics import (
     paired_bootstrap,
     paired_permutation_test,
 )
+from .tables import evaluate_models, format_table
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -37,13 +38,16 @@ __all__ = [
     "bert_scores",
     "compare_runs",
     "distinct_n",
+    "evaluate_models",
     "evaluate_task",
     "exact_match",
     "exact_match_scores",
     "format_report",
+    "format_table",
     "generate_answers",
     "generate_timed",
     "generative_perplexity",
+    "load_for_generation",
     "load_metric",
     "masked_words_restored",
     "mauve_score",
