@@ -17,7 +17,8 @@ CHECKPOINT = ROOT / "examples" / "checkpoints" / "yan-transformer-tiny"
 def run(*words, home):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(home)}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, *map(str, words)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

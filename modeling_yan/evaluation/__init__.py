@@ -2,6 +2,14 @@
 
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
 from .embeddings import TextEncoder, bert_scores, mauve_score, mean_pairwise_distance, semantic_distances
+from .geometry import (
+    effective_dimension,
+    explained_variance,
+    mean_cosine,
+    mixture_likelihoods,
+    usage_by_class,
+    usage_information,
+)
 from .likelihood import generative_perplexity
 from .metrics import (
     accuracy_scores,
@@ -38,10 +46,12 @@ __all__ = [
     "bert_scores",
     "compare_runs",
     "distinct_n",
+    "effective_dimension",
     "evaluate_models",
     "evaluate_task",
     "exact_match",
     "exact_match_scores",
+    "explained_variance",
     "format_report",
     "format_table",
     "generate_answers",
@@ -53,8 +63,10 @@ __all__ = [
     "mauve_score",
     "mcnemar_exact",
     "mean_and_deviation",
+    "mean_cosine",
     "mean_pairwise_distance",
     "mean_with_interval",
+    "mixture_likelihoods",
     "normalize_answer",
     "num_new_tokens",
     "paired_bootstrap",
@@ -70,4 +82,6 @@ __all__ = [
     "tokens_per_second",
     "unicode_words",
     "unigram_entropies",
+    "usage_by_class",
+    "usage_information",
 ]
