@@ -205,6 +205,7 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]
     words += ["--max_steps", 4, "--trial_share", 0.5, "--learning_rates", 1e-3, 3e-3, "--warmup_steps", 1]
     words += ["--per_device_train_batch_size", 4, "--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
+    words += ["--peak_tflops", 0.1]
     load_script("compare").main(list(map(str, words)))
     rows = json.loads((folders / "out" / "table.json").read_text())
     assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUTS}

@@ -43,7 +43,7 @@ def train(stage: str, config: Path, output_dir: Path, settings: dict):
 
 
 def apply_fields(folder: Path, fields: dict, output: Path):
-    """A copy of a checkpoint's folder whose config has other values for fields that shape no weight."""
+    """A copy of a checkpoint's folder whose config has the values of an arm, where none of them shapes a weight."""
     output.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_file() and not (output / path.name).exists():
@@ -55,15 +55,12 @@ def apply_fields(folder: Path, fields: dict, output: Path):
 def train_arm(name: str, fields: dict, recipe: dict, data: dict, output_dir: Path) -> Path:
     """Both stages of one arm; the folder of its model."""
     arm, shared = output_dir / name, recipe["share_autoencoder"]
-    preset, first = (output_dir / "preset" if shared else arm / "preset"), output_dir / "autoencoder"
+    home = output_dir if shared else arm  # of the preset and of the first stage
     config = YanConfig.from_pretrained(recipe["config"])
-    (config if shared else match_size(config, **fields)).save_pretrained(preset)
-    first = first if shared else arm / "autoencoder"
-    train("autoencoder", preset, first, {**data, **recipe["autoencoder"]})
-    start = first
-    if shared:
-        start = arm / "start"
-        apply_fields(first, fields, start)
+    (config if shared else match_size(config, **fields)).save_pretrained(home / "preset")
+    train("autoencoder", home / "preset", home / "autoencoder", {**data, **recipe["autoencoder"]})
+    start = arm / "start"
+    apply_fields(home / "autoencoder", fields, start)
     train("flow", start, arm / name, {**data, **recipe["flow"]})
     return arm / name
 

@@ -28,7 +28,7 @@ def train_stage(stage: str, config: str | Path, output_dir: Path, max_steps: int
     if (output_dir / "model.safetensors").exists():
         return
     shared = ("tokenizer", "train_file", "validation_file", "per_device_train_batch_size", "use_cpu", "seed")
-    settings = {name: getattr(options, name) for name in (*shared, "max_source_length", "warmup_steps")}
+    settings = {name: getattr(options, name) for name in (*shared, "max_source_length", "warmup_steps", "peak_tflops")}
     schedule = {"max_steps": max_steps, "save_steps": max(1, max_steps // 8), "decay_steps": max_steps // 3}
     arguments = PretrainingArguments(
         stage, str(config), output_dir=str(output_dir), report_to=["none"], bucket_batches=8, **settings, **schedule
@@ -74,6 +74,7 @@ def parse_options(arguments):
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--per_device_train_batch_size", type=int, default=32)
     parser.add_argument("--max_source_length", type=int, default=64)
+    parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the machine; measured if 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--num_rows", type=int, default=1000, help="rows of the table")

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from .inputs import INPUTS, write_targets
-from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionGenerationConfig
+from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
 
 _SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
 
@@ -13,7 +13,6 @@ __all__ = [
     "INPUTS",
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
-    "MaskedDiffusionGenerationConfig",
     "write_targets",
 ]
 

@@ -36,14 +36,6 @@ class MaskedDiffusionConfig(LlamaConfig):
     num_diffusion_steps: int = 16
 
 
-class MaskedDiffusionGenerationConfig(GenerationConfig):
-    """`GenerationConfig` with `num_diffusion_steps`; the model's if None."""
-
-    def __init__(self, **kwargs):
-        self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
-        super().__init__(**kwargs)
-
-
 class MaskedDiffusion(PreTrainedModel):
     """Llama's layers, seeing both ways over prompt and canvas, with a head for the masked tokens of the canvas.
 
@@ -53,7 +45,6 @@ class MaskedDiffusion(PreTrainedModel):
 
     config_class = MaskedDiffusionConfig
     base_model_prefix = "model"
-    generation_config_class = MaskedDiffusionGenerationConfig
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
@@ -65,7 +56,7 @@ class MaskedDiffusion(PreTrainedModel):
             layer.self_attn.is_causal = False  # where there is no padding there is no mask, and sdpa would be causal
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        self.generation_config = MaskedDiffusionGenerationConfig(**token_ids, max_new_tokens=config.canvas_length)
+        self.generation_config = GenerationConfig(**token_ids, max_new_tokens=config.canvas_length)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -124,10 +115,9 @@ class MaskedDiffusion(PreTrainedModel):
         Raises:
             ValueError: More tokens than the canvas has, steps below 1, or an option that this model does not have.
         """
-        options = self.generation_config
-        length = self._check_canvas(options.max_new_tokens if max_new_tokens is None else max_new_tokens)
-        asked = (num_diffusion_steps, options.num_diffusion_steps, self.config.num_diffusion_steps)
-        steps = _check_steps(next(value for value in asked if value is not None), length)
+        length = self._check_canvas(self.config.canvas_length if max_new_tokens is None else max_new_tokens)
+        steps = self.config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
+        steps = _check_steps(steps, length)
         _check_options(kwargs)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         canvas = input_ids.new_full((len(input_ids), length), self.config.mask_token_id)

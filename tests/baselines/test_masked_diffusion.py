@@ -118,7 +118,7 @@ def test_what_follows_the_first_eos_is_padding(model, prompts, monkeypatch):
     assert (written[:, 2] == EOS).all()
 
 
-def test_the_steps_come_from_the_call_or_the_generation_config_or_the_config(model, prompts, monkeypatch):
+def test_the_steps_come_from_the_call_or_the_config(model, prompts, monkeypatch):
     calls = []
     original = model.canvas_logits
     monkeypatch.setattr(model, "canvas_logits", lambda *inputs: calls.append(1) or original(*inputs))
@@ -129,17 +129,18 @@ def test_the_steps_come_from_the_call_or_the_generation_config_or_the_config(mod
         return len(calls)
 
     assert count() == 8  # 16 of the config, of which a canvas of 8 tokens can use 8
-    model.generation_config.num_diffusion_steps = 4
+    model.config.num_diffusion_steps = 4
     assert count() == 4
     assert count(num_diffusion_steps=2) == 2
 
 
 def test_a_saved_model_is_the_same_model(model, prompts, tmp_path):
-    model.generation_config.num_diffusion_steps = 5
+    model.config.num_diffusion_steps = 5
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, MaskedDiffusion)
-    assert loaded.generation_config.num_diffusion_steps == 5
+    assert loaded.config.num_diffusion_steps == 5
+    assert loaded.generation_config.eos_token_id == EOS
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(loaded(prompts).logits, model(prompts).logits)
 
