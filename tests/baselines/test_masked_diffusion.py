@@ -15,7 +15,9 @@ MASK, EOS, PAD = 3, 2, 0
 def config():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS, "mask_token_id": MASK}
-    return MaskedDiffusionConfig(vocab_size=40, canvas_length=8, initializer_range=0.2, **sizes, **ids)
+    return MaskedDiffusionConfig(
+        vocab_size=40, canvas_length=8, initializer_range=0.2, tie_word_embeddings=True, **sizes, **ids
+    )
 
 
 @pytest.fixture

@@ -64,4 +64,4 @@ def test_an_unknown_kind_and_a_yan_that_is_too_small_are_refused(tiny_config):
     with pytest.raises(ValueError, match="kind='gru': must be one of decoder, encoder_decoder, masked_diffusion"):
         make_baseline("gru", tiny_config)
     with pytest.raises(ValueError, match="no room for feed-forward layers"):
-        match_size(tiny_config, num_experts=500)
+        match_size(tiny_config, num_encoder_layers=80)

@@ -61,11 +61,11 @@ def test_a_baseline_is_trained_validated_saved_and_resumed_bit_for_bit(stage, of
 
 @pytest.mark.parametrize("stage", INPUTS)
 def test_a_baseline_learns_its_rows(stage, of_pairs, runs):
-    settings = {"max_steps": 120, "save_steps": 120, "per_device_train_batch_size": 20, "learning_rate": 3e-3}
-    pretrain(of_pairs(stage=stage, logging_steps=40, **settings))
+    settings = {"max_steps": 40, "save_steps": 40, "per_device_train_batch_size": 10, "learning_rate": 1e-2}
+    pretrain(of_pairs(stage=stage, logging_steps=10, **settings))
     lines = runs.log(of_pairs().output_dir)
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_the_best_rate_goes_on_from_its_trial(of_pairs, runs, fresh, tmp_path):
