@@ -57,7 +57,7 @@ def baseline_flops(model: nn.Module, batch_size: int, source: int, target: int) 
     if model.config.is_encoder_decoder:
         tokens = source * linear_flops(model.encoder) + target * linear_flops(model.decoder, model.lm_head)
     else:
-        tokens = (source + target) * linear_flops(model)
+        tokens = (source + target) * linear_flops(model.model) + (target or source) * linear_flops(model.lm_head)
     return 3 * batch_size * tokens
 
 
