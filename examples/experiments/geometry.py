@@ -104,9 +104,11 @@ def draw(latents: dict, usage: dict[str, list[float]], title: str, path: Path):
         gains = [value - likelihoods[1] for value in likelihoods.values()]
         axes[1].plot(list(likelihoods), gains, marker="o", label=name)
     axes[0].set(xlabel="principal components", ylim=(0, 1.02), title="share of variance explained")
-    axes[1].set(xlabel="Gaussians in the mixture", title="held-out likelihood gained over one, nats a dimension")
+    axes[1].set(xlabel="Gaussians in the mixture", title="log-likelihood gained over one Gaussian")
+    axes[1].set_ylabel("held out, nats a dimension")
     for axis in axes[:2]:
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid(alpha=0.3)
         axis.legend()
     lefts = [0.0] * len(usage)
@@ -115,7 +117,7 @@ def draw(latents: dict, usage: dict[str, list[float]], title: str, path: Path):
         axes[2].barh(list(usage), shares, left=lefts, label=f"expert {expert}")
         lefts = [left + share for left, share in zip(lefts, shares)]
     axes[2].set(xlim=(0, 1), title="expert by kind of token")
-    axes[2].legend(ncols=2, fontsize="small")
+    axes[2].legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
