@@ -7,7 +7,7 @@ K experts, N solver steps.
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -26,7 +26,7 @@ REFUSED_OPTIONS = {
         "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
         "begin_suppress_tokens sequence_bias stop_strings watermarking_config prompt_lookup_num_tokens "
         "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
-        "logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
+        "logits_processor prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
         (),
     ),
 }
@@ -133,6 +133,7 @@ class YanGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs,
     ) -> torch.LongTensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
@@ -148,6 +149,8 @@ class YanGenerationMixin(GenerationMixin):
             streamer: Gets the prompt, then each canvas; if it has `put_draft`, also the draft (B R, L) after every
                 solver step.
             generator: Draws the seed, if `seed` is None and `do_sample` is set.
+            stopping_criteria: Asked about the prompt and the new tokens up to each one, in order, as if they had been
+                written one by one, with None for the scores; what follows the token where one says stop is padding.
             kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
 
         Returns:
@@ -175,6 +178,9 @@ class YanGenerationMixin(GenerationMixin):
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
             tokens, finished = _cut_at_eos(tokens, finished, options)
+            if stopping_criteria:
+                before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
+                tokens, finished = _cut_at_criteria(before, tokens, finished, stopping_criteria, options)
             written = torch.cat([written, tokens], dim=1)
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
             if streamer is not None:
@@ -362,8 +368,21 @@ def _cut_at_eos(tokens, finished, options):
     """Pad what follows the first EOS, and all of a row that was finished before; also: which rows are finished."""
     num_eos = _is_eos(tokens, options).long().cumsum(1)
     is_after = (num_eos - _is_eos(tokens, options).long() > 0) | finished.unsqueeze(1)
-    fill = options.pad_token_id if options.pad_token_id is not None else (_eos_ids(options) or [0])[0]
-    return tokens.masked_fill(is_after, fill), finished | (num_eos[:, -1] > 0)
+    return tokens.masked_fill(is_after, _fill_token(options)), finished | (num_eos[:, -1] > 0)
+
+
+def _cut_at_criteria(before, tokens, finished, criteria, options):
+    """Pad what follows the token at which a criterion stops a row; also: which rows are finished."""
+    criteria, tokens, is_over = StoppingCriteriaList(criteria), tokens.clone(), torch.zeros_like(finished)
+    for stop in range(1, tokens.shape[1] + 1):
+        is_over = is_over | criteria(torch.cat([before, tokens[:, :stop]], dim=1), None)
+        tokens[is_over, stop:] = _fill_token(options)
+    return tokens, finished | is_over
+
+
+def _fill_token(options):
+    """What stands behind the end of a row."""
+    return options.pad_token_id if options.pad_token_id is not None else (_eos_ids(options) or [0])[0]
 
 
 def _trim(written, options):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from modeling_yan import YanForFlowGeneration, YanGenerationConfig, YanGenerationOutput
@@ -560,6 +560,47 @@ class TestOptions:
         assert not loaded.generation_config.do_sample
         loaded.save_pretrained(tmp_path)
         assert torch.equal(YanForFlowGeneration.from_pretrained(tmp_path).generate(prompts), expected)
+
+
+class StopBehind(StoppingCriteria):
+    """Stops a row behind a token, and keeps what it was asked about."""
+
+    def __init__(self, token):
+        self.token, self.asked = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.append(input_ids.clone())
+        return input_ids[:, -1] == self.token
+
+
+class TestStoppingCriteria:
+    def test_a_row_is_padded_behind_the_token_where_it_stops(self, model, prompts):
+        written = new_tokens(model, prompts, max_new_tokens=12)
+        token = int(written[0, 4])
+        stopped = new_tokens(model, prompts, max_new_tokens=12, stopping_criteria=[StopBehind(token)])
+        for row, tokens in zip(stopped, written, strict=True):
+            places = (tokens == token).nonzero().flatten().tolist()
+            end = places[0] + 1 if places else 12
+            assert row.tolist() == [*tokens[:end].tolist(), *[PAD] * (stopped.shape[1] - end)]
+
+    def test_they_are_asked_as_if_tokens_were_written_one_by_one(self, model, prompts):
+        criterion = StopBehind(VOCABULARY)
+        sequences = model.generate(prompts, max_new_tokens=12, stopping_criteria=[criterion])
+        assert [ids.shape[1] for ids in criterion.asked] == list(range(8, 20))
+        assert all(torch.equal(ids, sequences[:, : ids.shape[1]]) for ids in criterion.asked)
+
+    def test_no_canvas_follows_when_all_rows_have_stopped(self, model, prompts):
+        def stop(input_ids, scores):
+            return True  # one answer for all rows, as some criteria give
+
+        with recorded_calls(model.flow) as calls, recorded_calls(model.model) as encoded:
+            sequences = model.generate(prompts, max_new_tokens=3 * CANVAS, stopping_criteria=[stop])
+        assert not calls
+        assert len(encoded) == 1
+        assert (sequences[:, 8:] == PAD).all()
+
+    def test_they_may_be_empty(self, model, prompts):
+        assert torch.equal(model.generate(prompts, stopping_criteria=[]), model.generate(prompts))
 
 
 AUTOREGRESSIVE = {

@@ -2,6 +2,14 @@
 
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
 from .embeddings import TextEncoder, bert_scores, mauve_score, mean_pairwise_distance, semantic_distances
+from .geometry import (
+    effective_dimension,
+    explained_variance,
+    mean_cosine,
+    mixture_likelihoods,
+    usage_by_class,
+    usage_information,
+)
 from .likelihood import generative_perplexity
 from .metrics import (
     accuracy_scores,
@@ -16,7 +24,7 @@ from .metrics import (
 )
 from .modules import METRICS, load_metric
 from .reports import DEFAULT_METRICS, METRIC_NAMES, compare_runs, evaluate_task, format_report, read_predictions
-from .runs import Run, RunOptions, generate_answers, generate_timed, run_model
+from .runs import Run, RunOptions, generate_answers, generate_timed, load_for_generation, run_model
 from .speed import num_new_tokens, tokens_per_second
 from .statistics import (
     mcnemar_exact,
@@ -25,6 +33,7 @@ from .statistics import (
     paired_bootstrap,
     paired_permutation_test,
 )
+from .tables import evaluate_models, format_table
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -37,20 +46,27 @@ __all__ = [
     "bert_scores",
     "compare_runs",
     "distinct_n",
+    "effective_dimension",
+    "evaluate_models",
     "evaluate_task",
     "exact_match",
     "exact_match_scores",
+    "explained_variance",
     "format_report",
+    "format_table",
     "generate_answers",
     "generate_timed",
     "generative_perplexity",
+    "load_for_generation",
     "load_metric",
     "masked_words_restored",
     "mauve_score",
     "mcnemar_exact",
     "mean_and_deviation",
+    "mean_cosine",
     "mean_pairwise_distance",
     "mean_with_interval",
+    "mixture_likelihoods",
     "normalize_answer",
     "num_new_tokens",
     "paired_bootstrap",
@@ -66,4 +82,6 @@ __all__ = [
     "tokens_per_second",
     "unicode_words",
     "unigram_entropies",
+    "usage_by_class",
+    "usage_information",
 ]

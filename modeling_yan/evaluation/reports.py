@@ -78,7 +78,7 @@ def evaluate_task(
     - "options", "num_rows" and whatever is in `description`.
 
     Args:
-        model: A YAN or any causal language model. It is set to evaluation mode.
+        model: A YAN or any other language model that generates. It is set to evaluation mode.
         rows: Mappings with "source" and "target".
         metrics: Names among `METRIC_NAMES`.
         encoder: For BERTScore, semantic distance and MAUVE; each has its own default.
@@ -104,8 +104,10 @@ def evaluate_task(
         own = {(run.length, run.decoding): scores for run, scores, _ in scored}
         report["comparison"] = {"with": str(compare), "runs": compare_runs(own, others)}
     lines = [line for run, scores, _ in scored for line in _lines(run, scores, rows)]
-    _write(Path(output) / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _write(Path(output) / "metrics.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(
+        Path(output) / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
+    write_whole(Path(output) / "metrics.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
 
@@ -292,8 +294,8 @@ def _test_cells(test):
     return f"{test['difference']:+10.3f}  {test['low']:+.3f} to {test['high']:+.3f}  {p_values}"
 
 
-def _write(path: Path, content: str):
-    """Write so that the file appears whole or not at all."""
+def write_whole(path: Path, content: str):
+    """Write a text so that its file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

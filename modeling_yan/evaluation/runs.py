@@ -1,4 +1,4 @@
-"""Running a checkpoint over rows of source and target: YAN, or any autoregressive model as a baseline."""
+"""Running a checkpoint over rows of source and target: YAN, masked diffusion, or any autoregressive model."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from .speed import num_new_tokens
 
@@ -39,13 +40,16 @@ class RunOptions:
     Args:
         max_new_tokens: Most new tokens of a row whose length is free.
         num_flow_steps: YAN's solver steps per canvas; the model's if None.
-        canvas_length: YAN's tokens written at once where the length is free; the model's if None.
+        num_diffusion_steps: Steps of masked diffusion; the model's if None.
+        canvas_length: Tokens that YAN and masked diffusion write at once where the length is free; the model's if
+            None.
         num_seeds: Passes of the sampled runs, with seeds 0, 1, ...
         template: What a source becomes before it is tokenized, with `{source}` in it.
     """
 
     max_new_tokens: int = 64
     num_flow_steps: int | None = None
+    num_diffusion_steps: int | None = None
     canvas_length: int | None = None
     num_seeds: int = 5
     batch_size: int = 32
@@ -80,7 +84,8 @@ def generate_timed(
         if seed is not None:
             options["seed"] = _batch_seed(seed, start)
         sequences, seconds = _timed(model.generate, **batch, **options)
-        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
+        # an encoder-decoder gives back its start token in place of the prompt
+        new_tokens = sequences[:, 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
         result.texts += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         result.num_tokens += num_new_tokens(new_tokens, model.generation_config.eos_token_id)
         result.seconds += seconds
@@ -92,11 +97,12 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
 
     YAN runs "sampled", one pass a seed, with `do_sample=True` at temperature 1: a seed chooses the start noise. It
     also runs "deterministic", with `do_sample=False`: one noise for all rows and times, so one pass says everything.
-    Every other model runs "deterministic": greedy, with its cache of keys and values.
+    Every other model runs "deterministic": masked diffusion on one canvas, an autoregressive one greedy, with its
+    cache of keys and values.
 
-    With "oracle" length a row gets at most as many new tokens as its reference has, without EOS, and YAN's canvas has
-    that length too (at most `max_position_embeddings`); rows of one length are generated together, so its batches are
-    smaller and its speed compares only with other oracle runs.
+    With "oracle" length a row gets at most as many new tokens as its reference has, without EOS, and the canvas has
+    that length too (at most the longest that the model can write); rows of one length are generated together, so its
+    batches are smaller and its speed compares only with other oracle runs.
 
     Raises:
         ValueError: A prompt that is too long for the model.
@@ -123,8 +129,22 @@ def is_yan(model) -> bool:
     return model.config.model_type == "yan"
 
 
+def is_masked_diffusion(model) -> bool:
+    """Whether the model is a `MaskedDiffusion` of `modeling_yan.baselines`."""
+    return model.config.model_type == "yan-masked-diffusion"
+
+
+def load_for_generation(name: str, device: str = "cpu") -> PreTrainedModel:
+    """The model of a folder or hub name, of whichever class it is that writes text, in evaluation mode."""
+    is_encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name).to(device).eval()
+
+
 def _settings(model, options, decoding):
     """Options of `generate` besides lengths and seed."""
+    if is_masked_diffusion(model):
+        return {"num_diffusion_steps": options.num_diffusion_steps}
     if not is_yan(model):
         return {"do_sample": False, "num_beams": 1, "use_cache": True}
     steps = {} if options.num_flow_steps is None else {"num_flow_steps": options.num_flow_steps}
@@ -132,11 +152,16 @@ def _settings(model, options, decoding):
 
 
 def _length(model, options):
+    if is_masked_diffusion(model):
+        canvas_length = options.canvas_length or model.config.canvas_length
+        return {"max_new_tokens": min(options.max_new_tokens, canvas_length)}
     canvas = {"canvas_length": options.canvas_length} if is_yan(model) and options.canvas_length else {}
     return {"max_new_tokens": options.max_new_tokens, **canvas}
 
 
 def _oracle_length(model, length):
+    if is_masked_diffusion(model):
+        return {"max_new_tokens": min(length, model.config.canvas_length)}
     canvas = {"canvas_length": min(length, model.config.max_position_embeddings)} if is_yan(model) else {}
     return {"max_new_tokens": length, **canvas}
 
@@ -179,8 +204,10 @@ def _tokenize(tokenizer, texts):
 
 def _check_prompts(model, tokenizer, prompts, max_new_tokens):
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is None:
+    if longest is None or model.config.is_encoder_decoder:
         return
+    if is_masked_diffusion(model):
+        max_new_tokens = min(max_new_tokens, model.config.canvas_length)
     room = longest if is_yan(model) else longest - max_new_tokens
     for row, ids in enumerate(tokenizer(list(prompts))["input_ids"]):
         if len(ids) > room:

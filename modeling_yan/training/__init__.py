@@ -1,7 +1,15 @@
-"""Two-stage pre-training through Accelerate."""
+"""Two-stage pre-training, and the training of baselines, through Accelerate."""
 
 from .arguments import PretrainingArguments, parse_arguments
 from .loop import pretrain
+from .sweep import choose_learning_rate, pretrain_with_best_rate
 from .vocabulary import fit_to_tokenizer
 
-__all__ = ["PretrainingArguments", "fit_to_tokenizer", "parse_arguments", "pretrain"]
+__all__ = [
+    "PretrainingArguments",
+    "choose_learning_rate",
+    "fit_to_tokenizer",
+    "parse_arguments",
+    "pretrain",
+    "pretrain_with_best_rate",
+]

@@ -7,7 +7,9 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-STAGE_NAMES = ("autoencoder", "flow")
+from ..baselines import INPUTS
+
+STAGE_NAMES = ("autoencoder", "flow", *INPUTS)
 SCHEDULES = ("constant_with_warmup", "cosine")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 AT_LEAST = {  # the smallest allowed value of every number
@@ -40,8 +42,14 @@ class PretrainingArguments:
         ValueError: A value that is not allowed; the message names the field, the value and what is allowed.
     """
 
-    stage: str = field(metadata={"help": "autoencoder, then flow on its result", "choices": list(STAGE_NAMES)})
-    config: str = field(metadata={"help": "folder or hub name of a preset (trained from scratch) or of a checkpoint"})
+    stage: str = field(
+        metadata={"help": "autoencoder, then flow on its result; or a baseline", "choices": list(STAGE_NAMES)}
+    )
+    config: str = field(
+        metadata={
+            "help": "a preset (trained from scratch) or a checkpoint, folder or hub name; a baseline takes its size"
+        }
+    )
     tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer"})
     output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
     resize_embeddings: bool = field(

@@ -1,9 +1,9 @@
-"""The training loop of both stages: any number of processes through Accelerate, killed and resumed without a trace.
+"""The training loop of both stages and of the baselines, killed and resumed without a trace.
 
-An update has G places, as many as there are processes times accumulation steps. The micro-batch at a place is a pure
-function of the seed, the update and the place: its rows, its noise and its number of solver steps. Each is weighed by
-its tokens. So the same G gives the same loss curve however it is made up of processes and accumulation, and a resumed
-run goes on exactly where its checkpoint was.
+Any number of processes work together through Accelerate. An update has G places, as many as there are processes times
+accumulation steps. The micro-batch at a place is a pure function of the seed, the update and the place: its rows, its
+noise and its number of solver steps. Each is weighed by its tokens. So the same G gives the same loss curve however it
+is made up of processes and accumulation, and a resumed run goes on exactly where its checkpoint was.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from ..baselines import INPUTS
+from ..configuration_yan import YanConfig
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
@@ -32,7 +34,7 @@ from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_
 from .mixture import TaskMixture
 from .models import load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
-from .throughput import measure_peak, training_flops
+from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
 
 SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
@@ -62,14 +64,14 @@ def pretrain(arguments: PretrainingArguments) -> None:
     with accelerator.main_process_first():  # the others find what it downloaded and converted
         rows = load_training_rows(arguments, arguments.train_file, arguments.dataset)
     num_places = count_places(accelerator)
+    config = YanConfig.from_pretrained(arguments.config) if arguments.stage in INPUTS else model.config
     mixtures = [
-        make_mixture(arguments, rows, tokenizer, model.config, place, num_places)
-        for place in local_places(accelerator)
+        make_mixture(arguments, rows, tokenizer, config, place, num_places) for place in local_places(accelerator)
     ]
     validation = None
     if arguments.validation_file:
         held_out = [row for path in arguments.validation_file for row in read_rows(path)]
-        validation = Validation(arguments, make_mixture(arguments, held_out, tokenizer, model.config), tokenizer)
+        validation = Validation(arguments, make_mixture(arguments, held_out, tokenizer, config), tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     training = Training(arguments, accelerator, model, tokenizer, mixtures, validation)
@@ -283,7 +285,12 @@ class Training:
 
     def _updates(self) -> Iterator[tuple[dict, ...]]:
         """The micro-batches of this process, update by update."""
-        return zip(*(mixture.batches(self.step) for mixture in self.mixtures))
+        return zip(*(map(self._inputs, mixture.batches(self.step)) for mixture in self.mixtures))
+
+    def _inputs(self, batch):
+        """The batch in the layout that the model takes."""
+        stage = self.arguments.stage
+        return INPUTS[stage](batch, self.tokenizer.pad_token_id) if stage in INPUTS else batch
 
     def _count_rows(self) -> dict[str, int]:
         """What the data did not fit since this process began: rows left out, sources and targets cut."""
@@ -318,14 +325,18 @@ class Training:
             settings["num_flow_steps"] = random.Random(f"{seed} steps {self.step}").randint(low, high)
         torch.manual_seed(random.Random(f"{seed} noise {self.step} {place}").getrandbits(63))
         outputs = self.model(**to_device(batch, self.accelerator.device), **settings)
-        num_tokens = int(batch["attention_mask"].sum()) + count * ("canvas_length" in batch)
-        shape = (*batch["input_ids"].shape, batch.get("canvas_length", 0), settings.get("num_flow_steps", 0))
+        target_width = batch.get("canvas_length", 0)
+        if self.arguments.stage == "encoder_decoder":
+            target_width = batch["labels"].shape[1]
+        num_tokens = int(batch["attention_mask"].sum()) + count * (target_width > 0)
+        shape = (*batch["input_ids"].shape, target_width, *settings.values())
         self.meter.add(outputs, count, num_tokens, self._flops(*shape))
         return outputs.loss
 
     @functools.cache  # noqa: B019  one object for the whole run
     def _flops(self, *shape) -> int:
-        return training_flops(self.accelerator.unwrap_model(self.model), *shape)
+        count = baseline_flops if self.arguments.stage in INPUTS else training_flops
+        return count(self.accelerator.unwrap_model(self.model), *shape)
 
     def _check_and_clip(self, loss):
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)

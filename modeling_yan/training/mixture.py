@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..baselines import INPUTS
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
 from ..data.collators import encode_rows
 from .streams import PAIRS, TEXT, DrawnRows, Row, Rows, TaskSchedule, cut, split_kinds
@@ -27,9 +28,10 @@ class TaskMixture(Dataset):
     """Batches of the tasks that the rows and the stage allow, each task with its weight.
 
     Rows with source and target are the task "pairs". Rows with text are the task "text" in the autoencoder stage, and
-    each of `TEXT_TASKS` in the flow stage. A list or an Arrow data set is drawn from with replacement. From a stream
-    each task takes its rows in order: shuffled in a buffer, divided among the processes, epoch after epoch with a new
-    shuffle; to start in the middle the stream is read again up to there, though nothing is tokenised on the way.
+    each of `TEXT_TASKS` in the flow stage and for the baselines, which get the flow stage's batches. A list or an
+    Arrow data set is drawn from with replacement. From a stream each task takes its rows in order: shuffled in a
+    buffer, divided among the processes, epoch after epoch with a new shuffle; to start in the middle the stream is
+    read again up to there, though nothing is tokenised on the way.
 
     `bucket_batches` batches of a task are drawn together, sorted by their rows' numbers of tokens, cut, and dealt out
     in random order: every row is used once, beside rows of about its length. In memory there are never more rows than
@@ -40,7 +42,7 @@ class TaskMixture(Dataset):
 
     Args:
         rows: Rows as `read_rows` gives them, or a `datasets.Dataset` or `IterableDataset` with columns "text", or
-            "source" and "target", or all of them with nulls. stage: "autoencoder" or "flow".
+            "source" and "target", or all of them with nulls. stage: "autoencoder", "flow" or a baseline.
         weights: Task to weight, at least 0; None for equal weights of all tasks that the rows allow.
         max_words: Texts are cropped to whole sentences of at most so many words.
         max_source_length: Longest source in tokens; config: gives canvas length and masking.
@@ -172,9 +174,9 @@ class TaskMixture(Dataset):
 
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
-        if self.stage == "flow":
-            return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
-        return AutoencoderCollator(self.tokenizer, longest, config.mask_ratio, config.max_span_len)
+        if self.stage == "autoencoder":
+            return AutoencoderCollator(self.tokenizer, longest, config.mask_ratio, config.max_span_len)
+        return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:
         if self.stage == "autoencoder":
@@ -188,7 +190,7 @@ class TaskMixture(Dataset):
 
 STAGE_TASKS = {
     "autoencoder": {PAIRS: [PAIRS], TEXT: [TEXT]},
-    "flow": {PAIRS: [PAIRS], TEXT: list(TEXT_TASKS)},
+    **{stage: {PAIRS: [PAIRS], TEXT: list(TEXT_TASKS)} for stage in ("flow", *INPUTS)},
 }
 
 

@@ -10,6 +10,7 @@ from transformers.utils import (
     cached_file,
 )
 
+from ..baselines import INPUTS, make_baseline
 from ..configuration_yan import YanConfig
 from ..modeling_yan import YanForAutoencoding, YanForFlowGeneration
 from .vocabulary import ROLES, count_ids, fit_to_tokenizer
@@ -20,6 +21,8 @@ WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IND
 
 def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False):
     """The stage's model: weights of a checkpoint, or a fresh one of a preset, fitted to the tokenizer.
+
+    A baseline is always fresh, and as large as the YAN whose config there is.
 
     Args:
         name: Folder or hub name. It counts as a preset if it holds no weights.
@@ -34,9 +37,9 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
             raise ValueError(f"the tokenizer has no {role}: call prepare_tokenizer first")
     special = {role: getattr(tokenizer, role) for role in ROLES}
     config = YanConfig.from_pretrained(name)
-    if not has_weights(name):
+    if stage in INPUTS or not has_weights(name):
         config.update({"vocab_size": count_ids(tokenizer), **special})
-        return STAGES[stage](config)
+        return make_baseline(stage, config) if stage in INPUTS else STAGES[stage](config)
     differing = {role: value for role, value in special.items() if getattr(config, role) != value}
     if (count_ids(tokenizer) > config.vocab_size or differing) and not resize_embeddings:
         raise ValueError(

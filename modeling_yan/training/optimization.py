@@ -9,7 +9,8 @@ import torch
 def make_optimizer(arguments, model):
     """AdamW without decay on biases, norms and embeddings, and the schedule of its learning rate."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    is_decayed = {name: parameter.dim() > 1 and "embeddings" not in name for name, parameter in trained}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    is_decayed = {name: parameter.dim() > 1 and id(parameter) not in embeddings for name, parameter in trained}
     groups = [
         {"params": [p for name, p in trained if is_decayed[name]], "weight_decay": arguments.weight_decay},
         {"params": [p for name, p in trained if not is_decayed[name]], "weight_decay": 0.0},

@@ -48,6 +48,19 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
     )
 
 
+def baseline_flops(model: nn.Module, batch_size: int, source: int, target: int) -> int:
+    """Operations of one forward and backward pass of a baseline, without the scores of its attention.
+
+    Args:
+        source, target: Widths of the batch in tokens; `source` is all of it where both are one sequence.
+    """
+    if model.config.is_encoder_decoder:
+        tokens = source * linear_flops(model.encoder) + target * linear_flops(model.decoder, model.lm_head)
+    else:
+        tokens = (source + target) * linear_flops(model.model) + (target or source) * linear_flops(model.lm_head)
+    return 3 * batch_size * tokens
+
+
 def _encoder_flops(model, length):
     config = model.config
     attention = _attention_flops(config, config.encoder_mixer, length) * config.num_encoder_layers

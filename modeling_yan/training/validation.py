@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
+from ..baselines import INPUTS, write_targets
+
 CELL_WIDTH = 60  # characters of a text in the printed table
 
 
@@ -51,9 +53,11 @@ class Validation:
     def run(self, model, accelerator) -> tuple[dict[str, float], Samples]:
         """Per task: mean loss, share of target tokens restored, share of rows restored whole; and samples.
 
-        Every process does the same, because sharded weights need all of them; those give no samples from `generate`.
+        A baseline's tokens are those that it writes by itself. Every call draws the same noise. Every process does
+        the same, because sharded weights need all of them; those give no samples from `generate`.
         """
         model.eval()
+        torch.manual_seed(self.arguments.seed)  # an update seeds itself
         line, samples = {}, Samples()
         is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         for task in self.mixture.weights:
@@ -63,16 +67,25 @@ class Validation:
                     name: value.to(accelerator.device) if torch.is_tensor(value) else value
                     for name, value in self.mixture.batch(task, rng).items()
                 }
-                outputs = model(**batch)
-                scores.append(_scores(outputs, batch["labels"]))
+                loss, predictions = self._predict(model, accelerator.unwrap_model(model), batch)
+                scores.append(_scores(loss, predictions, batch["labels"]))
                 if index == 0 and not is_sharded:
-                    samples += self._samples(task, accelerator.unwrap_model(model), batch, outputs)
+                    samples += self._samples(task, accelerator.unwrap_model(model), batch, predictions)
             means = torch.tensor(scores).mean(0).tolist()
             line |= dict(zip([f"{task}/loss", f"{task}/tokens", f"{task}/exact"], means, strict=True))
         model.train()
         return line, samples
 
-    def _samples(self, task, model, batch, outputs):
+    def _predict(self, model, unwrapped, batch):
+        """Loss, and the token ids (B, L) that are held against the labels."""
+        stage = self.arguments.stage
+        if stage not in INPUTS:
+            outputs = model(**batch)
+            return outputs.loss, outputs.logits.argmax(-1)
+        loss = model(**INPUTS[stage](batch, self.tokenizer.pad_token_id)).loss
+        return loss, write_targets(unwrapped, batch)
+
+    def _samples(self, task, model, batch, predictions):
         count = self.arguments.num_samples
         batch = {name: value[:count] if torch.is_tensor(value) else value for name, value in batch.items()}
         labels, sources = batch["labels"], batch["input_ids"]
@@ -83,7 +96,7 @@ class Validation:
             settings = {"max_new_tokens": canvas_length, "canvas_length": canvas_length, "return_prompt": False}
             predictions = model.generate(sources, attention_mask=batch["attention_mask"], do_sample=False, **settings)
         else:
-            predictions = torch.where(labels == -100, labels, outputs.logits[:count].argmax(-1))
+            predictions = torch.where(labels == -100, labels, predictions[:count])
         texts = zip(sources, labels, predictions, strict=True)
         return [Sample(task, self._text(source, True), self._text(y), self._text(y_hat)) for source, y, y_hat in texts]
 
@@ -93,8 +106,8 @@ class Validation:
         return self.tokenizer.decode([token for token in ids.tolist() if token >= 0 and token not in special])
 
 
-def _scores(outputs, labels) -> list[float]:
+def _scores(loss, predictions, labels) -> list[float]:
     is_target = labels != -100
-    is_right = outputs.logits.argmax(-1) == labels
+    is_right = predictions == labels
     tokens = is_right[is_target].float().mean()
-    return [float(outputs.loss), float(tokens), float((is_right | ~is_target).all(1).float().mean())]
+    return [float(loss), float(tokens), float((is_right | ~is_target).all(1).float().mean())]

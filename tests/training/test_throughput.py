@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.training.throughput import measure_peak, training_flops
+from modeling_yan.baselines import INPUTS, make_baseline
+from modeling_yan.training.throughput import baseline_flops, measure_peak, training_flops
 
 # wide enough that what grows with the width outweighs the rest
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": 512, "canvas_length": 16, "num_experts": 2}
@@ -38,6 +39,16 @@ def test_autoencoder(make_model):
     ids = torch.randint(4, 500, (8, 32))
     expected = counted(model, input_ids=ids, labels=ids)
     assert training_flops(model, 8, 32) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_baselines(make_config, kind):
+    model = make_baseline(kind, make_config(**SIZES)).train()
+    ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
+    inputs = INPUTS[kind]({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, 0)
+    shape = (48, 0) if kind == "decoder" else (32, 16)
+    # the scores of attention are left out
+    assert baseline_flops(model, 8, *shape) == pytest.approx(counted(model, **inputs), rel=0.15)
 
 
 def test_the_peak_is_that_of_a_machine():

@@ -1,0 +1,24 @@
+"""Models to compare YAN with, at equal size: autoregressive ones from transformers, and masked diffusion."""
+
+from importlib import import_module
+from typing import Any
+
+from .inputs import INPUTS, write_targets
+from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
+
+_SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
+
+__all__ = [
+    *_SIZES,
+    "INPUTS",
+    "MaskedDiffusion",
+    "MaskedDiffusionConfig",
+    "write_targets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, because sizes.py is a command too: `python -m` complains about one that its package has imported.
+    if name not in _SIZES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".sizes", __name__), name)

@@ -1,0 +1,67 @@
+"""From the batches of the flow stage to what each baseline's `forward` takes: the same rows, in another layout.
+
+B: rows; S, L: widths of sources and targets, as `FlowCollator` gives them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+IGNORED = -100
+
+Batch = dict[str, Any]
+
+
+def decoder_inputs(batch: Batch, pad_token_id: int) -> Batch:
+    """Source, target and EOS as one sequence (B, S + L), with the loss on target and EOS alone.
+
+    The padding of the sources goes to the left, where `generate` has it, so that a source and its target touch.
+    """
+    ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
+    labels = batch["labels"]
+    is_target = labels != IGNORED
+    return {
+        "input_ids": torch.cat([ids, labels.masked_fill(~is_target, pad_token_id)], dim=1),
+        "attention_mask": torch.cat([mask, is_target.to(mask.dtype)], dim=1),
+        "labels": torch.cat([torch.full_like(ids, IGNORED), labels], dim=1),
+        "use_cache": False,
+    }
+
+
+def encoder_decoder_inputs(batch: Batch, pad_token_id: int) -> Batch:
+    """The source for the encoder, target and EOS as labels."""
+    return {**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, "use_cache": False}
+
+
+def masked_diffusion_inputs(batch: Batch, pad_token_id: int) -> Batch:
+    """As it is: a canvas filled with EOS, as wide as YAN's for the same rows."""
+    return batch
+
+
+INPUTS: dict[str, Callable[[Batch, int], Batch]] = {
+    "decoder": decoder_inputs,
+    "encoder_decoder": encoder_decoder_inputs,
+    "masked_diffusion": masked_diffusion_inputs,
+}
+
+
+def pad_left(input_ids: torch.LongTensor, attention_mask: torch.LongTensor):
+    """Ids and mask (B, S) with the valid tokens of every row at its right end, in their order."""
+    order = attention_mask.argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+@torch.no_grad()
+def write_targets(model, batch: Batch) -> torch.LongTensor:
+    """What a baseline writes for the sources of a batch, as ids (B, L) with padding behind EOS; L as the labels."""
+    ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
+    length = batch["labels"].shape[1]
+    sequences = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, num_beams=1)
+    written = sequences[:, num_given(model, ids) :]
+    return torch.nn.functional.pad(written, (0, length - written.shape[1]), value=model.config.pad_token_id)
+
+
+def num_given(model, prompts) -> int:
+    """Tokens that come before the new ones in what `generate` returns for prompts (B, S)."""
+    return 1 if model.config.is_encoder_decoder else prompts.shape[1]

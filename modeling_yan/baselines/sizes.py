@@ -1,0 +1,139 @@
+"""Baselines with the width, the depth and the number of parameters of a YAN.
+
+    python -m modeling_yan.baselines.sizes --config configuration/yan-transformer-tiny --num_experts 1 --output k1
+
+writes the preset of plain flow matching, a YAN with one expert and wider feed-forward layers.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from ..configuration_yan import YanConfig
+from ..modeling_yan import YanForFlowGeneration
+from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
+
+
+def _decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+    """Llama with full attention heads and tied embeddings."""
+    return LlamaForCausalLM(LlamaConfig(**_llama(config), intermediate_size=intermediate_size))
+
+
+def _masked_diffusion(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+    canvas = {name: getattr(config, name) for name in ("mask_token_id", "canvas_length")}
+    return MaskedDiffusion(MaskedDiffusionConfig(**_llama(config), **canvas, intermediate_size=intermediate_size))
+
+
+def _llama(config: YanConfig) -> dict:
+    return {
+        **_common(config),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_encoder_layers + config.num_flow_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings + config.canvas_length,
+        "initializer_range": config.initializer_range,
+    }
+
+
+def _encoder_decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+    """T5 with as many layers in encoder and decoder as YAN has in encoder and flow."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            **_common(config),
+            d_model=config.hidden_size,
+            d_kv=config.hidden_size // config.num_attention_heads,
+            d_ff=intermediate_size,
+            num_layers=config.num_encoder_layers,
+            num_decoder_layers=config.num_flow_layers,
+            num_heads=config.num_attention_heads,
+            decoder_start_token_id=config.pad_token_id,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def _common(config: YanConfig) -> dict:
+    shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    return {"tie_word_embeddings": True, **{name: getattr(config, name) for name in shared}}
+
+
+BASELINES: dict[str, Callable[[YanConfig, int], PreTrainedModel]] = {
+    "decoder": _decoder,
+    "encoder_decoder": _encoder_decoder,
+    "masked_diffusion": _masked_diffusion,
+}
+
+
+def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
+    """A freshly initialised baseline that is as large as a YAN of `config`.
+
+    Width, heads and number of layers are YAN's, encoder and flow added up; the feed-forward layers' width is chosen so
+    that the number of parameters comes as near to YAN's as it can. YAN's embeddings may be untied, the baselines' are
+    always tied.
+
+    Args:
+        kind: A key of `BASELINES`.
+
+    Raises:
+        ValueError: An unknown kind, or a YAN so small that no feed-forward layer fits.
+    """
+    if kind not in BASELINES:
+        raise ValueError(f"kind={kind!r}: must be one of {', '.join(BASELINES)}")
+    make = BASELINES[kind]
+    return make(config, fit_width(lambda width: make(config, width), count_parameters(config), kind))
+
+
+def match_size(config: YanConfig, **changes) -> YanConfig:
+    """`config` with `changes`, and its feed-forward layers so wide that the number of parameters stays.
+
+    With `num_experts=1` that is plain flow matching.
+
+    Raises:
+        ValueError: A change that is not allowed, or that leaves no room for feed-forward layers.
+    """
+    settings = {**config.to_dict(), **changes}
+
+    def changed(width: int) -> YanConfig:
+        return YanConfig(**{**settings, "intermediate_size": width})
+
+    return changed(fit_width(lambda width: YanForFlowGeneration(changed(width)), count_parameters(config), "YAN"))
+
+
+def count_parameters(config: YanConfig) -> int:
+    """Parameters of a `YanForFlowGeneration`, tied ones once."""
+    with torch.device("meta"):
+        return YanForFlowGeneration(config).num_parameters()
+
+
+def fit_width(make: Callable[[int], PreTrainedModel], wanted: int, name: str) -> int:
+    """The feed-forward width with which `make(width)` has about `wanted` parameters: their number is affine in it.
+
+    Raises:
+        ValueError: Even the narrowest is too large.
+    """
+    with torch.device("meta"):
+        low, high = (make(width).num_parameters() for width in (1, 2))
+    width = 1 + round((wanted - low) / (high - low))
+    if width < 1:
+        raise ValueError(f"a {name} of {wanted} parameters has no room for feed-forward layers: at least {low} needed")
+    return width
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a preset of equal size from the command line."""
+    parser = argparse.ArgumentParser(description="Write a YAN preset of another kind with the size of a given one.")
+    parser.add_argument("--config", required=True, help="folder or hub name of a preset")
+    parser.add_argument("--num_experts", type=int, help="1 is plain flow matching")
+    parser.add_argument("--encoder_mixer", help="attention or mamba")
+    parser.add_argument("--flow_mixer", help="attention or mamba")
+    parser.add_argument("--output", required=True, help="folder of the new preset")
+    options = vars(parser.parse_args(arguments))
+    config, output = YanConfig.from_pretrained(options.pop("config")), options.pop("output")
+    changes = {name: value for name, value in options.items() if value is not None}
+    match_size(config, **changes).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The experiments run from end to end at the smallest size, and their files say what was measured."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.baselines import INPUTS, count_parameters, make_baseline
+from modeling_yan.data import write_rows
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "examples" / "checkpoints" / "yan-transformer-tiny"
+RECIPES = sorted((ROOT / "configuration" / "recipes" / "experiments").glob("*.yaml"))
+ROWS = [
+    {"source": f"Question: Where is {name}? {name} went to the {place}.", "target": f"{name} is in the {place}."}
+    for name in ("Mary", "John", "Lucy", "Peter")
+    for place in ("garden", "office", "market")
+]
+
+
+@pytest.fixture
+def load_script():
+    """Function from the name of an experiment to its module."""
+    loaded = []
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(
+            f"experiment_{name}", ROOT / "examples/experiments" / f"{name}.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        loaded.append(spec.name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in loaded:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def config(tokenizer):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
+    sizes |= {"num_decoder_layers": 1, "max_position_embeddings": 64, "canvas_length": 16, "num_experts": 2}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    return YanConfig(vocab_size=len(tokenizer), initializer_range=0.3, tie_word_embeddings=True, **sizes, **ids)
+
+
+@pytest.fixture
+def folders(config, tokenizer, tmp_path):
+    """A small random YAN and autoregressive decoder, a preset, and twelve pairs."""
+    torch.manual_seed(0)
+    for name, model in (("yan", YanForFlowGeneration(config)), ("decoder", make_baseline("decoder", config))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    config.save_pretrained(tmp_path / "preset")
+    write_rows(tmp_path / "pairs.jsonl", ROWS)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps(load_script, folders):
+    pytest.importorskip("matplotlib")
+    words = [
+        "--model",
+        folders / "yan",
+        "--data",
+        folders / "pairs.jsonl",
+        "--steps",
+        1,
+        3,
+        "--output",
+        folders / "out",
+    ]
+    load_script("steps").main(list(map(str, words)))
+    table = json.loads((folders / "out" / "steps.json").read_text())["table"]
+    assert [row["steps"] for row in table] == [1, 3]
+    assert all(0 <= row["rougeL"]["low"] <= row["rougeL"]["mean"] <= row["rougeL"]["high"] <= 1 for row in table)
+    assert table[-1]["exact_match"]["p"] == 1.0  # against itself
+    assert is_png(folders / "out" / "steps.png")
+
+
+def test_diversity_of_yan_and_of_an_autoregressive_model(load_script, folders):
+    pytest.importorskip("matplotlib")
+    words = ["--model", folders / "yan", folders / "decoder", "--data", folders / "pairs.jsonl", "--num_candidates", 3]
+    words += ["--temperatures", 0, 1, "--num_rows", 4, "--max_new_tokens", 5, "--expert_choice", "argmax"]
+    load_script("diversity").main([*map(str, words), "--output", str(folders / "out")])
+    table = json.loads((folders / "out" / "diversity.json").read_text())["table"]
+    assert [(row["model"], row["temperature"]) for row in table] == [
+        (name, temperature) for name in ("yan", "decoder") for temperature in (0, 1)
+    ]
+    for row in table:
+        assert row["different_texts"][0] == pytest.approx(1 / 3) if row["temperature"] == 0 else True
+        assert row["best_exact_match"][0] >= row["exact_match"][0]
+    assert table[-1]["different_texts"][0] > 0.9
+    assert is_png(folders / "out" / "diversity.png")
+
+
+def test_geometry(load_script, folders):
+    pytest.importorskip("matplotlib")
+    words = ["--model", folders / "yan", "--data", folders / "pairs.jsonl", "--output", folders / "out"]
+    load_script("geometry").main(list(map(str, words)))
+    record = json.loads((folders / "out" / "geometry.json").read_text())
+    latents, normal = record["latents"].values()
+    assert latents["num_latents"] == normal["num_latents"] > 64
+    assert abs(normal["mean_cosine"]) < 0.05 < normal["effective_dimension"]
+    assert all(sum(shares) == pytest.approx(1) for shares in record["expert_usage"].values())
+    assert is_png(folders / "out" / "geometry.png")
+
+
+def test_kinds_of_tokens(load_script, tokenizer):
+    kind = load_script("geometry").token_class
+    ids = tokenizer("Mary is garden .", add_special_tokens=False)["input_ids"]
+    kinds = [kind(token, tokenizer) for token in ids]
+    assert kinds[0] == "capitalised"
+    assert "short word" in kinds
+    assert kinds[-1] == "punctuation"
+    assert kind(tokenizer.eos_token_id, tokenizer) == kind(tokenizer.pad_token_id, tokenizer) == "fill"
+
+
+@pytest.mark.parametrize("name", ["experts", "sigma", "choice"])
+def test_mixtures(load_script, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    script = load_script("mixtures")
+    sizes = ["--num_seeds", "1", "--num_updates", "2", "--num_samples", "50"]
+    script.main([name, "--output", str(tmp_path), *sizes])
+    results = json.loads((tmp_path / f"{name}.json").read_text())["results"]
+    assert len(results) == 2 * len(script.EXPERIMENTS[name])
+    assert is_png(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize("dimension", [2, 16])
+def test_the_errors_of_the_target_itself_are_small(load_script, dimension):
+    script = load_script("mixtures")
+    found = script.errors(script.sample_target(8000, dimension))
+    assert found["astray"] < 0.004
+    assert found["unevenness"] < 0.03
+    assert script.errors(torch.zeros(10, dimension))["astray"] == 1
+    assert script.errors(script.centres(dimension)[:4])["unevenness"] == pytest.approx(0.5)
+
+
+def test_the_networks_of_the_mixtures_are_of_about_one_size(load_script):
+    script = load_script("mixtures")
+    sizes = [sum(p.numel() for p in script.VelocityNet(16, count).parameters()) for count in (1, 2, 4, 8)]
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_arms_of_a_recipe_are_valid_and_of_one_size(load_script, path):
+    script = load_script("arms")
+    recipe = script.read_recipe(path)
+    preset = YanConfig.from_pretrained(ROOT / recipe["config"])
+    configs = [script.match_size(preset, **(fields or {})) for fields in recipe["arms"].values()]
+    assert len({json.dumps(config.to_dict(), sort_keys=True) for config in configs}) == len(configs)
+    assert all(count_parameters(config) == pytest.approx(count_parameters(preset), rel=0.005) for config in configs)
+    if recipe["share_autoencoder"]:
+        assert len({config.intermediate_size for config in configs}) == 1
+
+
+def test_arms_are_trained_and_compared_and_go_on_where_they_were(load_script, folders):
+    stage = {"max_words": 16, "warmup_steps": 1, "per_device_train_batch_size": 4, "peak_tflops": 0.1}
+    arms = {"narrow": {"flow_sigma": 0.5}, "wide": {"flow_sigma": 2.0}}
+    recipe = {"config": str(folders / "preset"), "share_autoencoder": True, "autoencoder": stage, "flow": stage}
+    (folders / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "arms": arms}))
+    words = [folders / "recipe.yaml", "--tokenizer", folders / "yan", "--train_file", folders / "pairs.jsonl"]
+    words += ["--validation_file", folders / "pairs.jsonl", "--output_dir", folders / "out", "--max_steps", 1]
+    words += ["--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
+    script = load_script("arms")
+    for _ in range(2):  # the second time there is nothing left to train
+        script.main(list(map(str, words)))
+    assert YanConfig.from_pretrained(folders / "out" / "wide" / "wide").flow_sigma == 2.0
+    assert len((folders / "out" / "table.md").read_text().splitlines()) == 2 + 2 * 4
+
+
+def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("config: a\narm: {}\n")
+    with pytest.raises(ValueError, match="must have config, share_autoencoder, autoencoder, flow, arms"):
+        load_script("arms").read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
+    words = ["--config", folders / "preset", "--tokenizer", folders / "yan", "--output_dir", folders / "out"]
+    words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]
+    words += ["--max_steps", 4, "--trial_share", 0.5, "--learning_rates", 1e-3, 3e-3, "--warmup_steps", 1]
+    words += ["--per_device_train_batch_size", 4, "--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
+    words += ["--peak_tflops", 0.1]
+    load_script("compare").main(list(map(str, words)))
+    rows = json.loads((folders / "out" / "table.json").read_text())
+    assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUTS}
+    sizes = [row["parameters"] for row in rows]
+    assert max(sizes) < 1.05 * min(sizes)
+    for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUTS):
+        record = json.loads((folders / "out" / "training" / name / "learning_rates.json").read_text())
+        assert record["chosen"] in (1e-3, 3e-3)
