@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "sigma": [{"sigma": sigma} for sigma in (0.01, 0.1, 1.0, 10.0, 100.0)],
     "choice": [{"choice": choice} for choice in ("sample", "argmax", "mixture")],
 }
+LABELS = {"num_experts": "K = ", "sigma": "sigma = ", "choice": ""}
 
 
 class VelocityNet(nn.Module):
@@ -191,7 +192,8 @@ def main(arguments: list[str] | None = None):
         for change in EXPERIMENTS[options.name]:
             setting = replace(Setting(dimension), **change)
             found = over_seeds([run(setting, seed, *sizes) for seed in range(options.num_seeds)])
-            label = ", ".join(f"{name} {value}" for name, value in change.items())
+            ((name, value),) = change.items()
+            label = f"{LABELS[name]}{value}"
             results.append({"dimension": dimension, "label": label, "errors": found})
             cells = "  ".join(f"{steps}: {error['astray']['mean']:.3f}" for steps, error in found.items())
             print(f"D = {dimension:2}, {label:14} astray after steps {cells}", flush=True)
