@@ -103,7 +103,7 @@ def forward(form, arguments):
 
 
 def both(form, arguments):
-    return torch.autograd.grad(form(*arguments).sum(), arguments)
+    return torch.autograd.grad(form(*arguments).sum(), arguments, materialize_grads=True)
 
 
 DIRECTIONS = {"forward": forward, "both": both}
