@@ -39,7 +39,7 @@ def export_generation(
     its first canvas without sampling; cutting at the EOS is left to the caller. Shorter prompts are padded, on either
     side. Save it with `torch.export.save`, or compile it with `torch._inductor.aoti_compile_and_package`. Its experts
     are computed for all tokens and its Mamba scans in log2 L rounds, because the sparse forms are no operators of
-    torch; a canvas takes correspondingly longer than in `generate`.
+    torch; a canvas takes correspondingly longer than in `generate`. Adapters have to be merged before.
 
     Args:
         model: A `YanForFlowGeneration`. batch_size, prompt_length: The fixed B and S.

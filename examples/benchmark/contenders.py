@@ -32,13 +32,14 @@ class Contender:
     Args:
         name: Of the figures. model: Key of `make_models`. write: From the models, the prompt (B, S) and L to the L
             new tokens (B, L).
-        growth: The power of L that its time grows with, for predictions.
+        growth, batch_growth: The powers of L and B that its time grows with at least, for predictions.
     """
 
     name: str
     model: str
     write: Callable[[nn.Module, torch.LongTensor, int], torch.LongTensor]
     growth: int = 1
+    batch_growth: int = 1
 
 
 def write_with_yan(model, prompt, length, num_steps, **options):
@@ -113,7 +114,9 @@ def all_contenders() -> list[Contender]:
         for variant in VARIANTS
         for name, wastes in named_wastes.items()
     ]
-    contenders += [Contender(kind, kind, write_token_by_token) for kind in ("decoder", "encoder_decoder")]
+    contenders += [
+        Contender(kind, kind, write_token_by_token, batch_growth=0) for kind in ("decoder", "encoder_decoder")
+    ]
     contenders += [
         Contender(
             f"masked_diffusion-{steps or 'T'}",

@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 REFERENCE = "decoder"
 PARTS = ("encoder", "trunk", "experts", "decoder")
@@ -55,9 +56,17 @@ def draw_lines(ax, lines: dict[str, list[dict]], axis: str, value):
     ax.set(xscale="log", yscale="log")
     ticks = sorted({cell[axis] for cells in lines.values() for cell in cells})
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.minorticks_off()
+    ax.xaxis.set_minor_locator(NullLocator())
+    label_decades(ax.yaxis)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def label_decades(axis):
+    """Plain numbers at 1, 2 and 5 of every decade of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def draw_latency(content: dict, ax):
@@ -101,6 +110,7 @@ def draw_speed_ups(content: dict, ax):
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set(xscale="log", xlabel=f"times as fast as the AR decoder ({at['length']} new tokens, batch {at['batch']})")
     ax.margins(x=0.15)
+    label_decades(ax.xaxis)
     ax.set_title(machine(content), fontsize=9)
     ax.tick_params(axis="y", labelsize=8)
 
@@ -121,7 +131,7 @@ def draw_roofline(content: dict, ax):
     labels = [f"{entry['model'].removeprefix('yan-')}\n{part}" for entry, part in bars]
     ax.set_xticks(list(places), labels, fontsize=7)
     limits = content["machine"]
-    rates = f"{limits['bandwidth'] / 1e9:.1f} GB/s copied, {limits['peak'] / 1e12:.3g} TFLOP/s multiplied"
+    rates = f"{limits['bandwidth'] / 1e9:.1f} GB/s copied, {limits['peak'] / 1e9:.0f} GFLOP/s multiplied"
     entry = bars[0][0]
     ax.set(ylabel="seconds", title=f"Three steps, {entry['length']} new tokens, batch {entry['batch']}; {rates}")
     ax.title.set_fontsize(9)
@@ -130,7 +140,7 @@ def draw_roofline(content: dict, ax):
 
 def machine(content: dict) -> str:
     settings = content["settings"]
-    threads = f", {content['machine']['threads']} threads" if settings["device"] == "cpu" else ""
+    threads = f", CPU threads: {content['machine']['threads']}" if settings["device"] == "cpu" else ""
     return f"{content['machine']['device']}{threads}, {settings['dtype']}, prompt {settings['prompt_length']}"
 
 

@@ -47,20 +47,29 @@ def parse_arguments(arguments=None):
 
 
 class Predictor:
-    """How many seconds a contender will take in a cell, judged by the last cell that it was measured in."""
+    """The least seconds that a contender will take in a cell, judged by the smaller cells that it was measured in.
 
-    def __init__(self):
-        self.last = {}
+    Time grows with the length, and on a CPU with the batch, too, where a contender is bound by arithmetic.
+    """
+
+    def __init__(self, device: torch.device):
+        self.grows_with_batch = device.type == "cpu"
+        self.seen = {}
 
     def record(self, contender: Contender, batch: int, length: int, seconds: float):
-        self.last[contender.name] = (batch, length, seconds)
+        self.seen.setdefault(contender.name, []).append((batch, length, seconds))
 
     def predict(self, contender: Contender, batch: int, length: int) -> float:
         """Seconds of one call; 0 where nothing is known yet."""
-        if contender.name not in self.last:
-            return 0.0
-        last_batch, last_length, seconds = self.last[contender.name]
-        return seconds * max(1.0, batch / last_batch) * max(1.0, length / last_length) ** contender.growth
+        power = contender.batch_growth if self.grows_with_batch else 0
+        return max(
+            (
+                seconds * (length / seen_length) ** contender.growth * (batch / seen_batch) ** power
+                for seen_batch, seen_length, seconds in self.seen.get(contender.name, [])
+                if seen_batch <= batch and seen_length <= length
+            ),
+            default=0.0,
+        )
 
 
 def warm_up(call, device: torch.device, shape: tuple[int, int], name: str) -> float:
@@ -147,7 +156,7 @@ def main(arguments=None):
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     contenders = choose_contenders(options.models, options.compiled, options.int8)
     models = Models(options.preset, options.prompt_length, max(options.lengths), device, dtype)
-    limits, predictor = machine_limits(device, dtype), Predictor()
+    limits, predictor = machine_limits(device, dtype), Predictor(device)
     settings = {name: value for name, value in vars(options).items() if name != "output"}
     content = {"machine": {**machine_description(device), **limits}, "settings": settings}
     content |= {"parameters": {}, "cells": [], "parts": []}

@@ -134,16 +134,26 @@ def test_the_command_writes_all_cells_with_their_spread(small_presets, tmp_path)
 def test_cells_that_would_take_too_long_are_marked_and_not_run(small_presets):
     called = []
     slow = Contender("slow", "decoder", lambda model, prompt, length: called.append(length), growth=2)
-    predictor = speed.Predictor()
+    predictor = speed.Predictor(CPU)
     predictor.record(slow, 1, 4, 2.0)
-    assert predictor.predict(slow, 1, 8) == 8
-    assert predictor.predict(slow, 3, 8) == 24
     options = speed.parse_arguments(["--budget_s", "7", "--prompt_length", "5"])
     cells = speed.measure_cell([slow], Models("tiny", 5, 8, CPU, torch.float32), predictor, 1, 8, options)
     assert not called
     assert cells == [
         {"model": "slow", "batch": 1, "length": 8, "prompt_length": 5, "skipped": "predicted to take 8 s a call"}
     ]
+
+
+@pytest.mark.parametrize(("device", "batch_growth", "at_batch_3"), [("cpu", 1, 24), ("cpu", 0, 8), ("cuda", 1, 8)])
+def test_predictions_grow_from_smaller_cells(device, batch_growth, at_batch_3):
+    contender = Contender("any", "decoder", None, growth=2, batch_growth=batch_growth)
+    predictor = speed.Predictor(torch.device(device))
+    assert predictor.predict(contender, 1, 4) == 0
+    predictor.record(contender, 1, 4, 2.0)
+    predictor.record(contender, 1, 16, 1000.0)  # longer: says nothing of what is shorter
+    assert predictor.predict(contender, 1, 4) == 2
+    assert predictor.predict(contender, 1, 8) == 8
+    assert predictor.predict(contender, 3, 8) == at_batch_3
 
 
 def test_a_contender_that_writes_too_little_is_no_contender():
