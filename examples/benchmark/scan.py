@@ -6,7 +6,7 @@
 `stored`: the package's scan, which keeps the state at chunk borders and recomputes the rest (on a GPU with mamba-ssm
 installed: its kernel). `recurrence`: step by step with autograd's own backward. `chunked`: doubling inside chunks of
 32 steps, which are then joined one after the other. `associative`: doubling over the whole length. `transformers`:
-the loop of transformers' MambaMixer. A form that is predicted to exceed `--budget_s` is left out.
+the scan of transformers' own Mamba. A form that is predicted to exceed `--budget_s` is left out.
 """
 
 import argparse
@@ -16,6 +16,11 @@ import torch
 from timing import interleave, machine_description, num_repeats, seconds_of, summary, write_json
 
 from modeling_yan.mamba_yan import doubling_scan, selective_scan
+
+try:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+except ImportError:  # versions that have it inside of their mixer only
+    mamba_selective_scan = None
 
 CHUNK = 32
 
@@ -42,13 +47,10 @@ def _added(x, dt, b):
 
 
 def transformers_loop(x, dt, a_matrix, b, c):
-    """As transformers does it on a CPU: everything for all steps, then indexing step by step."""
-    decay, added = _decay(dt, a_matrix), _added(x, dt, b)
-    state, outputs = torch.zeros_like(added[:, :, 0]), []
-    for step in range(x.shape[2]):
-        state = decay[:, :, step] * state + added[:, :, step]
-        outputs.append(torch.matmul(state, c[:, :, step].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(outputs, 2)
+    """The function of transformers itself, one direction after the other."""
+    x, dt, b, c = (tensor.transpose(2, 3) for tensor in (x, dt, b, c))
+    scans = [mamba_selective_scan(*scan) for scan in zip(x, dt, a_matrix, b, c, strict=True)]
+    return torch.stack(scans).transpose(2, 3)
 
 
 def chunked(x, dt, a_matrix, b, c):
@@ -83,8 +85,9 @@ FORMS = {
     "recurrence": recurrence,
     "chunked": chunked,
     "associative": associative,
-    "transformers": transformers_loop,
 }
+if mamba_selective_scan is not None:
+    FORMS["transformers"] = transformers_loop
 GROWTH = {"transformers": {"forward": 1, "both": 2}}  # powers of the length that a form's time grows with
 
 
