@@ -7,6 +7,16 @@ import torch
 from torch.nn import functional as F
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is tracing: its programs run where this package and its operators do not exist."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def uses_operators() -> bool:
+    """Whether the code is traced for a compiler that may call this package's operators."""
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
 def opaque_operator(function: Callable, fake: Callable) -> Callable:
     """`function` as one operator of the compiled graph; `fake` gives empty tensors shaped like its results.
 
@@ -50,4 +60,4 @@ def select_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     Opaque, because the code that inductor of torch 2.13 generates for the CPU may use a gradient that sums rows before
     it is summed.
     """
-    return _select_operator(table, index) if torch.compiler.is_compiling() else F.embedding(index, table)
+    return _select_operator(table, index) if uses_operators() else F.embedding(index, table)

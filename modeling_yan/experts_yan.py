@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .compilation_yan import opaque_operator, select_rows
+from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
 from .layers_yan import YanFeedForward
 
 
@@ -76,6 +76,21 @@ grouped_linear = opaque_operator(
 grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def static_grouped_linear(tokens, sizes, weights, biases) -> torch.Tensor:
+    """The same for CUDA graphs and exported programs, in which no size may depend on the data.
+
+    One grouped product where torch has it (bfloat16 on a GPU). Elsewhere every token meets all K layers and keeps one.
+    """
+    ends = sizes.cumsum(0)
+    expert = torch.searchsorted(ends, torch.arange(tokens.shape[0], device=tokens.device), right=True)
+    if tokens.is_cuda and tokens.dtype == weights[0].dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        products = F.grouped_mm(tokens, torch.stack(weights).transpose(1, 2), offs=ends.int())
+        return products + torch.stack(biases)[expert]
+    products = torch.stack([F.linear(tokens, *layer) for layer in zip(weights, biases, strict=True)])
+    index = expert.view(1, -1, 1).expand(1, -1, products.shape[-1])
+    return products.gather(0, index).squeeze(0)
+
+
 @dataclass
 class YanTokenGroups:
     """The tokens of a batch, sorted by their expert.
@@ -119,14 +134,23 @@ class YanExperts(nn.Module):
         return select_rows(outputs, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
 
     def _grouped_output(self, tokens, sizes):
+        product = self._grouped_product(tokens)
+        if product is None:
+            parts = tokens.split(sizes.tolist())
+            return torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
         ups, downs = ([getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj"))
-        # An adapter's layers have to be called, at the price of a graph break where the compiler allows one.
-        if torch.compiler.is_compiling() and all(type(layer) is nn.Linear for layer in (*ups, *downs)):
-            hidden = grouped_linear(tokens, sizes, [up.weight for up in ups], [up.bias for up in ups])
-            hidden = self.heads[0].act_fn(hidden)
-            return grouped_linear(hidden, sizes, [down.weight for down in downs], [down.bias for down in downs])
-        parts = tokens.split(sizes.tolist())
-        return torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
+        hidden = product(tokens, sizes, [up.weight for up in ups], [up.bias for up in ups])
+        hidden = self.heads[0].act_fn(hidden)
+        return product(hidden, sizes, [down.weight for down in downs], [down.bias for down in downs])
+
+    def _grouped_product(self, tokens):
+        """The function that computes the heads' layers together, where there has to be one, else None."""
+        layers = [layer for head in self.heads for layer in (head.up_proj, head.down_proj)]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return None  # an adapter's layers have to be called, at the price of a graph break
+        if is_exporting() or (tokens.is_cuda and not torch.is_grad_enabled()):
+            return static_grouped_linear  # sizes on the host would halt a GPU, too
+        return grouped_linear if uses_operators() else None
 
     def mixture_of(self, states, log_gate):
         """Gate-weighted mean output (B, L, D) of all heads."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .compilation_yan import opaque_operator
+from .compilation_yan import opaque_operator, uses_operators
 
 MMD_BANDWIDTHS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -28,7 +28,7 @@ def hashed_uniform(seed: int, shape: tuple[int, ...], device=None) -> torch.Tens
     An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
     in every batch. Each axis is folded in by one round of a 32-bit integer hash.
     """
-    compute = _hash_operator if torch.compiler.is_compiling() else _hash_indices
+    compute = _hash_operator if uses_operators() else _hash_indices
     return compute(seed, list(shape), device)
 
 

@@ -130,7 +130,8 @@ class YanVelocity:
         self.expert_choice, self.expert_noise = expert_choice, expert_noise
         times = solver_times(num_steps, solver)
         self.index_of_time = {time: index for index, time in enumerate(times)}
-        self.modulation = flow.modulation(torch.tensor(times, device=positions.device))
+        # made on the device: a copy from the host would keep CUDA graphs out
+        self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
         self.log_gate = self.experts = self.groups = None
         self.num_trunk_passes = 0
 

@@ -4,9 +4,11 @@ Letters of the shape comments: B prompts, R sequences per prompt, S prompt lengt
 K experts, N solver steps.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -15,7 +17,19 @@ from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_uniform, solve_flow
 from .trainer_yan import open_options
 
-FLOW_FIELDS = ("num_flow_steps", "solver", "expert_choice", "canvas_length", "seed", "return_prompt")
+FLOW_FIELDS = (
+    "num_flow_steps",
+    "solver",
+    "expert_choice",
+    "canvas_length",
+    "seed",
+    "return_prompt",
+    "compile_generation",
+)
+PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
+MAX_PROGRAMS = 64  # per model and code; torch gives up after 8
+MAX_LOGITS = 2**28  # computed at once
+_programs: dict[str, Callable] = {}
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
@@ -49,6 +63,9 @@ class YanGenerationConfig(GenerationConfig):
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
             compares them with the labels.
+        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, with CUDA graphs
+            on a GPU (default False). The first call for a batch size, a canvas length and each 64 tokens of prompt
+            compiles, for a minute or more; `compile_config` may choose other settings of the compiler.
         temperature: Scales the start noise when `do_sample` is set; at least 0.
     """
 
@@ -86,6 +103,7 @@ _FIELD_RULES = (
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
     ("seed", lambda value: isinstance(value, int), "an integer"),
+    ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("temperature", lambda value: isinstance(value, (int, float)) and value >= 0, "a number of at least 0"),
 )
 
@@ -110,12 +128,32 @@ class YanGenerationOutput(ModelOutput):
     gate: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass(frozen=True)
+class CanvasPlan:
+    """What does not change the tensors that a canvas is written from, but what is done with them.
+
+    Args:
+        num_flow_steps, solver, expert_choice: As in `YanGenerationConfig`. repeats: Sequences R per row of context.
+        suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
+        keep_path: Whether the points of the path are wanted.
+    """
+
+    num_flow_steps: int
+    solver: str
+    expert_choice: str
+    repeats: int
+    suppressed: tuple[int, ...]
+    eos: tuple[int, ...]
+    num_without_eos: int
+    keep_path: bool
+
+
 @dataclass
 class Canvas:
     """One canvas: its token ids (B R, L), and how they came about."""
 
     tokens: torch.LongTensor
-    trajectory: torch.Tensor
+    trajectory: torch.Tensor | None
     experts: torch.LongTensor | None
     gate: torch.Tensor
     num_trunk_passes: int
@@ -257,42 +295,46 @@ class YanGenerationMixin(GenerationMixin):
         return ids, attention_mask
 
     def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
-        """Encode the context (B or B R, S) and solve for one canvas of tokens."""
-        latents = self.model(context, context_mask, return_dict=True).last_hidden_state
-        if index == 0:
-            latents = latents.repeat_interleave(options.num_return_sequences, 0)
-            context_mask = context_mask.repeat_interleave(options.num_return_sequences, 0)
-        num_rows, length = len(latents), options.canvas_length
-        num_noises = num_rows if options.do_sample else 1  # without sampling, all rows share their noise
-        condition = self.condition(latents, context_mask, length)
-        seed = options.seed + index
-        x_0 = self.start_noise((num_noises, length), latents, seed)
+        """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
+        plan = _plan(options, index, num_without_eos)
+        # without sampling, all rows share their noise
+        num_noises = plan.repeats * len(context) if options.do_sample else 1
+        length, seed, device = options.canvas_length, options.seed + index, context.device
+        x_0 = self.start_noise((num_noises, length), context_mask.float(), seed)
+        if options.do_sample:
+            x_0 = options.temperature * x_0
         # of another seed than the start noise, or the expert would be a function of it
-        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, (num_noises, length, self.config.num_experts), x_0.device)
-        x_0 = (options.temperature * x_0 if options.do_sample else x_0).expand(num_rows, -1, -1)
-        velocity = self.velocity_field(
-            condition, length, options.num_flow_steps, options.solver, options.expert_choice, expert_noise
-        )
-        trajectory = [x_0]
+        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, (num_noises, length, self.config.num_experts), device)
+        if hasattr(streamer, "put_draft"):
+            return write_canvas(self, context, context_mask, x_0, expert_noise, plan, streamer)
+        if options.compile_generation:
+            return self._write_compiled(context, context_mask, x_0, expert_noise, plan, options.compile_config)
+        return write_canvas(self, context, context_mask, x_0, expert_noise, plan)
 
-        def record(step, x):
-            trajectory.append(x)
-            if hasattr(streamer, "put_draft"):
-                draft = _extrapolate(*trajectory[-2:], step, options.num_flow_steps)
-                streamer.put_draft(self._read_off(draft, options, num_without_eos).cpu())
+    def _write_compiled(self, context, context_mask, x_0, expert_noise, plan, compile_config) -> Canvas:
+        """The same by a compiled program; the context is padded to a length that there is a program for."""
+        length = context.shape[1]
+        bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_position_embeddings)
+        context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
+        is_gpu = context.device.type == "cuda"
+        program = compiled_program(_compiler_settings(compile_config, is_gpu))
+        if is_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
+            canvas = program(self, context, context_mask, x_0, expert_noise, plan)
+        return _copied(canvas) if is_gpu else canvas  # the next run of a CUDA graph overwrites its results
 
-        x_1 = solve_flow(velocity, x_0, options.num_flow_steps, options.solver, record)
-        tokens = self._read_off(x_1, options, num_without_eos)
-        gate = velocity.log_gate.exp()
-        return Canvas(tokens, torch.stack(trajectory, 1), velocity.experts, gate, velocity.num_trunk_passes)
+    def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
+        """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
+        rows = max(1, MAX_LOGITS // (latents.shape[1] * self.config.vocab_size))
+        return torch.cat([self._read_rows(part, plan) for part in latents.split(rows)])
 
-    def _read_off(self, latents, options, num_without_eos):
-        """Most likely allowed token ids (B R, L) of latents (B R, L, D)."""
+    def _read_rows(self, latents, plan):
         logits = self.decode(latents)
-        if options.suppress_tokens:
-            logits[..., list(options.suppress_tokens)] = -torch.inf
-        if num_without_eos > 0:
-            logits[:, :num_without_eos, _eos_ids(options)] = -torch.inf
+        if plan.suppressed:
+            logits[..., list(plan.suppressed)] = -torch.inf
+        if plan.num_without_eos > 0 and plan.eos:
+            logits[:, : plan.num_without_eos, list(plan.eos)] = -torch.inf
         return logits.argmax(-1)
 
     def _extend_context(self, context, context_mask, tokens, options):
@@ -305,6 +347,68 @@ class YanGenerationMixin(GenerationMixin):
         positions_from_end = mask.flip(1).cumsum(1).flip(1)
         mask = mask * (positions_from_end <= self.config.max_position_embeddings)
         return _left_align(ids, mask)
+
+
+def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPlan, streamer=None) -> Canvas:
+    """Encode the context and solve for one canvas of tokens: nothing but a function of tensors and the plan.
+
+    Args:
+        model: A `YanForFlowGeneration`. context, context_mask: (B, S). streamer: Gets drafts, if there is one.
+        x_0: Start noise (B R or 1, L, D). expert_noise: Uniform numbers (B R or 1, L, K), for a sampled choice.
+    """
+    latents = model.model(context, context_mask, return_dict=True).last_hidden_state
+    if plan.repeats > 1:
+        latents, context_mask = (each.repeat_interleave(plan.repeats, 0) for each in (latents, context_mask))
+    length = x_0.shape[1]
+    condition = model.condition(latents, context_mask, length)
+    x_0 = x_0.to(latents.dtype).expand(len(latents), -1, -1)
+    velocity = model.velocity_field(
+        condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_noise
+    )
+    path = [x_0]
+
+    def record(step, x):
+        path.append(x)
+        if streamer is not None:
+            draft = _extrapolate(*path[-2:], step, plan.num_flow_steps)
+            streamer.put_draft(model.read_off(draft, plan).cpu())
+
+    x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
+    tokens, gate = model.read_off(x_1, plan), velocity.log_gate.exp()
+    path = torch.stack(path, 1) if plan.keep_path else None
+    return Canvas(tokens, path, velocity.experts, gate, velocity.num_trunk_passes)
+
+
+def compiled_program(settings: dict) -> Callable[..., Canvas]:
+    """`write_canvas` compiled with these settings; torch keeps a program for every model, plan and shape."""
+    key = repr(settings)
+    if key not in _programs:
+        _programs[key] = torch.compile(write_canvas, **settings)
+    return _programs[key]
+
+
+def _compiler_settings(compile_config, is_gpu):
+    if compile_config is not None:
+        return compile_config.to_dict()
+    return {"dynamic": False, "mode": "reduce-overhead" if is_gpu else "default"}
+
+
+def _copied(canvas: Canvas) -> Canvas:
+    copies = {name: value.clone() for name, value in vars(canvas).items() if torch.is_tensor(value)}
+    return replace(canvas, **copies)
+
+
+def _plan(options, index, num_without_eos) -> CanvasPlan:
+    return CanvasPlan(
+        num_flow_steps=options.num_flow_steps,
+        solver=options.solver,
+        expert_choice=options.expert_choice,
+        repeats=options.num_return_sequences if index == 0 else 1,
+        suppressed=tuple(options.suppress_tokens or ()),
+        eos=tuple(_eos_ids(options)),
+        num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
+        keep_path=bool(options.return_dict_in_generate),
+    )
 
 
 def _refuse_autoregressive_options(kwargs, *configs):

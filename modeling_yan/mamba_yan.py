@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .compilation_yan import opaque_operator
+from .compilation_yan import is_exporting, opaque_operator, uses_operators
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -59,8 +59,9 @@ def _scan_gradients(
         grad_c[part] = torch.linalg.vecdot(states, grad_y[part].unsqueeze(-2))
         grads = c[part].unsqueeze(-1) * grad_y[part].unsqueeze(-2)
         grads[-1].add_(grad_state)
-        for step in reversed(range(len(grads) - 1)):
-            grads[step].addcmul_(decay[step + 1], grads[step + 1])
+        steps, decays = grads.unbind()[::-1], decay.unbind()[::-1]
+        for later, step, later_decay in zip(steps, steps[1:], decays):
+            step.addcmul_(later_decay, later)
         grad_inputs = torch.matmul(b[part].unsqueeze(-2), grads).squeeze(-2)
         grad_b[part] = torch.linalg.vecdot(grads, inputs.unsqueeze(-2))
         grad_state = decay[0] * grads[0]
@@ -127,8 +128,9 @@ def _chunk_states(inputs, dt, a_matrix, b, state):
     """Decays exp(dt A) and states of one chunk, (T, G, B, N, E) each, from dt x and the state before it."""
     decay = (dt.unsqueeze(-2) * a_matrix.unsqueeze(1)).exp_()
     states = b.unsqueeze(-1) * inputs.unsqueeze(-2)
-    for step in range(len(states)):
-        states[step].addcmul_(decay[step], states[step - 1] if step else state)
+    # views made at once: indexing step by step costs as much as the product
+    for step, step_decay in zip(states.unbind(), decay.unbind(), strict=True):
+        state = step.addcmul_(step_decay, state)
     return decay, states
 
 
@@ -152,7 +154,26 @@ def selective_scan(x, dt, a_matrix, b, c):
 
 
 def _scan_time_major(*inputs):
-    return _scan_operator(*inputs)[0] if torch.compiler.is_compiling() else ChunkedSelectiveScan.apply(*inputs)
+    if is_exporting():
+        return doubling_scan(*inputs)
+    return _scan_operator(*inputs)[0] if uses_operators() else ChunkedSelectiveScan.apply(*inputs)
+
+
+def doubling_scan(x, dt, a_matrix, b, c):
+    """The same scan as log2 L rounds over all steps at once, in torch's own operators; arguments as in `_scan`.
+
+    In round r every state takes up the one 2^r steps before it. Slower than the recurrence on a CPU and of memory L
+    times the state's, but a program of few operations, which is what an exported one has to be.
+    """
+    decay = torch.exp(dt.unsqueeze(-2) * a_matrix.unsqueeze(1))
+    states = b.unsqueeze(-1) * (dt * x).unsqueeze(-2)
+    shift = 1
+    while shift < states.shape[0]:
+        later = states[shift:] + decay[shift:] * states[:-shift]
+        states = torch.cat([states[:shift], later])
+        decay = torch.cat([decay[:shift], decay[shift:] * decay[:-shift]])
+        shift *= 2
+    return torch.matmul(c.unsqueeze(-2), states).squeeze(-2)
 
 
 def _kernel_scan(x, dt, a_matrix, b, c):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, mamba_yan
 from modeling_yan.compilation_yan import select_rows
@@ -99,6 +100,62 @@ def test_the_compiled_solve_gives_the_plain_logits(lively_model):
     with torch.no_grad():
         compiled = torch.compile(model.forward)(ids, mask).logits
         torch.testing.assert_close(compiled, model(ids, mask).logits, rtol=1e-4, atol=1e-5)
+
+
+# --- generate as one program
+
+
+def generated(model, ids, mask, **options):
+    options = {"max_new_tokens": 14, "min_new_tokens": 14, "return_dict_in_generate": True, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}], ids=["one", "two"]
+)
+def test_generate_as_one_program_writes_the_plain_tokens(lively_model, options):
+    model, (ids, mask, _) = lively_model(num_experts=3), batch()
+    whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
+    compiled = generated(model, ids, mask, compile_generation=True, compile_config=whole, **options)
+    plain = generated(model, ids, mask, **options)
+    assert torch.equal(compiled.sequences, plain.sequences)
+    torch.testing.assert_close(compiled.trajectory[0], plain.trajectory[0], rtol=1e-4, atol=1e-5)
+    assert compiled.num_trunk_passes == plain.num_trunk_passes
+
+
+@only_attention
+def test_prompts_of_a_bucket_share_a_program(lively_model):
+    model = lively_model(max_position_embeddings=160)
+    whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
+    options = {"compile_generation": True, "compile_config": whole, "max_new_tokens": 8, "min_new_tokens": 8}
+    graphs = []
+    for length in (5, 9, 64, 70):
+        ids, mask, _ = batch(2, length)
+        tokens = generated(model, ids, mask, **options).sequences
+        assert torch.equal(tokens, generated(model, ids, mask, max_new_tokens=8, min_new_tokens=8).sequences)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1, 2]
+
+
+@only_attention
+def test_a_compiled_program_follows_its_weights(lively_model):
+    model, (ids, mask, _) = lively_model(), batch()
+    settings = CompileConfig(dynamic=False, backend="eager", mode="default")
+    options = {"compile_generation": True, "compile_config": settings}
+    before = generated(model, ids, mask, **options).sequences
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    after = generated(model, ids, mask, **options).sequences
+    assert not torch.equal(before, after)
+    assert torch.equal(after, generated(model, ids, mask).sequences)
+
+
+@pytest.mark.compiler
+def test_machine_code_of_generate_writes_the_plain_tokens(lively_model):
+    model, (ids, mask, _) = lively_model(num_experts=3), batch()
+    compiled = generated(model, ids, mask, compile_generation=True)
+    assert torch.equal(compiled.sequences, generated(model, ids, mask).sequences)
 
 
 # --- parts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts
+from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts, static_grouped_linear
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 
@@ -44,6 +44,15 @@ def test_the_chosen_experts_velocity_equals_the_dense_one(experts, seed):
     torch.testing.assert_close(
         experts.output_of(states, experts.group(chosen)), gather_chosen(experts, states, chosen)
     )
+
+
+@pytest.mark.parametrize("num_used", [1, 3, 4])
+def test_the_form_with_static_sizes_equals_the_sparse_one(num_used):
+    tokens, weights, biases = torch.randn(10, 6), torch.randn(4, 5, 6).unbind(), torch.randn(4, 5).unbind()
+    sizes = (torch.arange(10) % num_used).bincount(minlength=4)  # some experts may have no token
+    parts = zip(tokens.split(sizes.tolist()), weights, biases, strict=True)
+    expected = torch.cat([torch.nn.functional.linear(*part) for part in parts])
+    torch.testing.assert_close(static_grouped_linear(tokens, sizes, weights, biases), expected)
 
 
 @pytest.mark.parametrize("num_used", [1, 3, 4])

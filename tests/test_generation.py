@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
-from modeling_yan import YanForFlowGeneration, YanGenerationConfig, YanGenerationOutput
+from modeling_yan import YanForFlowGeneration, YanGenerationConfig, YanGenerationOutput, generation_yan
 from modeling_yan.data import train_tokenizer
 from modeling_yan.flow_matching_yan import hashed_uniform
 
@@ -446,6 +446,13 @@ class TestOutput:
             tokens = output.sequences[:, 7 + index * CANVAS :][:, :CANVAS]
             assert torch.equal(model.decode(path[:, -1]).argmax(-1), tokens)
 
+    def test_logits_in_parts_give_the_same_tokens(self, model, prompts, monkeypatch):
+        whole, widths = model.generate(prompts), []
+        model.lm_head.register_forward_hook(lambda _, args, output: widths.append(len(output)))
+        monkeypatch.setattr(generation_yan, "MAX_LOGITS", 2 * CANVAS * VOCABULARY)
+        assert torch.equal(model.generate(prompts), whole)
+        assert widths == [2, 2, 2]
+
     def test_without_the_prompt(self, model, prompts):
         assert torch.equal(model.generate(prompts, return_prompt=False), model.generate(prompts)[:, 7:])
 
@@ -664,6 +671,7 @@ class TestRefusals:
             ("canvas_length", 0),
             ("canvas_length", POSITIONS + 1),
             ("seed", 0.5),
+            ("compile_generation", "yes"),
             ("max_new_tokens", 0),
         ],
     )

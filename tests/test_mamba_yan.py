@@ -9,7 +9,7 @@ from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from modeling_yan import mamba_yan
-from modeling_yan.mamba_yan import YanBidirectionalMamba, YanMamba, chunk_length, selective_scan
+from modeling_yan.mamba_yan import YanBidirectionalMamba, YanMamba, chunk_length, doubling_scan, selective_scan
 
 PADDINGS = {"left": slice(4, None), "right": slice(None, -4)}
 
@@ -68,6 +68,19 @@ def test_the_scan_and_its_gradients_equal_the_plain_recurrence(length, chunk, mo
     expected = output_and_gradients(naive_scan, arguments, weight)
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 7, 16, 37])
+def test_the_scan_by_doubling_and_its_gradients_equal_the_plain_recurrence(length):
+    arguments, weight = scan_arguments(length), torch.randn(2, 3, length, 4)
+
+    def by_doubling(x, dt, a_matrix, b, c):
+        x, dt, b, c = (tensor.double().permute(2, 0, 1, 3) for tensor in (x, dt, b, c))
+        return doubling_scan(x, dt, a_matrix.double().transpose(1, 2), b, c).permute(1, 2, 0, 3)
+
+    actual = output_and_gradients(by_doubling, arguments, weight)
+    for a, b in zip(actual, output_and_gradients(naive_scan, arguments, weight)):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_two_scans_together_equal_two_scans_alone():

@@ -1,0 +1,174 @@
+"""What is measured: YAN, the naive YAN and the models people would use instead, all of equal size.
+
+Letters of the shape comments: B batch, S prompt length, L new tokens.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from naive import WASTES, naive_generate
+from torch import nn
+from torch.ao import quantization
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.baselines import make_baseline
+
+PRESETS = Path(__file__).parents[2] / "configuration"
+VARIANTS = ("transformer", "mamba")
+YAN_STEPS = (1, 2, 3, 4)
+NAIVE_STEPS = 3
+DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
+QUANTISED_PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and a way to write with it.
+
+    Args:
+        name: Of the figures. model: Key of `make_models`. write: From the models, the prompt (B, S) and L to the L
+            new tokens (B, L).
+        growth, batch_growth: The powers of L and B that its time grows with at least, for predictions.
+    """
+
+    name: str
+    model: str
+    write: Callable[[nn.Module, torch.LongTensor, int], torch.LongTensor]
+    growth: int = 1
+    batch_growth: int = 1
+
+
+def write_with_yan(model, prompt, length, num_steps, **options):
+    """One canvas, as long as the text."""
+    sequences = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        canvas_length=length,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        num_flow_steps=num_steps,
+        **options,
+    )
+    return sequences[:, prompt.shape[1] :]
+
+
+def with_int8_weights(model):
+    """A copy whose linear layers have int8 weights and quantise their inputs as they come (CPU)."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # subclasses differ in how they start only, but torch quantises by class
+            module.__class__ = nn.Linear
+    config = quantization.default_dynamic_qconfig
+    return quantization.quantize_dynamic(model, dict.fromkeys(QUANTISED_PARTS, config), inplace=True)
+
+
+def write_naively(model, prompt, length, wastes):
+    return naive_generate(model, prompt, length, NAIVE_STEPS, wastes)
+
+
+def write_token_by_token(model, prompt, length):
+    """Greedy decoding with a cache of keys and values: on a GPU a static one, with which transformers compiles."""
+    is_gpu = prompt.device.type == "cuda"
+    options = {"cache_implementation": "static"} if is_gpu else {}
+    sequences = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+        use_cache=True,
+        **options,
+    )
+    return sequences[:, -length:]
+
+
+def write_by_unmasking(model, prompt, length, num_steps):
+    sequences = model.generate(
+        prompt, max_new_tokens=length, min_new_tokens=length, num_diffusion_steps=num_steps or length
+    )
+    return sequences[:, prompt.shape[1] :]
+
+
+def optional_contenders(with_compiled: bool, with_int8: bool) -> list[Contender]:
+    """YAN at three steps as one compiled program, and with int8 weights."""
+    compiled = partial(write_with_yan, num_steps=NAIVE_STEPS, compile_generation=True)
+    contenders = [Contender(f"yan-{v}-3-compiled", f"yan-{v}", compiled) for v in VARIANTS if with_compiled]
+    plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
+    return contenders + [Contender(f"yan-{v}-3-int8", f"yan-{v}-int8", plain) for v in VARIANTS if with_int8]
+
+
+def all_contenders() -> list[Contender]:
+    """Every contender but the optional ones, the fast ones first."""
+    contenders = [
+        Contender(f"yan-{variant}-{steps}", f"yan-{variant}", partial(write_with_yan, num_steps=steps))
+        for variant in VARIANTS
+        for steps in YAN_STEPS
+    ]
+    named_wastes = {**{waste: (waste,) for waste in WASTES}, "all": tuple(WASTES)}
+    contenders += [
+        Contender(f"naive-{variant}-{name}", f"yan-{variant}", partial(write_naively, wastes=wastes))
+        for variant in VARIANTS
+        for name, wastes in named_wastes.items()
+    ]
+    contenders += [
+        Contender(kind, kind, write_token_by_token, batch_growth=0) for kind in ("decoder", "encoder_decoder")
+    ]
+    contenders += [
+        Contender(
+            f"masked_diffusion-{steps or 'T'}",
+            "masked_diffusion",
+            partial(write_by_unmasking, num_steps=steps),
+            growth=1 if steps else 2,
+        )
+        for steps in DIFFUSION_STEPS
+    ]
+    return contenders
+
+
+def choose_contenders(patterns: list[str], with_compiled=False, with_int8=False) -> list[Contender]:
+    """The contenders whose names begin with one of the patterns; all without any.
+
+    Raises:
+        ValueError: A pattern that no name begins with.
+    """
+    contenders = all_contenders() + optional_contenders(with_compiled, with_int8)
+    for pattern in patterns:
+        if not any(contender.name.startswith(pattern) for contender in contenders):
+            names = ", ".join(contender.name for contender in contenders)
+            raise ValueError(f"models={pattern!r}: must be the beginning of one of {names}")
+    return [c for c in contenders if not patterns or any(c.name.startswith(pattern) for pattern in patterns)]
+
+
+class Models:
+    """The models by name, built when they are first asked for, with room for a prompt and a text."""
+
+    def __init__(self, preset: str, prompt_length: int, longest: int, device: torch.device, dtype: torch.dtype):
+        self.preset, self.device, self.dtype = preset, device, dtype
+        self.prompt_length, self.longest = prompt_length, longest
+        self.get = cache(self._make)
+
+    def config(self, variant: str) -> YanConfig:
+        """The preset's config, with a canvas as long as the longest text."""
+        config = YanConfig.from_pretrained(PRESETS / f"yan-{variant}-{self.preset}")
+        room = max(config.max_position_embeddings, self.longest, self.prompt_length)
+        config.max_position_embeddings = room
+        config.canvas_length = max(config.canvas_length, self.longest)
+        return config
+
+    @torch.no_grad()
+    def _make(self, name):
+        if name.endswith("-int8"):
+            return with_int8_weights(self.get(name.removesuffix("-int8")))
+        torch.manual_seed(0)
+        variant = name.removeprefix("yan-")
+        if variant in VARIANTS:
+            model = YanForFlowGeneration(self.config(variant))
+            for parameter in model.flow.modulation.proj.parameters():  # they start at zero, trained ones are not
+                nn.init.normal_(parameter, std=0.02)
+        else:
+            model = make_baseline(name, self.config("transformer"))
+        return model.to(self.device, self.dtype).eval()

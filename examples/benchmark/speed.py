@@ -1,0 +1,177 @@
+"""How fast YAN writes, side by side with a naive YAN and with autoregressive and diffusion models of equal size.
+
+Everything runs in one process, in interleaved rounds after a warm-up; no text ends early. The results are written to
+the output file after every cell (batch size and length), so that a run that is stopped keeps what it has.
+
+    python examples/benchmark/speed.py --output outputs/speed.json
+    python examples/benchmark/speed.py --preset tiny --lengths 16 32 --output outputs/tiny.json
+    python examples/benchmark/speed.py --device cuda --dtype bfloat16 --lengths 32 128 512 2048 --batch_sizes 1 16 64
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from contenders import VARIANTS, Contender, Models, choose_contenders
+from costs import part_costs
+from parts import part_calls
+from timing import interleave, machine_description, machine_limits, num_repeats, seconds_of, summary, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS_STEPS = 3
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="base", choices=("base", "tiny"))
+    parser.add_argument("--models", nargs="*", default=[], help="beginnings of names, such as yan-mamba; default: all")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128], help="new tokens; for YAN one canvas each")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1])
+    parser.add_argument("--prompt_length", type=int, default=64, help="tokens")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
+    parser.add_argument("--repeats", type=int, default=7, help="measured rounds after the warm-up")
+    parser.add_argument("--budget_s", type=float, default=60, help="most seconds of measurement of a model in a cell")
+    parser.add_argument("--compiled", action="store_true", help="also YAN at 3 steps as one compiled program")
+    parser.add_argument("--int8", action="store_true", help="also YAN at 3 steps with int8 weights, on a CPU")
+    parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
+    options = parser.parse_args(arguments)
+    for name in ("lengths", "batch_sizes", "prompt_length", "repeats"):
+        value = getattr(options, name)
+        if min([value] if isinstance(value, int) else value) < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    if options.int8 and options.device != "cpu":
+        raise ValueError(f"int8 with device={options.device!r}: must be cpu, where torch has kernels for it")
+    return options
+
+
+class Predictor:
+    """The least seconds that a contender will take in a cell, judged by the smaller cells that it was measured in.
+
+    Time grows with the length, and on a CPU with the batch, too, where a contender is bound by arithmetic.
+    """
+
+    def __init__(self, device: torch.device):
+        self.grows_with_batch = device.type == "cpu"
+        self.seen = {}
+
+    def record(self, contender: Contender, batch: int, length: int, seconds: float):
+        self.seen.setdefault(contender.name, []).append((batch, length, seconds))
+
+    def predict(self, contender: Contender, batch: int, length: int) -> float:
+        """Seconds of one call; 0 where nothing is known yet."""
+        power = contender.batch_growth if self.grows_with_batch else 0
+        return max(
+            (
+                seconds * (length / seen_length) ** contender.growth * (batch / seen_batch) ** power
+                for seen_batch, seen_length, seconds in self.seen.get(contender.name, [])
+                if seen_batch <= batch and seen_length <= length
+            ),
+            default=0.0,
+        )
+
+
+def warm_up(call, device: torch.device, shape: tuple[int, int], name: str) -> float:
+    """Seconds of a call that compiles nothing any more.
+
+    Raises:
+        RuntimeError: The contender wrote something else than tokens of this shape.
+    """
+    tokens = []
+    seconds = seconds_of(lambda: tokens.append(call()), device)
+    if tokens[0].shape != shape:
+        raise RuntimeError(f"{name} wrote tokens of shape {tuple(tokens[0].shape)} instead of {shape}")
+    return seconds if device.type == "cpu" else seconds_of(call, device)
+
+
+def measure_cell(contenders, models: Models, predictor, batch: int, length: int, options) -> list[dict]:
+    """The results of all contenders in one cell; what is predicted to exceed the budget is left out and says so."""
+    device, shape = models.device, (batch, length)
+    prompt = random_prompt(models, batch, options.prompt_length)
+    calls, repeats, skipped = {}, {}, {}
+    for contender in contenders:
+        name, predicted = contender.name, predictor.predict(contender, batch, length)
+        if predicted > options.budget_s:
+            skipped[name] = f"predicted to take {predicted:.0f} s a call"
+            continue
+        calls[name] = lambda contender=contender: contender.write(models.get(contender.model), prompt, length)
+        seconds = warm_up(calls[name], device, shape, name)
+        predictor.record(contender, batch, length, seconds)
+        repeats[name] = num_repeats(seconds, options.repeats, options.budget_s)
+    seconds = interleave(calls, repeats, device)
+    cell = {"batch": batch, "length": length, "prompt_length": options.prompt_length}
+    measured = [
+        {"model": name, **cell, "seconds": summary(s), "tokens_per_s": batch * length / summary(s)["median"]}
+        for name, s in seconds.items()
+    ]
+    return measured + [{"model": name, **cell, "skipped": reason} for name, reason in skipped.items()]
+
+
+def measure_parts(models: Models, variant: str, batch: int, length: int, options, limits) -> dict:
+    """Seconds of YAN's parts at three steps, beside the floor that the machine's limits set them."""
+    prompt = random_prompt(models, batch, options.prompt_length)
+    calls = part_calls(models.get(f"yan-{variant}"), prompt, length, PARTS_STEPS)
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = num_repeats(seconds_of(call, models.device), options.repeats, options.budget_s)
+    seconds = interleave(calls, repeats, models.device)
+    costs = part_costs(
+        models.config(variant), batch, options.prompt_length, length, PARTS_STEPS, models.dtype.itemsize
+    )
+    return {
+        name: {
+            "seconds": summary(seconds[name]),
+            "floor": cost.floor_s(**limits),
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+        }
+        for name, cost in costs.items()
+    }
+
+
+def random_prompt(models: Models, batch: int, length: int) -> torch.LongTensor:
+    """Token ids (B, S) without special ones, the same for every contender."""
+    torch.manual_seed(1)
+    return torch.randint(4, models.config("transformer").vocab_size, (batch, length)).to(models.device)
+
+
+def report(results: list[dict]):
+    for result in results:
+        text = f"{result['model']:>28}  batch {result['batch']:>3}  length {result['length']:>5}  "
+        if "skipped" in result:
+            print(text + f"skipped: {result['skipped']}", flush=True)
+        else:
+            seconds = result["seconds"]
+            spread = f"{seconds['median']:8.3f} s  ({seconds['low']:.3f} to {seconds['high']:.3f}"
+            print(text + f"{spread}, {len(seconds['all'])} runs)  {result['tokens_per_s']:9.1f} tokens/s", flush=True)
+
+
+@torch.no_grad()
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    contenders = choose_contenders(options.models, options.compiled, options.int8)
+    models = Models(options.preset, options.prompt_length, max(options.lengths), device, dtype)
+    limits, predictor = machine_limits(device, dtype), Predictor(device)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    content = {"machine": {**machine_description(device), **limits}, "settings": settings}
+    content |= {"parameters": {}, "cells": [], "parts": []}
+    for batch in sorted(options.batch_sizes):
+        for length in sorted(options.lengths):
+            cells = measure_cell(contenders, models, predictor, batch, length, options)
+            report(cells)
+            content["cells"] += cells
+            content["parameters"] = {c.model: models.get(c.model).num_parameters() for c in contenders}
+            for variant in VARIANTS:
+                if any(contender.model == f"yan-{variant}" for contender in contenders):
+                    parts = measure_parts(models, variant, batch, length, options, limits)
+                    content["parts"].append({"model": f"yan-{variant}", "batch": batch, "length": length, **parts})
+            write_json(options.output, content)
+
+
+if __name__ == "__main__":
+    main()

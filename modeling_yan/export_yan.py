@@ -1,0 +1,67 @@
+"""The whole generation of one canvas as a program of `torch.export`, which runs where this package is not installed.
+
+Letters of the shape comments: B prompts, S prompt length, L canvas length.
+"""
+
+import torch
+from torch import nn
+
+from .generation_yan import CanvasPlan, write_canvas
+
+
+class YanCanvasProgram(nn.Module):
+    """Prompt ids and mask to the token ids of one canvas; noise, steps and forbidden tokens are fixed."""
+
+    def __init__(self, model, canvas_length: int, plan: CanvasPlan, seed: int):
+        super().__init__()
+        self.model, self.plan = model, plan
+        like = torch.zeros((), device=model.device)
+        noise = model.start_noise((1, canvas_length), like, seed)
+        self.register_buffer("start_noise", noise, persistent=False)
+
+    def forward(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.LongTensor:
+        """Token ids (B, L) for prompts and masks (B, S)."""
+        return write_canvas(self.model, input_ids, attention_mask, self.start_noise, None, self.plan).tokens
+
+
+def export_generation(
+    model,
+    batch_size: int = 1,
+    prompt_length: int = 64,
+    canvas_length: int | None = None,
+    num_flow_steps: int | None = None,
+    min_new_tokens: int = 0,
+    seed: int = 0,
+) -> torch.export.ExportedProgram:
+    """Encoder, solver and decoder of one canvas as one graph of torch's own operators, weights included.
+
+    The program takes ids and mask, both int64 (B, S), and returns the token ids (B, L) that `generate` would write on
+    its first canvas without sampling; cutting at the EOS is left to the caller. Shorter prompts are padded, on either
+    side. Save it with `torch.export.save`, or compile it with `torch._inductor.aoti_compile_and_package`. Its experts
+    are computed for all tokens and its Mamba scans in log2 L rounds, because the sparse forms are no operators of
+    torch; a canvas takes correspondingly longer than in `generate`. Adapters have to be merged before.
+
+    Args:
+        model: A `YanForFlowGeneration`. batch_size, prompt_length: The fixed B and S.
+        canvas_length, num_flow_steps: L and the number of solver steps; the model's if None.
+        min_new_tokens: So many tokens are no EOS. seed: Of the start noise.
+
+    Raises:
+        ValueError: A size below 1, or beyond `max_position_embeddings`.
+    """
+    config = model.config
+    canvas_length = config.canvas_length if canvas_length is None else canvas_length
+    num_flow_steps = config.num_flow_steps if num_flow_steps is None else num_flow_steps
+    for name, value in (("batch_size", batch_size), ("num_flow_steps", num_flow_steps)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    for name, value in (("prompt_length", prompt_length), ("canvas_length", canvas_length)):
+        if not 0 < value <= config.max_position_embeddings:
+            allowed = f"max_position_embeddings={config.max_position_embeddings}"
+            raise ValueError(f"{name}={value}: must be 1 to {allowed}")
+    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    plan = CanvasPlan(num_flow_steps, "euler", "argmax", 1, (), eos, min_new_tokens, keep_path=False)
+    program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
+    ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
+    with torch.no_grad():
+        return torch.export.export(program, (ids, torch.ones_like(ids)), strict=False)

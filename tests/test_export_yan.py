@@ -1,0 +1,98 @@
+"""The exported generation writes generate's tokens, alone in a process that has nothing but torch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modeling_yan.export_yan import export_generation
+
+LOAD = {
+    "graph": "torch.export.load(sys.argv[1]).module()",
+    "native": "torch._inductor.aoti_load_package(sys.argv[1])",
+}
+RUN = """
+import sys
+sys.modules["modeling_yan"] = sys.modules["transformers"] = None
+import torch
+program = {load}
+ids, mask = torch.load(sys.argv[2])
+torch.save(program(ids, mask), sys.argv[3])
+"""
+
+
+@pytest.fixture
+def lively_model(make_model):
+    """A tiny model without parts that start at zero."""
+    model = make_model(num_experts=3, num_encoder_layers=1)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def inputs():
+    """Prompts (2, 7) and their mask; one is padded on the left."""
+    ids, mask = torch.randint(4, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    return ids, mask
+
+
+def generated(model, ids, mask, steps, **options):
+    options = {"min_new_tokens": 8, "max_new_tokens": 8, "num_flow_steps": steps, "return_prompt": False, **options}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def run_alone(path, inputs, folder, kind):
+    torch.save(inputs, folder / "inputs.pt")
+    arguments = [path, folder / "inputs.pt", folder / "tokens.pt"]
+    subprocess.run([sys.executable, "-c", RUN.format(load=LOAD[kind]), *map(str, arguments)], cwd=folder, check=True)
+    return torch.load(folder / "tokens.pt")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_exported_program_writes_what_generate_writes(lively_model, inputs, steps):
+    program = export_generation(lively_model, 2, 7, num_flow_steps=steps, min_new_tokens=8).module()
+    assert torch.equal(program(*inputs), generated(lively_model, *inputs, steps))
+    other = torch.randint(4, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    assert torch.equal(program(*other), generated(lively_model, *other, steps))
+
+
+def test_its_operators_are_torchs_own(lively_model):
+    program = export_generation(lively_model, 1, 5, num_flow_steps=2)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets
+    assert not [target for target in targets if target.startswith("yan")]
+
+
+def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
+    path = tmp_path / "yan.pt2"
+    torch.export.save(export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8), path)
+    expected = generated(lively_model, *inputs, 2)
+    assert torch.equal(run_alone(path, inputs, tmp_path, "graph"), expected)
+
+
+@pytest.mark.compiler
+def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_path):
+    path = tmp_path / "yan.pt2"
+    program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    expected = generated(lively_model, *inputs, 2)
+    assert torch.equal(run_alone(path, inputs, tmp_path, "native"), expected)
+
+
+@pytest.mark.parametrize("variant", ["attention"])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"num_flow_steps": 0}, "num_flow_steps=0: must be at least 1"),
+        ({"prompt_length": 49}, "prompt_length=49: must be 1 to max_position_embeddings=48"),
+        ({"prompt_length": 7, "canvas_length": 0}, "canvas_length=0: must be 1 to max_position_embeddings=48"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make_model, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        export_generation(make_model(), **sizes)
