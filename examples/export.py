@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_yan.export_yan import export_generation
+from modeling_yan.export import export_generation
 
 
 def main(arguments=None):

@@ -6,7 +6,7 @@ Letters of the shape comments: B prompts, S prompt length, L canvas length.
 import torch
 from torch import nn
 
-from .generation_yan import CanvasPlan, write_canvas
+from ..generation_yan import CanvasPlan, write_canvas
 
 
 class YanCanvasProgram(nn.Module):

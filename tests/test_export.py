@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from modeling_yan.export_yan import export_generation
+from modeling_yan.export import export_generation
 
 LOAD = {
     "graph": "torch.export.load(sys.argv[1]).module()",
