@@ -2,8 +2,8 @@
 
 Letters: B batch, L length, D hidden size, E inner width, N state size, G scans run together (one a direction).
 
-Where mamba-ssm is installed and the tensors are on a GPU its kernel runs; elsewhere a scan in plain PyTorch whose
-forward and backward are both linear in L.
+On a GPU mamba-ssm's kernel runs where it is installed, else Triton kernels of this package; elsewhere a scan in plain
+PyTorch. All of them are linear in L, forward and backward.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .compilation_yan import is_exporting, opaque_operator, uses_operators
+from .scan_triton_yan import triton, triton_scan, triton_scan_gradients
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -28,6 +29,8 @@ def _scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, shaped like x, and the states (chunks, G, B, N, E) before each chunk."""
     chunk = chunk_length(x, b.shape[-1])
+    if x.is_cuda and triton is not None:
+        return triton_scan(x, dt, a_matrix, b, c, chunk)
     state = x.new_zeros(*x.shape[1:-1], b.shape[-1], x.shape[-1])
     y, borders = torch.empty_like(x), []
     for start in range(0, x.shape[0], chunk):
@@ -49,9 +52,11 @@ def _scan_gradients(
     borders: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, dt, a_matrix, b and c; recomputes one chunk's states at a time."""
+    chunk = chunk_length(x, b.shape[-1])
+    if x.is_cuda and triton is not None:
+        return triton_scan_gradients(grad_y.contiguous(), x, dt, a_matrix, b, c, borders, chunk)
     grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
     grad_a, grad_state = torch.zeros_like(borders[0]), torch.zeros_like(borders[0])
-    chunk = chunk_length(x, b.shape[-1])
     for index in reversed(range(len(borders))):
         part = slice(index * chunk, (index + 1) * chunk)
         inputs = dt[part] * x[part]

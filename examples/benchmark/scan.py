@@ -3,10 +3,11 @@
     python examples/benchmark/scan.py --lengths 64 512 --output outputs/scan.json
     python examples/benchmark/scan.py --device cuda --lengths 128 1024 8192
 
-`stored`: the package's scan, which keeps the state at chunk borders and recomputes the rest (on a GPU with mamba-ssm
-installed: its kernel). `recurrence`: step by step with autograd's own backward. `chunked`: doubling inside chunks of
-32 steps, which are then joined one after the other. `associative`: doubling over the whole length. `transformers`:
-the scan of transformers' own Mamba. A form that is predicted to exceed `--budget_s` is left out.
+`stored`: the package's scan, which keeps the state at chunk borders and recomputes the rest (on a GPU mamba-ssm's
+kernel where it is installed, else the package's Triton kernels). `recurrence`: step by step with autograd's own
+backward. `chunked`: doubling inside chunks of 32 steps, which are then joined one after the other. `associative`:
+doubling over the whole length. `transformers`: the scan of transformers' own Mamba. A form that is predicted to exceed
+`--budget_s` is left out.
 """
 
 import argparse

@@ -15,6 +15,8 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from .rows import Row, read_rows, write_rows
 
 CAPITAL = "A-ZÀ-ÖØ-Þ"
@@ -43,8 +45,10 @@ def infilling(
 
     Each span becomes one mask token or, given `count_tokens`, as many as it has tokens; at least one word stays
     between two spans. The pair's `masked` lists the words of every span, in order. White space is reduced to single
-    spaces. None if the text has fewer than two words.
+    spaces. None if the text has fewer than two words. Raises ValueError for a `mask_ratio` that is not from 0 to 0.5.
     """
+    if not 0 <= mask_ratio <= 0.5:
+        raise ValueError(f"mask_ratio={mask_ratio}: must be from 0 to 0.5")
     words = text.split()
     if len(words) < 2:
         return None
@@ -125,11 +129,13 @@ def build_pairs(
     seed: int,
     max_words: int,
     mask_token: str = "<mask>",
+    is_wanted: Callable[[Row], bool] = lambda pair: True,
     **details: Any,
 ) -> list[Row]:
     """Make `num_rows` pairs with different sources from texts in random order, each cropped to `max_words` words.
 
-    Every text is used once before any is used again. `details` are handed to the task's formatter.
+    Every text is used once before any is used again. Pairs that are not wanted are left out. `details` are handed to
+    the task's formatter.
 
     Raises:
         ValueError: the task is unknown, or the texts have no more to give (a whole round over them added nothing).
@@ -141,7 +147,8 @@ def build_pairs(
     while len(pairs) < num_rows:
         before = len(pairs)
         for pair in _one_round(text_rows, partial(TEXT_TASKS[task], **details), max_words, mask_token, rng):
-            pairs.setdefault(pair["source"], pair)
+            if is_wanted(pair):
+                pairs.setdefault(pair["source"], pair)
             if len(pairs) == num_rows:
                 break
         if len(pairs) == before:
@@ -189,13 +196,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mask_token", default="<mask>")
     parser.add_argument("--answer_slot", help="what begins every source of last_word, such as '<mask><mask> '")
+    parser.add_argument("--mask_ratio", type=float, help="share of the words that infilling hides, 0.08 if not given")
+    parser.add_argument("--tokenizer", help="folder or hub name: infilling shows one mask for each hidden token of it")
+    parser.add_argument("--max_target_tokens", type=int, help="leave out longer targets, in tokens of --tokenizer")
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz file")
     options = parser.parse_args(arguments)
-    rows = read_rows(options.file)
-    details = {} if options.answer_slot is None else {"answer_slot": options.answer_slot}
+    write_rows(options.output, _build_chosen(options, parser.error))
+
+
+def _build_chosen(options: argparse.Namespace, refuse: Callable[[str], None]) -> list[Row]:
+    """The pairs that the options of the command line ask for."""
+    details = {name: getattr(options, name) for name in ("answer_slot", "mask_ratio")}
+    details = {name: value for name, value in details.items() if value is not None}
+    if options.max_target_tokens is not None and options.tokenizer is None:
+        refuse("--max_target_tokens needs --tokenizer")
+    if options.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+
+        def count_tokens(text: str) -> int:
+            return len(tokenizer.tokenize(text))
+
+        if options.task == "infilling":
+            details["count_tokens"] = count_tokens
+        if options.max_target_tokens is not None:
+            details["is_wanted"] = lambda pair: count_tokens(pair["target"]) <= options.max_target_tokens
     sizes = options.num_rows, options.seed, options.max_words
-    pairs = build_pairs(rows, options.task, *sizes, options.mask_token, **details)
-    write_rows(options.output, pairs)
+    return build_pairs(read_rows(options.file), options.task, *sizes, options.mask_token, **details)
 
 
 if __name__ == "__main__":

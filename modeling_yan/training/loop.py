@@ -26,13 +26,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..baselines import INPUTS
-from ..configuration_yan import YanConfig
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
 from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .mixture import TaskMixture
-from .models import load_model
+from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
@@ -60,11 +59,14 @@ def pretrain(arguments: PretrainingArguments) -> None:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     prepare_tokenizer(tokenizer)
-    model = load_model(arguments.stage, arguments.config, tokenizer, arguments.resize_embeddings)
+    model = load_model(
+        arguments.stage, arguments.config, tokenizer, arguments.resize_embeddings, arguments.config_overrides
+    )
     with accelerator.main_process_first():  # the others find what it downloaded and converted
         rows = load_training_rows(arguments, arguments.train_file, arguments.dataset)
     num_places = count_places(accelerator)
-    config = YanConfig.from_pretrained(arguments.config) if arguments.stage in INPUTS else model.config
+    is_baseline = arguments.stage in INPUTS
+    config = load_config(arguments.config, arguments.config_overrides) if is_baseline else model.config
     mixtures = [
         make_mixture(arguments, rows, tokenizer, config, place, num_places) for place in local_places(accelerator)
     ]

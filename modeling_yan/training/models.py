@@ -19,7 +19,7 @@ STAGES = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False):
+def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False, config_overrides: str = ""):
     """The stage's model: weights of a checkpoint, or a fresh one of a preset, fitted to the tokenizer.
 
     A baseline is always fresh, and as large as the YAN whose config there is.
@@ -28,15 +28,16 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
         name: Folder or hub name. It counts as a preset if it holds no weights.
         tokenizer: With pad, EOS and mask tokens, as `prepare_tokenizer` leaves it.
         resize_embeddings: Whether a checkpoint may be fitted to a tokenizer that it does not know.
+        config_overrides: Fields of the config to change, as for `load_config`.
 
     Raises:
-        ValueError: The tokenizer lacks a special token, or does not fit the checkpoint.
+        ValueError: The tokenizer lacks a special token, or does not fit the checkpoint; or as `load_config`.
     """
     for role in ("pad_token_id", "eos_token_id", "mask_token_id"):
         if getattr(tokenizer, role) is None:
             raise ValueError(f"the tokenizer has no {role}: call prepare_tokenizer first")
     special = {role: getattr(tokenizer, role) for role in ROLES}
-    config = YanConfig.from_pretrained(name)
+    config = load_config(name, config_overrides)
     if stage in INPUTS or not has_weights(name):
         config.update({"vocab_size": count_ids(tokenizer), **special})
         return make_baseline(stage, config) if stage in INPUTS else STAGES[stage](config)
@@ -47,9 +48,25 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
             f"vocab_size={config.vocab_size} and { {role: getattr(config, role) for role in special} }; "
             "give the checkpoint's own tokenizer, or --resize_embeddings True to train it for another one"
         )
-    model = STAGES[stage].from_pretrained(name)
+    model = STAGES[stage].from_pretrained(name, config=config)
     fit_to_tokenizer(model, tokenizer)
     return model
+
+
+def load_config(name: str, overrides: str = "") -> YanConfig:
+    """The config of a folder or hub name, with fields changed as `overrides` says: name=value,name=value.
+
+    Raises:
+        ValueError: A field that does not exist, or a value that is not allowed.
+    """
+    config = YanConfig.from_pretrained(name)
+    if overrides:
+        try:
+            config.update_from_string(overrides)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config_overrides={overrides!r}: must be name=value,name=value; {error}") from error
+        config.validate_fields()
+    return config
 
 
 def has_weights(name: str) -> bool:

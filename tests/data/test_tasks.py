@@ -165,3 +165,33 @@ def test_command(tmp_path):
     files = ["--file", str(tmp_path / "texts.jsonl.gz"), "--output", str(tmp_path / "pairs.jsonl")]
     main([*files, "--task", "infilling", "--num_rows", "4", "--max_words", "9", "--seed", "5"])
     assert read_rows(tmp_path / "pairs.jsonl") == build_pairs(text_rows, "infilling", 4, seed=5, max_words=9)
+
+
+def test_command_that_counts_tokens(tmp_path, tokenizer):
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in ("He saw it.", "She knew Elizabeth.")])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    files = ["--file", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]
+    counting = [*files, "--tokenizer", str(tmp_path / "tokenizer")]
+    main([*counting, "--task", "infilling", "--num_rows", "2", "--mask_ratio", "0.3"])
+    for pair in read_rows(tmp_path / "pairs.jsonl"):
+        assert pair["source"].count(MASK) == sum(len(tokenizer.tokenize(span)) for span in pair["masked"])
+    limit = len(tokenizer.tokenize("it"))
+    assert limit < len(tokenizer.tokenize("Elizabeth"))
+    main([*counting, "--task", "last_word", "--num_rows", "1", "--max_target_tokens", str(limit)])
+    assert [pair["target"] for pair in read_rows(tmp_path / "pairs.jsonl")] == ["it"]
+
+
+def test_command_that_hides_more(tmp_path):
+    write_rows(tmp_path / "texts.jsonl", [{"text": numbered(20) + "."}])
+    files = ["--file", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "pairs.jsonl")]
+    main([*files, "--task", "infilling", "--num_rows", "1", "--mask_ratio", "0.4"])
+    (pair,) = read_rows(tmp_path / "pairs.jsonl")
+    assert sum(len(span.split()) for span in pair["masked"]) == 8
+    with pytest.raises(ValueError, match=r"mask_ratio=0\.6: must be from 0 to 0\.5"):
+        main([*files, "--task", "infilling", "--num_rows", "1", "--mask_ratio", "0.6"])
+
+
+def test_command_that_can_not_count(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main("--file f --task last_word --num_rows 1 --output o --max_target_tokens 1".split())
+    assert "--max_target_tokens needs --tokenizer" in capsys.readouterr().err

@@ -182,6 +182,28 @@ class TestLoading:
             assert getattr(model.config, name) == getattr(tokenizer, name)
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
+    def test_fields_of_a_checkpoint_are_overridden(self, make_model, data, tmp_path):
+        make_model(vocab_size=300).save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        changes = "mask_ratio=0.5,max_span_len=2,freeze_encoder=true,train_expert_choice=argmax"
+        config = load_model("flow", str(tmp_path), tokenizer, config_overrides=changes).config
+        assert (config.mask_ratio, config.max_span_len, config.train_expert_choice) == (0.5, 2, "argmax")
+        assert config.freeze_encoder is True
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ("masks=0.5", "masks"),
+            ("mask_ratio=many", "many"),
+            ("mask_ratio", "must be name=value"),
+            ("flow_sigma=-1", "flow_sigma=-1.0: must be greater than 0"),
+        ],
+    )
+    def test_wrong_overrides(self, preset, data, changes, reason):
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        with pytest.raises(ValueError, match=reason):
+            load_model("flow", str(preset), tokenizer, config_overrides=changes)
+
     def test_a_tokenizer_with_more_tokens_than_the_checkpoint(self, make_model, data, tmp_path):
         make_model(vocab_size=299).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"300 tokens.*does not fit the checkpoint.*vocab_size=299"):
