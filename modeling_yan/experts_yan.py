@@ -77,7 +77,7 @@ grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def static_grouped_linear(tokens, sizes, weights, biases) -> torch.Tensor:
-    """The same for CUDA graphs and exported programs, in which no size may depend on the data.
+    """The same for CUDA graphs, in which no size may depend on the data.
 
     One grouped product where torch has it (bfloat16 on a GPU). Elsewhere every token meets all K layers and keeps one.
     """
@@ -117,18 +117,26 @@ class YanExperts(nn.Module):
         return torch.stack([head(states) for head in self.heads], dim=-2)
 
     def group(self, chosen):
-        """The tokens sorted by `chosen` (B, L), for any number of `output_of`; None where there is no choice."""
+        """The tokens sorted by `chosen` (B, L), for any number of `output_of`; None where there is no choice.
+
+        In an exported program, in which all heads are computed, it is `chosen` itself.
+        """
         if len(self.heads) == 1:
             return None
+        if is_exporting():
+            return chosen
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)
         sizes = (chosen.unsqueeze(-1) == torch.arange(len(self.heads), device=chosen.device)).sum(0)
         return YanTokenGroups(order, order.argsort(), sizes)
 
-    def output_of(self, states, groups: YanTokenGroups | None):
-        """Output (B, L, D) of each token's own head. No other head is computed."""
+    def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
+        """Output (B, L, D) of each token's own head. No other head is computed, but in an exported program."""
         if groups is None:
             return self.heads[0](states)
+        if isinstance(groups, torch.Tensor):
+            index = groups[..., None, None].expand(*groups.shape, 1, states.shape[-1])
+            return self(states).gather(-2, index).squeeze(-2)
         tokens = select_rows(states.flatten(0, 1), groups.order)
         outputs = self._grouped_output(tokens, groups.sizes)
         return select_rows(outputs, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
@@ -148,8 +156,8 @@ class YanExperts(nn.Module):
         layers = [layer for head in self.heads for layer in (head.up_proj, head.down_proj)]
         if any(type(layer) is not nn.Linear for layer in layers):
             return None  # an adapter's layers have to be called, at the price of a graph break
-        if is_exporting() or (tokens.is_cuda and not torch.is_grad_enabled()):
-            return static_grouped_linear  # sizes on the host would halt a GPU, too
+        if tokens.is_cuda and not torch.is_grad_enabled():
+            return static_grouped_linear  # sizes on the host would halt a GPU
         return grouped_linear if uses_operators() else None
 
     def mixture_of(self, states, log_gate):

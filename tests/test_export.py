@@ -74,6 +74,17 @@ def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
     assert torch.equal(run_alone(path, inputs, tmp_path, "graph"), expected)
 
 
+@pytest.mark.slow
+def test_it_runs_as_onnx(lively_model, inputs, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "yan.onnx"
+    program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)
+    torch.onnx.export(program, f=path, external_data=False, verbose=False)
+    ids, mask = (tensor.numpy() for tensor in inputs)
+    (tokens,) = onnxruntime.InferenceSession(path).run(None, {"input_ids": ids, "attention_mask": mask})
+    assert tokens.tolist() == generated(lively_model, *inputs, 2).tolist()
+
+
 @pytest.mark.compiler
 def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_path):
     path = tmp_path / "yan.pt2"
