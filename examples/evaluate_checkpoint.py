@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_yan  # noqa: F401  registers the classes
+from modeling_yan import with_int8_weights
 from modeling_yan.data import build_pairs, generate_stories, read_rows
 from modeling_yan.evaluation import exact_match, generate_answers, masked_words_restored, mean_with_interval, rouge_l
 
@@ -100,12 +100,14 @@ def main():
     parser.add_argument("--num_flow_steps", type=int, nargs="+", default=[3])
     parser.add_argument("--max_sentences", type=int, default=6)
     parser.add_argument("--max_words", type=int, default=16)
+    parser.add_argument("--int8", action="store_true", help="with int8 weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="a .json file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    model = with_int8_weights(model) if options.int8 else model
     table = {}
     for steps in options.num_flow_steps:
 

@@ -3,7 +3,6 @@
 Letters of the shape comments: B batch, S prompt length, L new tokens.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,9 +11,8 @@ from pathlib import Path
 import torch
 from naive import WASTES, naive_generate
 from torch import nn
-from torch.ao import quantization
 
-from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan import YanConfig, YanForFlowGeneration, with_int8_weights
 from modeling_yan.baselines import make_baseline
 
 PRESETS = Path(__file__).parents[2] / "configuration"
@@ -22,7 +20,6 @@ VARIANTS = ("transformer", "mamba")
 YAN_STEPS = (1, 2, 3, 4)
 NAIVE_STEPS = 3
 DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
-QUANTISED_PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,6 @@ def write_with_yan(model, prompt, length, num_steps, **options):
         **options,
     )
     return sequences[:, prompt.shape[1] :]
-
-
-def with_int8_weights(model):
-    """A copy whose linear layers have int8 weights and quantise their inputs as they come (CPU)."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):  # subclasses differ in how they start only, but torch quantises by class
-            module.__class__ = nn.Linear
-    config = quantization.default_dynamic_qconfig
-    return quantization.quantize_dynamic(model, dict.fromkeys(QUANTISED_PARTS, config), inplace=True)
 
 
 def write_naively(model, prompt, length, wastes):

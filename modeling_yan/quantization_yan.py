@@ -1,0 +1,33 @@
+"""Generation with int8 weights on a CPU."""
+
+import copy
+import warnings
+
+from torch import nn
+from torch.ao import quantization
+
+PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")  # not the gate nor the time embedding
+EXACT = ("x_proj", "dt_proj", "out_proj")  # Mamba's step sizes, and outputs a hundred deviations from the mean
+
+
+def with_int8_weights(model):
+    """A copy of a `YanForFlowGeneration` in float32 on the CPU that has int8 weights in its linear layers.
+
+    The inputs of a layer are quantised as they come, by one scale for the whole batch, so a prompt may get other
+    tokens beside other prompts. The copy generates, with the same options; it can be neither trained nor saved.
+
+    Raises:
+        ValueError: The model is not on the CPU or not in float32.
+    """
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu" or str(weight.dtype) != "torch.float32":
+        raise ValueError(f"a model on {weight.device.type} in {weight.dtype}: must be on the CPU in torch.float32")
+    model = copy.deepcopy(model).eval()
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for module in linear.values():  # subclasses differ in how they start only, but torch quantises by class
+        module.__class__ = nn.Linear
+    chosen = [name for name in linear if name.startswith(PARTS) and not name.endswith(EXACT)]
+    layers = dict.fromkeys(chosen, quantization.default_dynamic_qconfig)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is to move to a package of its own
+        return quantization.quantize_dynamic(model, layers, inplace=True)
