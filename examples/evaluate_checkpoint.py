@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_yan import with_int8_weights
+import modeling_yan  # noqa: F401  registers the classes
 from modeling_yan.data import build_pairs, generate_stories, read_rows
 from modeling_yan.evaluation import exact_match, generate_answers, masked_words_restored, mean_with_interval, rouge_l
+from modeling_yan.export import with_int8_weights
 
 STORY_SEED = 1  # the seed of the stories that training leaves out
 ANSWER_LENGTH = 8  # mask tokens of the answer slot, whatever the answer

@@ -5,7 +5,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_yan import YanConfig
 from .generation_yan import YanGenerationConfig, YanGenerationOutput
 from .modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel, YanPreTrainedModel
-from .quantization_yan import with_int8_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "YanGenerationOutput",
     "YanModel",
     "YanPreTrainedModel",
-    "with_int8_weights",
 ]
 
 AutoConfig.register("yan", YanConfig, exist_ok=True)

@@ -12,8 +12,9 @@ import torch
 from naive import WASTES, naive_generate
 from torch import nn
 
-from modeling_yan import YanConfig, YanForFlowGeneration, with_int8_weights
+from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
+from modeling_yan.export import with_int8_weights
 
 PRESETS = Path(__file__).parents[2] / "configuration"
 VARIANTS = ("transformer", "mamba")

@@ -1,5 +1,6 @@
-"""Generation as a program that runs without this package."""
+"""Other forms of a model for generation: a program that runs without this package, and int8 weights."""
 
 from .program import YanCanvasProgram, export_generation
+from .quantization import with_int8_weights
 
-__all__ = ["YanCanvasProgram", "export_generation"]
+__all__ = ["YanCanvasProgram", "export_generation", "with_int8_weights"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_yan import with_int8_weights
 from modeling_yan.data import generate_stories
 from modeling_yan.evaluation import generate_answers
+from modeling_yan.export import with_int8_weights
 
 CHECKPOINTS = {"attention": "yan-transformer-tiny", "mamba": "yan-mamba-tiny"}
 
