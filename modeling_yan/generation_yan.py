@@ -114,7 +114,7 @@ class YanGenerationOutput(ModelOutput):
 
     Args:
         sequences: (B R, S + new tokens) ids: the prompt as it was given, the new tokens with their EOS, then padding.
-        tokens_per_forward: (B R,) new tokens up to and including EOS, over the number of trunk passes.
+        tokens_per_forward: (B R,) new tokens up to the end of the text, EOS included, over the number of trunk passes.
         num_trunk_passes: Passes through the flow's trunk in this call: N a canvas with "euler".
         trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
         experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
@@ -209,23 +209,26 @@ class YanGenerationMixin(GenerationMixin):
         num_rows = len(prompt) * options.num_return_sequences
         written = prompt.new_empty(num_rows, 0)
         finished = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
+        num_tokens = torch.zeros(num_rows, dtype=torch.long, device=prompt.device)
         canvases = []
         while written.shape[1] < max_new_tokens and not finished.all():
             forbidden = min_new_tokens - written.shape[1]
             canvas = self._write_canvas(context, context_mask, options, len(canvases), forbidden, streamer)
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
-            tokens, finished = _cut_at_eos(tokens, finished, options)
+            tokens, num_kept, finished = _cut_at_eos(tokens, finished, options)
             if stopping_criteria:
                 before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
-                tokens, finished = _cut_at_criteria(before, tokens, finished, stopping_criteria, options)
+                cut = tokens, num_kept, finished
+                tokens, num_kept, finished = _cut_at_criteria(before, *cut, stopping_criteria, options)
+            num_tokens += num_kept
             written = torch.cat([written, tokens], dim=1)
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
             if streamer is not None:
                 streamer.put(tokens.cpu())
         if streamer is not None:
             streamer.end()
-        written, num_tokens = _trim(written, options)
+        written = written[:, : int(num_tokens.max())]
         prompt = prompt.repeat_interleave(options.num_return_sequences, 0)
         sequences = torch.cat([prompt, written], dim=1) if options.return_prompt else written
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
@@ -469,31 +472,29 @@ def _is_eos(tokens, options):
 
 
 def _cut_at_eos(tokens, finished, options):
-    """Pad what follows the first EOS, and all of a row that was finished before; also: which rows are finished."""
+    """Pad what follows the first EOS, and all of a row that was finished before.
+
+    Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
+    """
     num_eos = _is_eos(tokens, options).long().cumsum(1)
     is_after = (num_eos - _is_eos(tokens, options).long() > 0) | finished.unsqueeze(1)
-    return tokens.masked_fill(is_after, _fill_token(options)), finished | (num_eos[:, -1] > 0)
+    is_finished = finished | (num_eos[:, -1] > 0)
+    return tokens.masked_fill(is_after, _fill_token(options)), (~is_after).sum(1), is_finished
 
 
-def _cut_at_criteria(before, tokens, finished, criteria, options):
-    """Pad what follows the token at which a criterion stops a row; also: which rows are finished."""
+def _cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
+    """Pad what follows the token at which a criterion stops a row; arguments and results as of `_cut_at_eos`."""
     criteria, tokens, is_over = StoppingCriteriaList(criteria), tokens.clone(), torch.zeros_like(finished)
     for stop in range(1, tokens.shape[1] + 1):
         is_over = is_over | criteria(torch.cat([before, tokens[:, :stop]], dim=1), None)
         tokens[is_over, stop:] = _fill_token(options)
-    return tokens, finished | is_over
+        num_kept = torch.where(is_over, num_kept.clamp(max=stop), num_kept)
+    return tokens, num_kept, finished | is_over
 
 
 def _fill_token(options):
     """What stands behind the end of a row."""
     return options.pad_token_id if options.pad_token_id is not None else (_eos_ids(options) or [0])[0]
-
-
-def _trim(written, options):
-    """Cut columns that are padding in every row; also the number of tokens of each row, EOS included."""
-    is_eos = _is_eos(written, options)
-    num_tokens = torch.where(is_eos.any(1), is_eos.long().argmax(1) + 1, written.shape[1])
-    return written[:, : int(num_tokens.max())], num_tokens
 
 
 def _output(sequences, num_tokens, canvases):

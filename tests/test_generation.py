@@ -590,6 +590,16 @@ class TestStoppingCriteria:
             end = places[0] + 1 if places else 12
             assert row.tolist() == [*tokens[:end].tolist(), *[PAD] * (stopped.shape[1] - end)]
 
+    def test_padding_behind_the_stop_counts_as_no_token(self, model, prompts):
+        token = int(new_tokens(model, prompts, max_new_tokens=12)[0, 4])
+        options = {"max_new_tokens": 12, "stopping_criteria": [StopBehind(token)], "return_dict_in_generate": True}
+        output = model.generate(prompts, **options)
+        written = output.sequences[:, prompts.shape[1] :]
+        is_end = (written == token) | (written == model.config.eos_token_id)
+        ends = torch.where(is_end.any(1), is_end.long().argmax(1) + 1, 12)
+        assert ends[0] <= 5
+        assert (output.tokens_per_forward * output.num_trunk_passes).round().tolist() == ends.tolist()
+
     def test_they_are_asked_as_if_tokens_were_written_one_by_one(self, model, prompts):
         criterion = StopBehind(VOCABULARY)
         sequences = model.generate(prompts, max_new_tokens=12, stopping_criteria=[criterion])
