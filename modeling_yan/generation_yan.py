@@ -6,6 +6,7 @@ K experts, N solver steps.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
-from .flow_matching_yan import SOLVERS, hashed_uniform, solve_flow
+from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
 from .trainer_yan import open_options
 
 FLOW_FIELDS = (
@@ -197,11 +198,12 @@ class YanGenerationMixin(GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
-        _refuse_autoregressive_options(kwargs, generation_config, self.generation_config)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        asked = [kwargs, *(config.to_diff_dict() for config in configs)]
+        _refuse_autoregressive_options(*asked)
         self.open_options = open_options(self.generation_config)
         options, model_kwargs = self._resolve_options(generation_config, kwargs, generator)
         prompt, mask = self._prepare_prompt(inputs, options, **model_kwargs)
-        asked = [kwargs, *(config.to_diff_dict() for config in (generation_config, self.generation_config) if config)]
         max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
             streamer.put(prompt.cpu())
@@ -211,7 +213,7 @@ class YanGenerationMixin(GenerationMixin):
         finished = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
         num_tokens = torch.zeros(num_rows, dtype=torch.long, device=prompt.device)
         canvases = []
-        while written.shape[1] < max_new_tokens and not finished.all():
+        while True:
             forbidden = min_new_tokens - written.shape[1]
             canvas = self._write_canvas(context, context_mask, options, len(canvases), forbidden, streamer)
             canvases.append(canvas)
@@ -223,9 +225,11 @@ class YanGenerationMixin(GenerationMixin):
                 tokens, num_kept, finished = _cut_at_criteria(before, *cut, stopping_criteria, options)
             num_tokens += num_kept
             written = torch.cat([written, tokens], dim=1)
-            context, context_mask = self._extend_context(context, context_mask, tokens, options)
             if streamer is not None:
                 streamer.put(tokens.cpu())
+            if written.shape[1] >= max_new_tokens or finished.all():
+                break
+            context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
             streamer.end()
         written = written[:, : int(num_tokens.max())]
@@ -289,12 +293,15 @@ class YanGenerationMixin(GenerationMixin):
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
         if attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
-        if not attention_mask.any(1).all() and options.bos_token_id is None:
+        fewest, most = _count_valid(attention_mask)
+        self._check_length(max(most, 1), "the prompt")
+        if fewest > 0:
+            return ids, attention_mask
+        if options.bos_token_id is None:
             raise ValueError("a prompt without valid token needs bos_token_id, which is None")
         is_empty = ~attention_mask.bool().any(1)
-        self._check_length(int(attention_mask.sum(1).max().clamp(min=1)), "the prompt")
         ids, attention_mask = ids.clone(), attention_mask.clone()
-        ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id or 0, 1
+        ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, attention_mask
 
     def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
@@ -302,12 +309,15 @@ class YanGenerationMixin(GenerationMixin):
         plan = _plan(options, index, num_without_eos)
         # without sampling, all rows share their noise
         num_noises = plan.repeats * len(context) if options.do_sample else 1
-        length, seed, device = options.canvas_length, options.seed + index, context.device
-        x_0 = self.start_noise((num_noises, length), context_mask.float(), seed)
+        shape, seed, device = (num_noises, options.canvas_length), options.seed + index, context.device
         if options.do_sample:
-            x_0 = options.temperature * x_0
+            x_0 = options.temperature * self.start_noise(shape, context_mask.float(), seed)
+        else:
+            x_0 = self.config.init_noise * _shared_noise(seed, (*shape, self.config.hidden_size), device)
         # of another seed than the start noise, or the expert would be a function of it
-        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, (num_noises, length, self.config.num_experts), device)
+        is_drawn = options.expert_choice == "sample"
+        expert_shape = (*shape, self.config.num_experts)
+        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, expert_shape, device) if is_drawn else None
         if hasattr(streamer, "put_draft"):
             return write_canvas(self, context, context_mask, x_0, expert_noise, plan, streamer)
         if options.compile_generation:
@@ -318,7 +328,10 @@ class YanGenerationMixin(GenerationMixin):
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_position_embeddings)
-        context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
+        if length == bucket and _count_valid(context_mask)[0] == length:
+            context_mask = None  # attention without a mask is faster
+        else:
+            context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
         is_gpu = context.device.type == "cuda"
         program = compiled_program(_compiler_settings(compile_config, is_gpu))
         if is_gpu:
@@ -356,12 +369,14 @@ def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPl
     """Encode the context and solve for one canvas of tokens: nothing but a function of tensors and the plan.
 
     Args:
-        model: A `YanForFlowGeneration`. context, context_mask: (B, S). streamer: Gets drafts, if there is one.
+        model: A `YanForFlowGeneration`. context, context_mask: (B, S); the mask may be None if all is valid.
         x_0: Start noise (B R or 1, L, D). expert_noise: Uniform numbers (B R or 1, L, K), for a sampled choice.
+        streamer: Gets drafts, if there is one.
     """
     latents = model.model(context, context_mask, return_dict=True).last_hidden_state
     if plan.repeats > 1:
-        latents, context_mask = (each.repeat_interleave(plan.repeats, 0) for each in (latents, context_mask))
+        latents = latents.repeat_interleave(plan.repeats, 0)
+        context_mask = None if context_mask is None else context_mask.repeat_interleave(plan.repeats, 0)
     length = x_0.shape[1]
     condition = model.condition(latents, context_mask, length)
     x_0 = x_0.to(latents.dtype).expand(len(latents), -1, -1)
@@ -401,6 +416,13 @@ def _copied(canvas: Canvas) -> Canvas:
     return replace(canvas, **copies)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _shared_noise(seed, shape, device) -> torch.Tensor:
+    """Standard normal numbers, remembered: deterministic generation begins every time with the same."""
+    return hashed_normal(seed, shape, device)
+
+
 def _plan(options, index, num_without_eos) -> CanvasPlan:
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
@@ -417,8 +439,7 @@ def _plan(options, index, num_without_eos) -> CanvasPlan:
 def _refuse_autoregressive_options(kwargs, *configs):
     """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
     defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
-    chosen = [config.to_diff_dict() for config in configs if config is not None]
-    chosen = [{name: value for name, value in options.items() if value != defaults.get(name)} for options in chosen]
+    chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
     for options in (kwargs, *chosen):
         names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
         if names:
@@ -450,10 +471,17 @@ def _draw_seed(generator):
     return int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
 
 
+def _count_valid(mask) -> list[int]:
+    """Fewest and most valid tokens of a row; waits for the device once."""
+    return torch.stack(mask.sum(1).aminmax()).tolist()
+
+
 def _left_align(ids, mask):
     """The valid tokens of every row moved to its start, and the width cut to the longest row."""
+    fewest, width = _count_valid(mask)
+    if fewest == mask.shape[1]:
+        return ids, mask
     order = (1 - mask.clamp(max=1)).argsort(dim=1, stable=True)
-    width = int(mask.sum(1).max())
     return ids.gather(1, order)[:, :width], mask.gather(1, order)[:, :width]
 
 
@@ -468,7 +496,7 @@ def _eos_ids(options):
 
 
 def _is_eos(tokens, options):
-    return torch.isin(tokens, torch.tensor(_eos_ids(options), dtype=tokens.dtype, device=tokens.device))
+    return reduce(torch.logical_or, (tokens == eos for eos in _eos_ids(options)), torch.zeros_like(tokens, dtype=bool))
 
 
 def _cut_at_eos(tokens, finished, options):
@@ -476,8 +504,9 @@ def _cut_at_eos(tokens, finished, options):
 
     Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
     """
-    num_eos = _is_eos(tokens, options).long().cumsum(1)
-    is_after = (num_eos - _is_eos(tokens, options).long() > 0) | finished.unsqueeze(1)
+    is_eos = _is_eos(tokens, options).long()
+    num_eos = is_eos.cumsum(1)
+    is_after = (num_eos > is_eos) | finished.unsqueeze(1)
     is_finished = finished | (num_eos[:, -1] > 0)
     return tokens.masked_fill(is_after, _fill_token(options)), (~is_after).sum(1), is_finished
 
