@@ -1,0 +1,144 @@
+"""What only a GPU can show; on a machine without one everything here is skipped."""
+
+import copy
+
+import pytest
+import torch
+
+from modeling_yan import YanForFlowGeneration, mamba_yan
+from modeling_yan.experts_yan import static_grouped_linear
+from modeling_yan.generation_yan import CanvasPlan, write_canvas
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NUM_STEPS, LENGTH = 3, 8
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def model(make_model) -> YanForFlowGeneration:
+    """A model in evaluation mode on the CPU whose tokens depend on prompt, noise and time."""
+    model = make_model(initializer_range=0.3)
+    torch.nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
+    return model
+
+
+@pytest.fixture
+def prompts() -> torch.LongTensor:
+    return torch.randint(4, 64, (5, 11), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_a_gpu_writes_the_tokens_of_the_cpu(model, prompts, padding):
+    mask = torch.ones_like(prompts)
+    if padding != "none":
+        mask[1, :4] = mask[3, :9] = 0
+        mask = mask.flip(1) if padding == "right" else mask
+    expected = model.generate(prompts, attention_mask=mask)
+    actual = copy.deepcopy(model).cuda().generate(prompts.cuda(), attention_mask=mask.cuda())
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_samples_of_a_seed_are_the_same_on_both_devices(model, prompts):
+    options = {"do_sample": True, "expert_choice": "sample", "num_return_sequences": 3, "seed": 5}
+    expected = model.generate(prompts, **options)
+    actual = copy.deepcopy(model).cuda().generate(prompts.cuda(), **options)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_cpu(model, prompts):
+    labels = prompts[:, :LENGTH]
+    outputs = []
+    for device in ("cpu", "cuda"):
+        copied = copy.deepcopy(model).to(device).eval()  # fixed noise and times
+        loss = copied(prompts.to(device), labels=labels.to(device), num_flow_steps=NUM_STEPS).loss
+        loss.backward()
+        gradients = {name: p.grad.cpu() for name, p in copied.named_parameters() if p.grad is not None}
+        outputs.append((loss.detach().cpu(), gradients))
+    (expected, expected_gradients), (actual, gradients) = outputs
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = expected_gradients[name].abs().max()
+        torch.testing.assert_close(
+            gradient / (scale + 1e-6), expected_gradients[name] / (scale + 1e-6), rtol=0, atol=2e-3
+        )
+
+
+def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
+    model = model.cuda()
+    plan = CanvasPlan(NUM_STEPS, "euler", "argmax", 1, (), (), 0, False)
+    noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
+    prompts = prompts.cuda()
+    with torch.no_grad():
+        expected = write_canvas(model, prompts, torch.ones_like(prompts), noise, None, plan)  # kernels are built
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            canvas = compiled_parts_alone(model, prompts, noise, plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(canvas.tokens, expected.tokens)
+
+
+def compiled_parts_alone(model, prompts, noise, plan):
+    """Without a mask: transformers looks at the values of one to leave it out, but not under a compiler."""
+    model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at the prompt's values, too
+    return write_canvas(model, prompts, None, noise, None, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_writes_most_of_the_same_tokens(model, prompts, dtype):
+    model = model.cuda()
+    expected = model.generate(prompts.cuda(), return_prompt=False, min_new_tokens=LENGTH)
+    actual = model.to(dtype).generate(prompts.cuda(), return_prompt=False, min_new_tokens=LENGTH)
+    assert (actual == expected).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_cuda_graph_writes_the_plain_tokens(model, prompts, dtype):
+    model, prompts = model.to("cuda", dtype), prompts.cuda()
+    mask = torch.ones_like(prompts)
+    mask[1, :4] = 0
+    for ids in (prompts, prompts.flip(1)):  # the second call replays the graph
+        expected = model.generate(ids, attention_mask=mask, return_prompt=False, min_new_tokens=LENGTH)
+        actual = model.generate(
+            ids, attention_mask=mask, return_prompt=False, min_new_tokens=LENGTH, compile_generation=True
+        )
+        if dtype == torch.float32:
+            assert torch.equal(actual, expected)
+        else:
+            assert (actual == expected).float().mean() > 0.8
+
+
+def test_the_grouped_product_equals_one_layer_after_the_other():
+    torch.manual_seed(0)
+    sizes = torch.tensor([5, 0, 17, 42], device="cuda")
+    tokens = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(48, 32, device="cuda", dtype=torch.bfloat16) / 6 for _ in sizes]
+    biases = [torch.randn(48, device="cuda", dtype=torch.bfloat16) for _ in sizes]
+    actual = static_grouped_linear(tokens, sizes, weights, biases)
+    parts = tokens.double().split(sizes.tolist())
+    expected = [part @ w.double().T + b.double() for part, w, b in zip(parts, weights, biases, strict=True)]
+    torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(mamba_yan.selective_scan_fn is None, reason="needs mamba-ssm")
+@pytest.mark.parametrize("length", [1, 37, 300])
+def test_the_kernel_of_mamba_ssm_equals_the_package_s_own(length, monkeypatch):
+    torch.manual_seed(length)
+    shape = (2, 3, length)
+    x, dt = torch.randn(*shape, 20, device="cuda"), torch.rand(*shape, 20, device="cuda")
+    a_matrix = -torch.rand(2, 20, 16, device="cuda") - 0.1
+    b, c = torch.randn(*shape, 16, device="cuda"), torch.randn(*shape, 16, device="cuda")
+    inputs = [tensor.requires_grad_() for tensor in (x, dt, a_matrix, b, c)]
+    weight = torch.randn(*shape, 20, device="cuda")
+    outputs = []
+    for kernel in (mamba_yan.selective_scan_fn, None):
+        monkeypatch.setattr(mamba_yan, "selective_scan_fn", kernel)
+        y = mamba_yan.selective_scan(*inputs)
+        outputs.append((y.detach(), *torch.autograd.grad((y * weight).sum(), inputs)))
+    for actual, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
