@@ -1,5 +1,6 @@
 """The experiments run from end to end at the smallest size, and their files say what was measured."""
 
+import gzip
 import importlib.util
 import json
 import sys
@@ -203,12 +204,30 @@ def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):
 def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     words = ["--config", folders / "preset", "--tokenizer", folders / "yan", "--output_dir", folders / "out"]
     words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]
-    words += ["--max_steps", 4, "--trial_share", 0.5, "--learning_rates", 1e-3, 3e-3, "--warmup_steps", 1]
+    (folders / "more.jsonl.gz").write_bytes(gzip.compress((folders / "pairs.jsonl").read_bytes()))
+    words += [
+        folders / "more.jsonl.gz",
+        "--metrics",
+        "exact_match",
+        "rouge",
+        "--max_steps",
+        4,
+        "--trial_share",
+        0.5,
+        "--learning_rates",
+        1e-3,
+        3e-3,
+        "--warmup_steps",
+        1,
+    ]
     words += ["--per_device_train_batch_size", 4, "--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
     words += ["--peak_tflops", 0.1]
     load_script("compare").main(list(map(str, words)))
-    rows = json.loads((folders / "out" / "table.json").read_text())
+    rows = json.loads((folders / "out" / "pairs" / "table.json").read_text())
     assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUTS}
+    more = json.loads((folders / "out" / "more" / "table.json").read_text())
+    scores = [[row["figures"]["rougeL"]["mean"] for row in table] for table in (rows, more)]
+    assert scores[0] == scores[1]
     sizes = [row["parameters"] for row in rows]
     assert max(sizes) < 1.05 * min(sizes)
     for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUTS):

@@ -159,4 +159,8 @@ class Models:
                 nn.init.normal_(parameter, std=0.02)
         else:
             model = make_baseline(name, self.config("transformer"))
+        if (
+            name == "masked_diffusion" and self.device.type == "cuda"
+        ):  # transformers compiles the decoders' steps itself
+            model.canvas_logits = torch.compile(model.canvas_logits, mode="reduce-overhead", dynamic=False)
         return model.to(self.device, self.dtype).eval()

@@ -12,18 +12,18 @@ def part_calls(model, prompt: torch.LongTensor, length: int, num_steps: int) -> 
 
     The names and what belongs to them are those of `costs.part_costs`.
     """
-    flow, mask = model.flow, torch.ones_like(prompt)
+    flow = model.flow
     positions = model.model.embeddings.position_embeddings.weight[:length]
     times = torch.tensor(solver_times(num_steps), device=prompt.device)
 
     def encoder():
-        return model.model(prompt, mask, return_dict=True).last_hidden_state
+        return model.model(prompt, return_dict=True).last_hidden_state
 
     latents = encoder()
     x = model.start_noise((1, length), latents).expand(len(prompt), -1, -1)
 
     def prepare():
-        return flow.modulation(times), model.condition(latents, mask, length)
+        return flow.modulation(times), model.condition(latents, canvas_length=length)
 
     def trunk():
         modulation, condition = prepare()

@@ -1,7 +1,7 @@
 """How fast YAN writes, side by side with a naive YAN and with autoregressive and diffusion models of equal size.
 
-Everything runs in one process, in interleaved rounds after a warm-up; no text ends early. The results are written to
-the output file after every cell (batch size and length), so that a run that is stopped keeps what it has.
+Everything runs in one process, in interleaved rounds after a warm-up of all of it; no text ends early. The results are
+written to the output file after every cell (batch size and length), so that a run that is stopped keeps what it has.
 
     python examples/benchmark/speed.py --output outputs/speed.json
     python examples/benchmark/speed.py --preset tiny --lengths 16 32 --output outputs/tiny.json
@@ -9,13 +9,25 @@ the output file after every cell (batch size and length), so that a run that is 
 """
 
 import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from contenders import VARIANTS, Contender, Models, choose_contenders
 from costs import part_costs
 from parts import part_calls
-from timing import interleave, machine_description, machine_limits, num_repeats, seconds_of, summary, write_json
+from timing import (
+    interleave,
+    machine_description,
+    machine_limits,
+    num_repeats,
+    recorded,
+    seconds_of,
+    summary,
+    write_json,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS_STEPS = 3
@@ -35,6 +47,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--budget_s", type=float, default=60, help="most seconds of measurement of a model in a cell")
     parser.add_argument("--compiled", action="store_true", help="also YAN at 3 steps as one compiled program")
     parser.add_argument("--int8", action="store_true", help="also YAN at 3 steps with int8 weights, on a CPU")
+    parser.add_argument("--wait_for", type=Path, help="measure, after the warm-up, only once this file exists")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
     options = parser.parse_args(arguments)
     for name in ("lengths", "batch_sizes", "prompt_length", "repeats"):
@@ -82,16 +95,29 @@ def warm_up(call, device: torch.device, shape: tuple[int, int], name: str) -> fl
     seconds = seconds_of(lambda: tokens.append(call()), device)
     if tokens[0].shape != shape:
         raise RuntimeError(f"{name} wrote tokens of shape {tuple(tokens[0].shape)} instead of {shape}")
-    return seconds if device.type == "cpu" else seconds_of(call, device)
+    for _ in range(0 if device.type == "cpu" else 2):  # a compiled program is recorded as a graph in its second call
+        seconds = seconds_of(call, device)
+    return seconds
 
 
-def measure_cell(contenders, models: Models, predictor, batch: int, length: int, options) -> list[dict]:
-    """The results of all contenders in one cell; what is predicted to exceed the budget is left out and says so."""
+@dataclass
+class Cell:
+    """What is measured at one batch size and length: calls that are warm, how often, and why others are skipped."""
+
+    batch: int
+    length: int
+    calls: dict[str, Callable]
+    repeats: dict[str, int]
+    skipped: dict[str, str]
+
+
+def prepare_cell(contenders, models: Models, predictor, batch: int, length: int, options) -> Cell:
+    """Warm up all contenders; what is predicted to exceed the budget is left out."""
     device, shape = models.device, (batch, length)
     prompt = random_prompt(models, batch, options.prompt_length)
     calls, repeats, skipped = {}, {}, {}
     for contender in contenders:
-        name, predicted = contender.name, predictor.predict(contender, batch, length)
+        started, name, predicted = time.perf_counter(), contender.name, predictor.predict(contender, batch, length)
         if predicted > options.budget_s:
             skipped[name] = f"predicted to take {predicted:.0f} s a call"
             continue
@@ -99,19 +125,28 @@ def measure_cell(contenders, models: Models, predictor, batch: int, length: int,
         seconds = warm_up(calls[name], device, shape, name)
         predictor.record(contender, batch, length, seconds)
         repeats[name] = num_repeats(seconds, options.repeats, options.budget_s)
-    seconds = interleave(calls, repeats, device)
-    cell = {"batch": batch, "length": length, "prompt_length": options.prompt_length}
+        print(f"{name:>28}  batch {batch:>3}  length {length:>5}  warm in {time.perf_counter() - started:.1f} s")
+    return Cell(batch, length, calls, repeats, skipped)
+
+
+def measure_cell(cell: Cell, device: torch.device, prompt_length: int) -> list[dict]:
+    """The results of all contenders; what is left out says so."""
+    seconds = interleave(cell.calls, cell.repeats, device)
+    about = {"batch": cell.batch, "length": cell.length, "prompt_length": prompt_length}
+    tokens = cell.batch * cell.length
     measured = [
-        {"model": name, **cell, "seconds": summary(s), "tokens_per_s": batch * length / summary(s)["median"]}
+        {"model": name, **about, "seconds": summary(s), "tokens_per_s": tokens / summary(s)["median"]}
         for name, s in seconds.items()
     ]
-    return measured + [{"model": name, **cell, "skipped": reason} for name, reason in skipped.items()]
+    return measured + [{"model": name, **about, "skipped": reason} for name, reason in cell.skipped.items()]
 
 
 def measure_parts(models: Models, variant: str, batch: int, length: int, options, limits) -> dict:
     """Seconds of YAN's parts at three steps, beside the floor that the machine's limits set them."""
     prompt = random_prompt(models, batch, options.prompt_length)
     calls = part_calls(models.get(f"yan-{variant}"), prompt, length, PARTS_STEPS)
+    if models.device.type == "cuda":  # launched one by one, they would wait for the host
+        calls = {name: recorded(call) for name, call in calls.items()}
     repeats = {}
     for name, call in calls.items():
         call()
@@ -156,21 +191,27 @@ def main(arguments=None):
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     contenders = choose_contenders(options.models, options.compiled, options.int8)
     models = Models(options.preset, options.prompt_length, max(options.lengths), device, dtype)
-    limits, predictor = machine_limits(device, dtype), Predictor(device)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    predictor = Predictor(device)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "wait_for")}
+    sizes = [(batch, length) for batch in sorted(options.batch_sizes) for length in sorted(options.lengths)]
+    cells = [prepare_cell(contenders, models, predictor, *size, options) for size in sizes]
+    while options.wait_for and not options.wait_for.exists():
+        time.sleep(1)
+    limits = machine_limits(device, dtype)
     content = {"machine": {**machine_description(device), **limits}, "settings": settings}
     content |= {"parameters": {}, "cells": [], "parts": []}
-    for batch in sorted(options.batch_sizes):
-        for length in sorted(options.lengths):
-            cells = measure_cell(contenders, models, predictor, batch, length, options)
-            report(cells)
-            content["cells"] += cells
-            content["parameters"] = {c.model: models.get(c.model).num_parameters() for c in contenders}
-            for variant in VARIANTS:
-                if any(contender.model == f"yan-{variant}" for contender in contenders):
-                    parts = measure_parts(models, variant, batch, length, options, limits)
-                    content["parts"].append({"model": f"yan-{variant}", "batch": batch, "length": length, **parts})
-            write_json(options.output, content)
+    for cell in cells:
+        results = measure_cell(cell, device, options.prompt_length)
+        report(results)
+        content["cells"] += results
+        content["parameters"] = {c.model: models.get(c.model).num_parameters() for c in contenders}
+        write_json(options.output, content)
+    for batch, length in sizes:
+        for variant in VARIANTS:
+            if any(contender.model == f"yan-{variant}" for contender in contenders):
+                parts = measure_parts(models, variant, batch, length, options, limits)
+                content["parts"].append({"model": f"yan-{variant}", "batch": batch, "length": length, **parts})
+        write_json(options.output, content)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,20 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def recorded(call: Callable[[], object]) -> Callable[[], None]:
+    """The call's kernels as a CUDA graph, whose replay costs the host next to nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def summary(seconds: list[float]) -> dict:
     """Median and range of some timings, and the timings themselves, in seconds."""
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "all": seconds}
@@ -49,10 +63,10 @@ def interleave(calls: dict[str, Callable], repeats: dict[str, int], device: torc
 def machine_limits(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> dict:
     """Bandwidth (bytes/s) of a copy and FLOP/s of a matrix product, each the best of `repeats`."""
     is_gpu = device.type == "cuda"
-    source = torch.ones((2**30 if is_gpu else 2**28) // dtype.itemsize, dtype=dtype, device=device)
+    source = torch.randn((2**30 if is_gpu else 2**28) // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     width = 8192 if is_gpu else 2048
-    a, b = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
 
     def best(call):
         call()

@@ -7,17 +7,20 @@
 Models: yan; flow_matching, a YAN with one expert; decoder and encoder_decoder, both autoregressive; masked_diffusion.
 All have the size of the preset, and `--max_steps` updates of as many rows. YAN divides its updates between its two
 stages (`--autoencoder_share`) and sees the same pairs in both. Learning rates, one choice per stage, are chosen on the
-validation file, the table is measured on the test file, with and without the reference's length. A run that was killed
-goes on when the command is given again. Writes table.md, table.json, and a folder per model with learning_rates.json.
+validation file, and every test file gives a table, with and without the reference's length. A run that was killed
+goes on when the command is given again. Writes a folder per model with learning_rates.json, and table.md and
+table.json, with several test files into a folder for each.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
+
 from modeling_yan import YanConfig
 from modeling_yan.baselines import INPUTS, match_size
 from modeling_yan.data import read_rows
-from modeling_yan.evaluation import RunOptions, evaluate_models, format_table
+from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, evaluate_models, format_table
 from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate
 
 NUM_EXPERTS = {"yan": None, "flow_matching": 1}
@@ -29,7 +32,8 @@ def train_stage(stage: str, config: str | Path, output_dir: Path, max_steps: int
         return
     shared = ("tokenizer", "train_file", "validation_file", "per_device_train_batch_size", "use_cpu", "seed")
     settings = {name: getattr(options, name) for name in (*shared, "max_source_length", "warmup_steps", "peak_tflops")}
-    schedule = {"max_steps": max_steps, "save_steps": max(1, max_steps // 8), "decay_steps": max_steps // 3}
+    save_steps = max(1, max_steps // options.num_validations)
+    schedule = {"max_steps": max_steps, "save_steps": save_steps, "decay_steps": max_steps // 3}
     arguments = PretrainingArguments(
         stage, str(config), output_dir=str(output_dir), report_to=["none"], bucket_batches=8, **settings, **schedule
     )
@@ -63,7 +67,7 @@ def parse_options(arguments):
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--train_file", nargs="+", required=True, help="rows with source and target")
     parser.add_argument("--validation_file", nargs="+", required=True, help="pairs that the rates are chosen on")
-    parser.add_argument("--test_file", required=True, help="pairs that the table is measured on")
+    parser.add_argument("--test_file", nargs="+", required=True, help="pairs; each file gives a table")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(models), choices=models)
     parser.add_argument("--baseline", default="decoder", help="the model that the others are tested against")
@@ -71,13 +75,15 @@ def parse_options(arguments):
     parser.add_argument("--autoencoder_share", type=float, default=0.5, help="YAN: share of the first stage")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--trial_share", type=float, default=0.2)
+    parser.add_argument("--num_validations", type=int, default=8, help="of a stage, each with a checkpoint")
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--per_device_train_batch_size", type=int, default=32)
     parser.add_argument("--max_source_length", type=int, default=64)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the machine; measured if 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--use_cpu", action="store_true")
-    parser.add_argument("--num_rows", type=int, default=1000, help="rows of the table")
+    parser.add_argument("--num_rows", type=int, default=1000, help="rows of a table")
+    parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, choices=METRIC_NAMES, metavar="NAME")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--num_flow_steps", type=int, default=3)
     parser.add_argument("--num_diffusion_steps", type=int, default=16)
@@ -91,17 +97,30 @@ def parse_options(arguments):
 def main(arguments: list[str] | None = None):
     options = parse_options(arguments)
     folders = {name: str(train_model(name, options)) for name in options.models}
-    rows = read_rows(options.test_file)[: options.num_rows]
     settings = RunOptions(
         max_new_tokens=options.max_new_tokens,
         num_flow_steps=options.num_flow_steps,
         num_diffusion_steps=options.num_diffusion_steps,
         num_seeds=options.seeds,
     )
-    about = {"max_steps": options.max_steps, "data": options.test_file}
+    device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
+    for file in options.test_file:
+        print(file, evaluate(file, folders, settings, device, options), sep="\n")
+
+
+def evaluate(file: str, folders: dict[str, str], settings: RunOptions, device: str, options) -> str:
+    """The table of one test file, which is also written."""
+    name = Path(file).name.split(".")[0]
+    output_dir = options.output_dir / name if len(options.test_file) > 1 else options.output_dir
+    rows = read_rows(file)[: options.num_rows]
+    about = {"max_steps": options.max_steps, "data": file}
     baseline = folders[options.baseline]
-    table = evaluate_models(list(folders.values()), rows, options.output_dir, settings, baseline, description=about)
-    print(format_table(table))
+    models = list(folders.values())
+    return format_table(
+        evaluate_models(
+            models, rows, output_dir, settings, baseline, device, description=about, metrics=options.metrics
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -98,7 +97,13 @@ def continuation(text: str, rng: random.Random, mask_token: str) -> Row | None:
     }
 
 
+def classification(text: str, label: str, answer_slot: str = "") -> Row:
+    """The text's label in words as the target; `answer_slot` as in `last_word`."""
+    return {"source": f"{answer_slot}Kind: {' '.join(text.split())}", "target": label, "task": "classification"}
+
+
 TEXT_TASKS: dict[str, TextTask] = {"infilling": infilling, "last_word": last_word, "continuation": continuation}
+CLASSIFICATION = "classification"  # not among them: it takes a label beside the text
 
 
 def split_sentences(text: str) -> list[str]:
@@ -130,23 +135,34 @@ def build_pairs(
     max_words: int,
     mask_token: str = "<mask>",
     is_wanted: Callable[[Row], bool] = lambda pair: True,
+    label_column: str | None = None,
     **details: Any,
 ) -> list[Row]:
     """Make `num_rows` pairs with different sources from texts in random order, each cropped to `max_words` words.
 
     Every text is used once before any is used again. Pairs that are not wanted are left out. `details` are handed to
-    the task's formatter.
+    the task's formatter. Classification takes its labels from `label_column`.
 
     Raises:
-        ValueError: the task is unknown, or the texts have no more to give (a whole round over them added nothing).
+        ValueError: the task is unknown, it lacks a column of labels, or the texts have no more to give (a whole round
+            over them added nothing).
     """
-    if task not in TEXT_TASKS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(TEXT_TASKS)}")
+    if task not in (*TEXT_TASKS, CLASSIFICATION):
+        raise ValueError(f"unknown task {task!r}; known are {', '.join((*TEXT_TASKS, CLASSIFICATION))}")
+    if task == CLASSIFICATION and not (text_rows and label_column in text_rows[0]):
+        columns = ", ".join(text_rows[0]) if text_rows else "none, for there are no rows"
+        raise ValueError(f"label_column={label_column!r}: must be a column of the rows, which have {columns}")
     rng = random.Random(seed)
+
+    def make(row: Row, crop: str) -> Row | None:
+        if task == CLASSIFICATION:
+            return classification(crop, row[label_column], **details)
+        return TEXT_TASKS[task](crop, rng, mask_token, **details)
+
     pairs: dict[str, Row] = {}
     while len(pairs) < num_rows:
         before = len(pairs)
-        for pair in _one_round(text_rows, partial(TEXT_TASKS[task], **details), max_words, mask_token, rng):
+        for pair in _one_round(text_rows, make, max_words, rng):
             if is_wanted(pair):
                 pairs.setdefault(pair["source"], pair)
             if len(pairs) == num_rows:
@@ -157,12 +173,12 @@ def build_pairs(
 
 
 def _one_round(
-    text_rows: Sequence[Row], task: TextTask, max_words: int, mask_token: str, rng: random.Random
+    text_rows: Sequence[Row], make: Callable[[Row, str], Row | None], max_words: int, rng: random.Random
 ) -> Iterator[Row]:
     """One pair for every text that gives one, in random order."""
     for row in rng.sample(text_rows, len(text_rows)):
         crop = crop_sentences(row["text"], max_words, rng)
-        pair = task(crop, rng, mask_token) if crop else None
+        pair = make(row, crop) if crop else None
         if pair:
             yield pair
 
@@ -190,12 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write a fixed set of pairs from the command line."""
     parser = argparse.ArgumentParser(description="Turn a file of texts into source and target pairs of one task.")
     parser.add_argument("--file", required=True, help="a .jsonl or .jsonl.gz file of texts")
-    parser.add_argument("--task", choices=list(TEXT_TASKS), required=True)
+    parser.add_argument("--task", choices=[*TEXT_TASKS, CLASSIFICATION], required=True)
     parser.add_argument("--num_rows", type=int, required=True)
     parser.add_argument("--max_words", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mask_token", default="<mask>")
-    parser.add_argument("--answer_slot", help="what begins every source of last_word, such as '<mask><mask> '")
+    parser.add_argument("--label_column", help="classification: the column of the rows that names their kind")
+    parser.add_argument("--answer_slot", help="what begins a source of last_word or classification, '<mask><mask> '")
     parser.add_argument("--mask_ratio", type=float, help="share of the words that infilling hides, 0.08 if not given")
     parser.add_argument("--tokenizer", help="folder or hub name: infilling shows one mask for each hidden token of it")
     parser.add_argument("--max_target_tokens", type=int, help="leave out longer targets, in tokens of --tokenizer")
@@ -206,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _build_chosen(options: argparse.Namespace, refuse: Callable[[str], None]) -> list[Row]:
     """The pairs that the options of the command line ask for."""
-    details = {name: getattr(options, name) for name in ("answer_slot", "mask_ratio")}
+    details = {name: getattr(options, name) for name in ("answer_slot", "mask_ratio", "label_column")}
     details = {name: value for name, value in details.items() if value is not None}
     if options.max_target_tokens is not None and options.tokenizer is None:
         refuse("--max_target_tokens needs --tokenizer")

@@ -159,6 +159,17 @@ def test_build_pairs_says_when_there_is_no_more():
         build_pairs([], "poem", num_rows=1, seed=0, max_words=10)
 
 
+def test_classification_takes_its_labels_from_a_column():
+    text_rows = [{"text": "A dog ran.", "kind": "dogs"}, {"text": "A cow ate.", "kind": "cows"}]
+    pairs = build_pairs(text_rows, "classification", 2, seed=0, max_words=9, label_column="kind", answer_slot="_ ")
+    assert {(pair["source"], pair["target"]) for pair in pairs} == {
+        ("_ Kind: A dog ran.", "dogs"),
+        ("_ Kind: A cow ate.", "cows"),
+    }
+    with pytest.raises(ValueError, match="label_column='group': must be a column of the rows, which have text, kind"):
+        build_pairs(text_rows, "classification", 2, seed=0, max_words=9, label_column="group")
+
+
 def test_command(tmp_path):
     text_rows = [{"text": TEXT}] * 3
     write_rows(tmp_path / "texts.jsonl.gz", text_rows)
