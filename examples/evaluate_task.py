@@ -9,9 +9,9 @@
 
 Every figure comes without and with the reference's length ("oracle"). YAN is measured with `do_sample=True` at
 temperature 1, once per seed, and with `do_sample=False`, where every run gives the same text; masked diffusion keeps
-the surest tokens first, and autoregressive models decode greedily with their cache, which no seed changes. Files of
-the output folder: metrics.json, predictions.jsonl. Several models give one such folder each, and table.json and
-table.md of them all, with paired tests against `--baseline`.
+the surest tokens first, and autoregressive models decode greedily, which no seed changes, with their cache (baselines
+with convolutions have none and are slower). Files of the output folder: metrics.json, predictions.jsonl. Several
+models give one such folder each, and table.json and table.md of them all, with paired tests against `--baseline`.
 """
 
 import argparse

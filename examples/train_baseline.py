@@ -4,8 +4,10 @@
         --tokenizer TOKENIZER --train_file pairs.jsonl.gz --validation_file held-out.jsonl.gz --output_dir decoder \
         --max_steps 8000 --learning_rates 3e-4 1e-3 3e-3
 
-Stages: decoder (autoregressive), encoder_decoder (autoregressive), masked_diffusion; and YAN's own two, autoencoder
-and flow, so that it gets the same choice. Plain flow matching is a YAN whose preset has one expert and the same size:
+Stages: decoder (autoregressive), encoder_decoder (autoregressive), masked_diffusion; decoder_conv and so on, whose
+self-attention sees the preset's short convolution (`attention_conv_kernel`), as YAN's does; and YAN's own two,
+autoencoder and flow, so that it gets the same choice. Plain flow matching is a YAN whose preset has one expert and the
+same size:
 
     python -m modeling_yan.baselines.sizes --config configuration/yan-transformer-tiny --num_experts 1 --output preset
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig, YanForFlowGeneration
-from modeling_yan.baselines import INPUTS, count_parameters, make_baseline
+from modeling_yan.baselines import CONVOLVED, INPUTS, count_parameters, make_baseline
 from modeling_yan.data import write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,7 @@ def tokenizer():
 def config(tokenizer):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
     sizes |= {"num_decoder_layers": 1, "max_position_embeddings": 64, "canvas_length": 16, "num_experts": 2}
+    sizes["attention_conv_kernel"] = 3
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
     ids = {name: getattr(tokenizer, name) for name in names}
     return YanConfig(vocab_size=len(tokenizer), initializer_range=0.3, tie_word_embeddings=True, **sizes, **ids)
@@ -205,24 +206,13 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     words = ["--config", folders / "preset", "--tokenizer", folders / "yan", "--output_dir", folders / "out"]
     words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]
     (folders / "more.jsonl.gz").write_bytes(gzip.compress((folders / "pairs.jsonl").read_bytes()))
-    words += [
-        folders / "more.jsonl.gz",
-        "--metrics",
-        "exact_match",
-        "rouge",
-        "--max_steps",
-        4,
-        "--trial_share",
-        0.5,
-        "--learning_rates",
-        1e-3,
-        3e-3,
-        "--warmup_steps",
-        1,
-    ]
+    words += [folders / "more.jsonl.gz", "--metrics", "exact_match", "rouge", "--max_steps", 4, "--warmup_steps", 1]
+    words += ["--trial_share", 0.5, "--learning_rates", 1e-3, 3e-3]
     words += ["--per_device_train_batch_size", 4, "--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
     words += ["--peak_tflops", 0.1]
-    load_script("compare").main(list(map(str, words)))
+    compare = load_script("compare")
+    assert set(compare.parse_options(list(map(str, words))).models) == {"yan", "flow_matching", *INPUTS} - {*CONVOLVED}
+    compare.main(list(map(str, [*words, "--models", "yan", "flow_matching", *INPUTS])))
     rows = json.loads((folders / "out" / "pairs" / "table.json").read_text())
     assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUTS}
     more = json.loads((folders / "out" / "more" / "table.json").read_text())

@@ -5,6 +5,9 @@
         --output_dir results/compare --max_steps 8000
 
 Models: yan; flow_matching, a YAN with one expert; decoder and encoder_decoder, both autoregressive; masked_diffusion.
+Where `--models` names them, also decoder_conv, encoder_decoder_conv and masked_diffusion_conv: their self-attention
+sees the preset's short convolution (`attention_conv_kernel`), as YAN's does.
+
 All have the size of the preset, and `--max_steps` updates of as many rows. YAN divides its updates between its two
 stages (`--autoencoder_share`) and sees the same pairs in both. Learning rates, one choice per stage, are chosen on the
 validation file, and every test file gives a table, with and without the reference's length. A run that was killed
@@ -18,7 +21,7 @@ from pathlib import Path
 import torch
 
 from modeling_yan import YanConfig
-from modeling_yan.baselines import INPUTS, match_size
+from modeling_yan.baselines import CONVOLVED, INPUTS, match_size
 from modeling_yan.data import read_rows
 from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, evaluate_models, format_table
 from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate
@@ -62,6 +65,7 @@ def train_model(name: str, options) -> Path:
 
 def parse_options(arguments):
     models = (*NUM_EXPERTS, *INPUTS)
+    default = [name for name in models if name not in CONVOLVED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="folder or hub name of a YAN preset")
     parser.add_argument("--tokenizer", required=True)
@@ -69,7 +73,7 @@ def parse_options(arguments):
     parser.add_argument("--validation_file", nargs="+", required=True, help="pairs that the rates are chosen on")
     parser.add_argument("--test_file", nargs="+", required=True, help="pairs; each file gives a table")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=list(models), choices=models)
+    parser.add_argument("--models", nargs="+", default=default, choices=models)
     parser.add_argument("--baseline", default="decoder", help="the model that the others are tested against")
     parser.add_argument("--max_steps", type=int, default=8000, help="updates of every model, all its stages together")
     parser.add_argument("--autoencoder_share", type=float, default=0.5, help="YAN: share of the first stage")

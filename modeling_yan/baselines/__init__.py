@@ -3,14 +3,18 @@
 from importlib import import_module
 from typing import Any
 
-from .inputs import INPUTS, write_targets
+from .convolution import ConvolvedDecoder, ConvolvedEncoderDecoder
+from .inputs import CONVOLVED, INPUTS, write_targets
 from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
 
 _SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
 
 __all__ = [
     *_SIZES,
+    "CONVOLVED",
     "INPUTS",
+    "ConvolvedDecoder",
+    "ConvolvedEncoderDecoder",
     "MaskedDiffusion",
     "MaskedDiffusionConfig",
     "write_targets",

@@ -44,6 +44,8 @@ INPUTS: dict[str, Callable[[Batch, int], Batch]] = {
     "encoder_decoder": encoder_decoder_inputs,
     "masked_diffusion": masked_diffusion_inputs,
 }
+CONVOLVED = {f"{kind}_conv": kind for kind in INPUTS}  # with YAN's short convolution, and what they are without it
+INPUTS |= {name: INPUTS[kind] for name, kind in CONVOLVED.items()}
 
 
 def pad_left(input_ids: torch.LongTensor, attention_mask: torch.LongTensor):

@@ -8,6 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from .convolution import ConvolvedLlama
+from .inputs import pad_left
 
 IGNORED = -100
 MIN_MASKED_SHARE = 1e-3  # the weight 1 / t of a token must stay finite
@@ -26,6 +30,7 @@ class MaskedDiffusionConfig(LlamaConfig):
     Args:
         mask_token_id: The absorbing token. eos_token_id: Fills the canvas behind a text.
         canvas_length: Longest canvas. num_diffusion_steps: Steps of `generate` unless it is told otherwise.
+        attention_conv_kernel: Width of a short convolution before self-attention, in tokens, odd; 0 for none.
     """
 
     model_type = "yan-masked-diffusion"
@@ -34,6 +39,7 @@ class MaskedDiffusionConfig(LlamaConfig):
     mask_token_id: int = 3
     canvas_length: int = 32
     num_diffusion_steps: int = 16
+    attention_conv_kernel: int = 0
 
 
 class MaskedDiffusion(PreTrainedModel):
@@ -51,9 +57,10 @@ class MaskedDiffusion(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = LlamaModel(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False  # where there is no padding there is no mask, and sdpa would be causal
+        self.model = ConvolvedLlama(config) if config.attention_conv_kernel else LlamaModel(config)
+        for module in self.model.modules():
+            if isinstance(module, LlamaAttention):
+                module.is_causal = False  # where there is no padding there is no mask, and sdpa would be causal
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         self.generation_config = GenerationConfig(**token_ids, max_new_tokens=config.canvas_length)
@@ -97,6 +104,7 @@ class MaskedDiffusion(PreTrainedModel):
 
     def canvas_logits(self, input_ids, attention_mask, canvas):
         """Logits (B, L, V) of a canvas (B, L) behind prompts (B, S) that may be padded on either side."""
+        input_ids, attention_mask = pad_left(input_ids, attention_mask)  # prompt and canvas touch, for convolutions
         mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ids = torch.cat([input_ids, canvas], dim=1)

@@ -13,22 +13,34 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Confi
 
 from ..configuration_yan import YanConfig
 from ..modeling_yan import YanForFlowGeneration
+from .convolution import (
+    ConvolvedDecoder,
+    ConvolvedDecoderConfig,
+    ConvolvedEncoderDecoder,
+    ConvolvedEncoderDecoderConfig,
+)
+from .inputs import CONVOLVED
 from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
 
 
-def _decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+def _decoder(config: YanConfig, intermediate_size: int, kernel_size: int = 0) -> PreTrainedModel:
     """Llama with full attention heads and tied embeddings."""
-    return LlamaForCausalLM(LlamaConfig(**_llama(config), intermediate_size=intermediate_size))
+    settings = _llama(config, intermediate_size)
+    if kernel_size:
+        return ConvolvedDecoder(ConvolvedDecoderConfig(**settings, attention_conv_kernel=kernel_size))
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
-def _masked_diffusion(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
-    canvas = {name: getattr(config, name) for name in ("mask_token_id", "canvas_length")}
-    return MaskedDiffusion(MaskedDiffusionConfig(**_llama(config), **canvas, intermediate_size=intermediate_size))
+def _masked_diffusion(config: YanConfig, intermediate_size: int, kernel_size: int = 0) -> PreTrainedModel:
+    settings = _llama(config, intermediate_size)
+    settings |= {name: getattr(config, name) for name in ("mask_token_id", "canvas_length")}
+    return MaskedDiffusion(MaskedDiffusionConfig(**settings, attention_conv_kernel=kernel_size))
 
 
-def _llama(config: YanConfig) -> dict:
+def _llama(config: YanConfig, intermediate_size: int) -> dict:
     return {
         **_common(config),
+        "intermediate_size": intermediate_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_encoder_layers + config.num_flow_layers,
         "num_attention_heads": config.num_attention_heads,
@@ -37,21 +49,22 @@ def _llama(config: YanConfig) -> dict:
     }
 
 
-def _encoder_decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+def _encoder_decoder(config: YanConfig, intermediate_size: int, kernel_size: int = 0) -> PreTrainedModel:
     """T5 with as many layers in encoder and decoder as YAN has in encoder and flow."""
-    return T5ForConditionalGeneration(
-        T5Config(
-            **_common(config),
-            d_model=config.hidden_size,
-            d_kv=config.hidden_size // config.num_attention_heads,
-            d_ff=intermediate_size,
-            num_layers=config.num_encoder_layers,
-            num_decoder_layers=config.num_flow_layers,
-            num_heads=config.num_attention_heads,
-            decoder_start_token_id=config.pad_token_id,
-            dropout_rate=0.0,
-        )
-    )
+    settings = {
+        **_common(config),
+        "d_model": config.hidden_size,
+        "d_kv": config.hidden_size // config.num_attention_heads,
+        "d_ff": intermediate_size,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_flow_layers,
+        "num_heads": config.num_attention_heads,
+        "decoder_start_token_id": config.pad_token_id,
+        "dropout_rate": 0.0,
+    }
+    if kernel_size:
+        return ConvolvedEncoderDecoder(ConvolvedEncoderDecoderConfig(**settings, attention_conv_kernel=kernel_size))
+    return T5ForConditionalGeneration(T5Config(**settings))
 
 
 def _common(config: YanConfig) -> dict:
@@ -59,11 +72,16 @@ def _common(config: YanConfig) -> dict:
     return {"tie_word_embeddings": True, **{name: getattr(config, name) for name in shared}}
 
 
+def _with_convolution(make: Callable[..., PreTrainedModel]) -> Callable[[YanConfig, int], PreTrainedModel]:
+    return lambda config, intermediate_size: make(config, intermediate_size, config.attention_conv_kernel)
+
+
 BASELINES: dict[str, Callable[[YanConfig, int], PreTrainedModel]] = {
     "decoder": _decoder,
     "encoder_decoder": _encoder_decoder,
     "masked_diffusion": _masked_diffusion,
 }
+BASELINES |= {name: _with_convolution(BASELINES[kind]) for name, kind in CONVOLVED.items()}
 
 
 def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
@@ -74,13 +92,17 @@ def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
     always tied.
 
     Args:
-        kind: A key of `BASELINES`.
+        kind: A key of `BASELINES`. The self-attention of those in `CONVOLVED` sees, as YAN's does, a convolution of
+            `attention_conv_kernel` tokens; where a token may not look ahead, of those before it.
 
     Raises:
-        ValueError: An unknown kind, or a YAN so small that no feed-forward layer fits.
+        ValueError: An unknown kind, a YAN so small that no feed-forward layer fits, or one without convolution for a
+            kind with it.
     """
     if kind not in BASELINES:
         raise ValueError(f"kind={kind!r}: must be one of {', '.join(BASELINES)}")
+    if kind in CONVOLVED and not config.attention_conv_kernel:
+        raise ValueError(f"kind={kind!r}: needs a config with attention_conv_kernel above 0, the convolution's width")
     make = BASELINES[kind]
     return make(config, fit_width(lambda width: make(config, width), count_parameters(config), kind))
 

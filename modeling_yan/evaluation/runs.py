@@ -98,7 +98,7 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
     YAN runs "sampled", one pass a seed, with `do_sample=True` at temperature 1: a seed chooses the start noise. It
     also runs "deterministic", with `do_sample=False`: one noise for all rows and times, so one pass says everything.
     Every other model runs "deterministic": masked diffusion on one canvas, an autoregressive one greedy, with its
-    cache of keys and values.
+    cache of keys and values if it can have one.
 
     With "oracle" length a row gets at most as many new tokens as its reference has, without EOS, and the canvas has
     that length too (at most the longest that the model can write); rows of one length are generated together, so its
@@ -146,7 +146,8 @@ def _settings(model, options, decoding):
     if is_masked_diffusion(model):
         return {"num_diffusion_steps": options.num_diffusion_steps}
     if not is_yan(model):
-        return {"do_sample": False, "num_beams": 1, "use_cache": True}
+        has_cache = not getattr(model.config, "attention_conv_kernel", 0)  # baselines with convolutions have none
+        return {"do_sample": False, "num_beams": 1, "use_cache": has_cache}
     steps = {} if options.num_flow_steps is None else {"num_flow_steps": options.num_flow_steps}
     return {**steps, **({"do_sample": True, "temperature": 1.0} if decoding == SAMPLED else {"do_sample": False})}
 

@@ -328,7 +328,7 @@ class Training:
         torch.manual_seed(random.Random(f"{seed} noise {self.step} {place}").getrandbits(63))
         outputs = self.model(**to_device(batch, self.accelerator.device), **settings)
         target_width = batch.get("canvas_length", 0)
-        if self.arguments.stage == "encoder_decoder":
+        if self.accelerator.unwrap_model(self.model).config.is_encoder_decoder:
             target_width = batch["labels"].shape[1]
         num_tokens = int(batch["attention_mask"].sum()) + count * (target_width > 0)
         shape = (*batch["input_ids"].shape, target_width, *settings.values())

@@ -28,9 +28,10 @@ def test_the_decoder_reads_source_target_and_end_without_a_gap(batch):
     ]
 
 
-def test_the_decoders_loss_is_the_mean_over_targets_and_ends_alone(batch, make_config):
-    model = make_baseline("decoder", make_config()).eval()
-    loss = model(**INPUTS["decoder"](batch, PAD)).loss
+@pytest.mark.parametrize("kind", ["decoder", "decoder_conv"])
+def test_the_decoders_loss_is_the_mean_over_targets_and_ends_alone(kind, batch, make_config):
+    model = make_baseline(kind, make_config(attention_conv_kernel=3)).eval()
+    loss = model(**INPUTS[kind](batch, PAD)).loss
     rows = [([5, 6, 7], [20, EOS]), ([8, 9], [21, 22, 23, EOS])]
     terms = []
     for source, target in rows:
@@ -39,9 +40,10 @@ def test_the_decoders_loss_is_the_mean_over_targets_and_ends_alone(batch, make_c
     torch.testing.assert_close(loss, torch.stack(terms).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_the_encoder_decoders_loss_does_not_depend_on_padding(batch, make_config):
-    model = make_baseline("encoder_decoder", make_config()).eval()
-    loss = model(**INPUTS["encoder_decoder"](batch, PAD)).loss
+@pytest.mark.parametrize("kind", ["encoder_decoder", "encoder_decoder_conv"])
+def test_the_encoder_decoders_loss_does_not_depend_on_padding(kind, batch, make_config):
+    model = make_baseline(kind, make_config(attention_conv_kernel=3)).eval()
+    loss = model(**INPUTS[kind](batch, PAD)).loss
     logits = [
         model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).logits[0]
         for source, target in (([5, 6, 7], [20, EOS]), ([8, 9], [21, 22, 23, EOS]))
@@ -52,14 +54,14 @@ def test_the_encoder_decoders_loss_does_not_depend_on_padding(batch, make_config
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_batch_trains_every_baseline(kind, batch, make_config):
-    model = make_baseline(kind, make_config()).train()
+    model = make_baseline(kind, make_config(attention_conv_kernel=3)).train()
     model(**INPUTS[kind](batch, PAD)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_what_a_baseline_writes_does_not_depend_on_the_padding_of_the_source(kind, batch, make_config):
-    model = make_baseline(kind, make_config(initializer_range=0.3)).eval()
+    model = make_baseline(kind, make_config(initializer_range=0.3, attention_conv_kernel=3)).eval()
     written = write_targets(model, batch)
     assert written.shape == batch["labels"].shape
     for row, length in enumerate((3, 2)):

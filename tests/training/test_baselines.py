@@ -24,11 +24,12 @@ def variant():
 def of_pairs(arguments, data):
     """Function from overrides to the arguments of a short run on pairs."""
     pairs = [str(data / "pairs.jsonl")]
-    return lambda **overrides: arguments(train_file=pairs, validation_file=pairs, num_samples=1, **overrides)
+    settings = {"train_file": pairs, "validation_file": pairs, "config_overrides": "attention_conv_kernel=3"}
+    return lambda **overrides: arguments(num_samples=1, **settings, **overrides)
 
 
 def load(stage, folder):
-    auto = AutoModelForSeq2SeqLM if stage == "encoder_decoder" else AutoModelForCausalLM
+    auto = AutoModelForSeq2SeqLM if "encoder_decoder" in stage else AutoModelForCausalLM
     return auto.from_pretrained(folder).eval()
 
 
