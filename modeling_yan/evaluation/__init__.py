@@ -33,7 +33,7 @@ from .statistics import (
     paired_bootstrap,
     paired_permutation_test,
 )
-from .tables import evaluate_models, format_table
+from .tables import evaluate_models, format_table, join_reports
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -57,6 +57,7 @@ __all__ = [
     "generate_answers",
     "generate_timed",
     "generative_perplexity",
+    "join_reports",
     "load_for_generation",
     "load_metric",
     "masked_words_restored",

@@ -1,5 +1,12 @@
-"""Several models on the same rows: each evaluated into a folder of its own, all of them in one table."""
+"""Several models on the same rows: each evaluated into a folder of its own, all of them in one table.
 
+    python -m modeling_yan.evaluation.tables results/yan results/decoder --baseline results/decoder \
+        --data held-out.jsonl.gz --output results/table
+
+makes the table of models that were evaluated apart.
+"""
+
+import argparse
 import json
 import math
 import os
@@ -9,7 +16,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from .reports import Row, evaluate_task, write_whole
+from ..data import read_rows
+from .reports import Row, compare_runs, evaluate_task, read_predictions, write_whole
 from .runs import RunOptions, load_for_generation
 
 TABLE_FIGURES = ("exact_match", "token_f1", "rougeL", "distinct_2", "tokens_per_row", "tokens_per_second")
@@ -51,9 +59,34 @@ def evaluate_models(
         compare = None if name == baseline else reference
         settings_of_model = {**settings, "compare": compare, "description": about}
         reports[label] = evaluate_task(model, tokenizer, rows, Path(output) / label, options, **settings_of_model)
+    _write_tables(reports, output)
+    return reports
+
+
+def join_reports(
+    folders: Sequence[str], rows: Sequence[Row], output: str | os.PathLike, baseline: str
+) -> dict[str, dict[str, Any]]:
+    """The tables and the result of `evaluate_models`, for folders that `evaluate_task` wrote for the same rows.
+
+    Raises:
+        ValueError: Two folders with the same name, a baseline that is none of them, or folders of other rows.
+        FileNotFoundError: A folder without `metrics.json` or `predictions.jsonl`.
+    """
+    if baseline not in folders or len({Path(folder).name for folder in folders}) < len(folders):
+        raise ValueError(f"{', '.join(folders)}: the names must differ and baseline={baseline!r} be one of them")
+    others, reports = read_predictions(baseline, rows), {}
+    for folder in sorted(folders, key=lambda folder: folder != baseline):
+        report = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        if folder != baseline:
+            report["comparison"] = {"with": baseline, "runs": compare_runs(read_predictions(folder, rows), others)}
+        reports[Path(folder).name] = report
+    _write_tables(reports, output)
+    return reports
+
+
+def _write_tables(reports, output):
     write_whole(Path(output) / "table.json", json.dumps(table_rows(reports), indent=1) + "\n")
     write_whole(Path(output) / "table.md", format_table(reports) + "\n")
-    return reports
 
 
 def table_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -101,3 +134,20 @@ def _figure(figure) -> str:
 
 def _test(test) -> str:
     return "" if test is None else f"{test['difference']:+.3f} ({test['p_permutation']:.4f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The table of several folders from the command line."""
+    parser = argparse.ArgumentParser(description="Put models that were evaluated apart into one table.")
+    parser.add_argument("folders", nargs="+", help="written by evaluate_task for the same rows")
+    parser.add_argument("--baseline", required=True, help="the folder that the others are tested against")
+    parser.add_argument("--data", required=True, help=".jsonl or .jsonl.gz, the rows")
+    parser.add_argument("--num_rows", type=int, help="only the first rows of the data")
+    parser.add_argument("--output", required=True, help="a folder for table.json and table.md")
+    options = parser.parse_args(arguments)
+    rows = read_rows(options.data)[: options.num_rows]
+    print(format_table(join_reports(options.folders, rows, options.output, options.baseline)))
+
+
+if __name__ == "__main__":
+    main()
