@@ -6,9 +6,10 @@ TRITON_INTERPRET=1 python tests/triton_scan.py
 import torch
 
 from modeling_yan.mamba_yan import _scan, _scan_gradients
-from modeling_yan.scan_triton_yan import triton_scan, triton_scan_gradients
+from modeling_yan.scan_triton_yan import TILE_STEPS, triton_scan, triton_scan_gradients
 
-SHAPES = [(1, 1, 1, 1, 1), (7, 2, 3, 20, 3), (17, 2, 1, 70, 16)]  # L, G, B, E, N
+SHAPES = [(1, 1, 1, 1, 1), (7, 2, 3, 5, 3), (19, 2, 1, 18, 2)]  # L, G, B, E, N
+LARGE_SHAPES = [(300, 2, 3, 70, 16), (1000, 1, 1, 40, 5)]  # would take the interpreter minutes
 
 
 def compare(length, num_scans, batch, inner, size, chunk, device):
@@ -29,7 +30,9 @@ def compare(length, num_scans, batch, inner, size, chunk, device):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for shape in SHAPES:
-        for chunk in (5, 64):
+    shapes = SHAPES if device == "cpu" else [*SHAPES, *LARGE_SHAPES]
+    chunks = (5, 16) if device == "cpu" else (5, 16, TILE_STEPS)
+    for shape in shapes:
+        for chunk in chunks:
             compare(*shape, chunk, device)
-    print(f"{2 * len(SHAPES)} comparisons on {device}")
+    print(f"{len(shapes) * len(chunks)} comparisons on {device}")
