@@ -61,32 +61,25 @@ def test_the_loss_and_its_gradients_are_those_of_the_cpu(model, prompts):
     (expected, expected_gradients), (actual, gradients) = outputs
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
-        scale = expected_gradients[name].abs().max()
-        torch.testing.assert_close(
-            gradient / (scale + 1e-6), expected_gradients[name] / (scale + 1e-6), rtol=0, atol=2e-3
-        )
+        torch.testing.assert_close(gradient / largest, expected_gradients[name] / largest, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     model = model.cuda()
+    model.model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at the prompt on the host
     plan = CanvasPlan(NUM_STEPS, "euler", "argmax", 1, (), (), 0, False)
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
     with torch.no_grad():
-        expected = write_canvas(model, prompts, torch.ones_like(prompts), noise, None, plan)  # kernels are built
+        expected = write_canvas(model, prompts, None, noise, None, plan)  # kernels are built
         torch.cuda.set_sync_debug_mode("error")
         try:
-            canvas = compiled_parts_alone(model, prompts, noise, plan)
+            canvas = write_canvas(model, prompts, None, noise, None, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(canvas.tokens, expected.tokens)
-
-
-def compiled_parts_alone(model, prompts, noise, plan):
-    """Without a mask: transformers looks at the values of one to leave it out, but not under a compiler."""
-    model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at the prompt's values, too
-    return write_canvas(model, prompts, None, noise, None, plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -195,6 +195,7 @@ def main(arguments=None):
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "wait_for")}
     sizes = [(batch, length) for batch in sorted(options.batch_sizes) for length in sorted(options.lengths)]
     cells = [prepare_cell(contenders, models, predictor, *size, options) for size in sizes]
+    print("warm", flush=True)
     while options.wait_for and not options.wait_for.exists():
         time.sleep(1)
     limits = machine_limits(device, dtype)

@@ -91,6 +91,7 @@ def parse_options(arguments):
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--num_flow_steps", type=int, default=3)
     parser.add_argument("--num_diffusion_steps", type=int, default=16)
+    parser.add_argument("--eval_batch_size", type=int, default=32, help="of the tables")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args(arguments)
     if options.baseline not in options.models:
@@ -106,6 +107,7 @@ def main(arguments: list[str] | None = None):
         num_flow_steps=options.num_flow_steps,
         num_diffusion_steps=options.num_diffusion_steps,
         num_seeds=options.seeds,
+        batch_size=options.eval_batch_size,
     )
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     for file in options.test_file:

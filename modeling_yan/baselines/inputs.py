@@ -16,15 +16,17 @@ Batch = dict[str, Any]
 def decoder_inputs(batch: Batch, pad_token_id: int) -> Batch:
     """Source, target and EOS as one sequence (B, S + L), with the loss on target and EOS alone.
 
-    The padding of the sources goes to the left, where `generate` has it, so that a source and its target touch.
+    All padding goes to the right: on the left, a token of it would attend to nothing, whose gradient in bfloat16 may
+    be NaN on a GPU.
     """
-    ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
-    labels = batch["labels"]
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     is_target = labels != IGNORED
+    mask = torch.cat([mask, is_target.to(mask.dtype)], dim=1)
+    order = (1 - mask).argsort(dim=1, stable=True)
     return {
-        "input_ids": torch.cat([ids, labels.masked_fill(~is_target, pad_token_id)], dim=1),
-        "attention_mask": torch.cat([mask, is_target.to(mask.dtype)], dim=1),
-        "labels": torch.cat([torch.full_like(ids, IGNORED), labels], dim=1),
+        "input_ids": torch.cat([ids, labels.masked_fill(~is_target, pad_token_id)], dim=1).gather(1, order),
+        "attention_mask": mask.gather(1, order),
+        "labels": torch.cat([torch.full_like(ids, IGNORED), labels], dim=1).gather(1, order),
         "use_cache": False,
     }
 

@@ -20,11 +20,11 @@ def batch():
 
 def test_the_decoder_reads_source_target_and_end_without_a_gap(batch):
     inputs = INPUTS["decoder"](batch, PAD)
-    assert inputs["input_ids"].tolist() == [[PAD, 5, 6, 7, 20, EOS, PAD, PAD], [PAD, PAD, 8, 9, 21, 22, 23, EOS]]
-    assert inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 20, EOS, PAD, PAD, PAD], [8, 9, 21, 22, 23, EOS, PAD, PAD]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert inputs["labels"].tolist() == [
-        [-100, -100, -100, -100, 20, EOS, -100, -100],
-        [-100, -100, -100, -100, 21, 22, 23, EOS],
+        [-100, -100, -100, 20, EOS, -100, -100, -100],
+        [-100, -100, 21, 22, 23, EOS, -100, -100],
     ]
 
 

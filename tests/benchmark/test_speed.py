@@ -106,7 +106,9 @@ def test_optional_contenders_come_when_asked_for():
     names = {contender.name for contender in choose_contenders([], with_compiled=True, with_int8=True)}
     plain = {contender.name for contender in choose_contenders([])}
     variants = contenders.VARIANTS
-    assert names - plain == {f"yan-{variant}-3-{kind}" for variant in variants for kind in ("compiled", "int8")}
+    assert names - plain == {
+        f"yan-{variant}-3-{kind}" for variant in variants for kind in ("compiled", "unguarded", "int8")
+    }
 
 
 # --- the command
