@@ -19,7 +19,7 @@ except ImportError:
     triton = None
 
 TILE_STEPS = 64  # of all segments: a good chunk
-FORWARD_TILE, BACKWARD_TILE = (8, 4), (8, 16)  # segments and channels, of which there is one thread each
+FORWARD_TILE, BACKWARD_TILE = (4, 8), (8, 16)  # segments and channels, of which there is one thread each
 
 
 if triton is not None:

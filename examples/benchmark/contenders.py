@@ -80,6 +80,17 @@ def write_token_by_token(model, prompt, length):
     return sequences[:, -length:]
 
 
+def compiled_step(function):
+    """The function as a CUDA graph that every call replays from its beginning, not from the last call's end."""
+    compiled = torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+    def step(*arguments):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*arguments)
+
+    return step
+
+
 def write_by_unmasking(model, prompt, length, num_steps):
     sequences = model.generate(
         prompt, max_new_tokens=length, min_new_tokens=length, num_diffusion_steps=num_steps or length
@@ -171,5 +182,5 @@ class Models:
         if (
             name == "masked_diffusion" and self.device.type == "cuda"
         ):  # transformers compiles the decoders' steps itself
-            model.canvas_logits = torch.compile(model.canvas_logits, mode="reduce-overhead", dynamic=False)
+            model.canvas_logits = compiled_step(model.canvas_logits)
         return model.to(self.device, self.dtype).eval()

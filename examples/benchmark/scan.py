@@ -1,20 +1,20 @@
 """Forms of Mamba's selective scan against each other: seconds forward, and forward and backward.
 
     python examples/benchmark/scan.py --lengths 64 512 --output outputs/scan.json
-    python examples/benchmark/scan.py --device cuda --lengths 128 1024 8192
+    python examples/benchmark/scan.py --device cuda --recorded --lengths 128 1024 8192
 
 `stored`: the package's scan, which keeps the state at chunk borders and recomputes the rest (on a GPU mamba-ssm's
 kernel where it is installed, else the package's Triton kernels). `recurrence`: step by step with autograd's own
 backward. `chunked`: doubling inside chunks of 32 steps, which are then joined one after the other. `associative`:
 doubling over the whole length. `transformers`: the scan of transformers' own Mamba. A form that is predicted to exceed
-`--budget_s` is left out.
+`--budget_s` is left out. On a GPU `--recorded` times the forward passes as CUDA graphs, which need no host.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from timing import interleave, machine_description, num_repeats, seconds_of, summary, write_json
+from timing import interleave, machine_description, num_repeats, recorded, seconds_of, summary, write_json
 
 from modeling_yan.mamba_yan import doubling_scan, selective_scan
 
@@ -126,6 +126,8 @@ def measure(length: int, last: dict, options) -> dict:
                 continue
             calls[key] = lambda run=run, form=form: run(form, arguments)
             calls[key]()
+            if options.recorded and direction == "forward":
+                calls[key] = recorded(calls[key])
             seconds = seconds_of(calls[key], device)
             last[key], repeats[key] = (length, seconds), num_repeats(seconds, options.repeats, options.budget_s)
     return {key: summary(seconds) for key, seconds in interleave(calls, repeats, device).items()}
@@ -138,11 +140,14 @@ def main(arguments=None):
     parser.add_argument("--inner", type=int, default=768, help="channels; 768 in the base preset")
     parser.add_argument("--state_size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--recorded", action="store_true", help="time forward passes as CUDA graphs")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--budget_s", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path("outputs/scan.json"))
     options = parser.parse_args(arguments)
+    if options.recorded and options.device == "cpu":
+        parser.error("--recorded needs a GPU: give --device cuda")
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = {name: value for name, value in vars(options).items() if name != "output"}
