@@ -218,6 +218,11 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     more = json.loads((folders / "out" / "more" / "table.json").read_text())
     scores = [[row["figures"]["rougeL"]["mean"] for row in table] for table in (rows, more)]
     assert scores[0] == scores[1]
+    results = [folders / "out" / "more" / name for name in ("yan", "decoder")]
+    words = [*results, "--baseline", results[1], "--data", folders / "more.jsonl.gz", "--num_rows", 3]
+    load_script("join").main(list(map(str, [*words, "--output", folders / "joined"])))
+    joined = json.loads((folders / "joined" / "table.json").read_text())
+    assert all(row in more for row in joined)
     sizes = [row["parameters"] for row in rows]
     assert max(sizes) < 1.05 * min(sizes)
     for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUTS):

@@ -33,6 +33,17 @@ def measured(content: dict) -> list[dict]:
     return [cell for cell in content["cells"] if "seconds" in cell]
 
 
+def chosen(content: dict, patterns: list[str]) -> dict:
+    """The content with the cells of models whose names begin with one of the patterns; all without any."""
+    cells = [c for c in content["cells"] if not patterns or any(c["model"].startswith(p) for p in patterns)]
+    return {**content, "cells": cells}
+
+
+def joined(contents: list[dict]) -> dict:
+    """The cells and parts of all contents, with the first one's settings."""
+    return {**contents[0], **{name: [entry for c in contents for entry in c[name]] for name in ("cells", "parts")}}
+
+
 def series(cells: list[dict], axis: str, **fixed) -> dict[str, list[dict]]:
     """Cells of each contender along an axis ("length" or "batch"), ascending, where the other fields are fixed."""
     chosen = [cell for cell in cells if all(cell[name] == value for name, value in fixed.items())]
@@ -161,11 +172,13 @@ def figures_of(content: dict) -> dict:
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, default=[Path("outputs/speed.json")], help="the first wins")
+    parser.add_argument("--join", action="store_true", help="draw the inputs, of one machine, as if they were one run")
+    parser.add_argument("--models", nargs="*", default=[], help="beginnings of names, such as yan-mamba; default: all")
     parser.add_argument("--folder", type=Path, default=Path("outputs"))
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
-    for path in reversed(options.input):
-        content = json.loads(path.read_text())
+    contents = [chosen(json.loads(path.read_text()), options.models) for path in options.input]
+    for content in [joined(contents)] if options.join else reversed(contents):
         for name, draw in figures_of(content).items():
             figure, ax = plt.subplots(figsize=(8, 4.5))
             draw(content, ax)

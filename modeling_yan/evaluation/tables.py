@@ -1,12 +1,5 @@
-"""Several models on the same rows: each evaluated into a folder of its own, all of them in one table.
+"""Several models on the same rows: each evaluated into a folder of its own, all of them in one table."""
 
-    python -m modeling_yan.evaluation.tables results/yan results/decoder --baseline results/decoder \
-        --data held-out.jsonl.gz --output results/table
-
-makes the table of models that were evaluated apart.
-"""
-
-import argparse
 import json
 import math
 import os
@@ -16,7 +9,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..data import read_rows
 from .reports import Row, compare_runs, evaluate_task, read_predictions, write_whole
 from .runs import RunOptions, load_for_generation
 
@@ -134,20 +126,3 @@ def _figure(figure) -> str:
 
 def _test(test) -> str:
     return "" if test is None else f"{test['difference']:+.3f} ({test['p_permutation']:.4f})"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The table of several folders from the command line."""
-    parser = argparse.ArgumentParser(description="Put models that were evaluated apart into one table.")
-    parser.add_argument("folders", nargs="+", help="written by evaluate_task for the same rows")
-    parser.add_argument("--baseline", required=True, help="the folder that the others are tested against")
-    parser.add_argument("--data", required=True, help=".jsonl or .jsonl.gz, the rows")
-    parser.add_argument("--num_rows", type=int, help="only the first rows of the data")
-    parser.add_argument("--output", required=True, help="a folder for table.json and table.md")
-    options = parser.parse_args(arguments)
-    rows = read_rows(options.data)[: options.num_rows]
-    print(format_table(join_reports(options.folders, rows, options.output, options.baseline)))
-
-
-if __name__ == "__main__":
-    main()
