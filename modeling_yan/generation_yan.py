@@ -5,6 +5,7 @@ K experts, N solver steps.
 """
 
 from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 
@@ -32,6 +33,9 @@ MAX_PROGRAMS = 64  # per model and code; torch gives up after 8
 MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
+PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
+SIMPLE_TYPES = (int, float, str, type(None))
+OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "vocab_size")  # that options depend on
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
@@ -164,6 +168,7 @@ class YanGenerationMixin(GenerationMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
     generation_config_class = YanGenerationConfig
+    _last_call = None  # what it asked for, and the options that came of it
 
     @torch.no_grad()
     def generate(
@@ -198,12 +203,10 @@ class YanGenerationMixin(GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        asked = [kwargs, *(config.to_diff_dict() for config in configs)]
-        _refuse_autoregressive_options(*asked)
-        self.open_options = open_options(self.generation_config)
-        options, model_kwargs = self._resolve_options(generation_config, kwargs, generator)
-        prompt, mask = self._prepare_prompt(inputs, options, **model_kwargs)
+        options, asked, given = self._options_of_call(generation_config, kwargs)
+        if options.seed is None:
+            options.seed = _draw_seed(generator) if options.do_sample else 0
+        prompt, mask = self._prepare_prompt(inputs, options, **given)
         max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
             streamer.put(prompt.cpu())
@@ -245,8 +248,29 @@ class YanGenerationMixin(GenerationMixin):
         is_missing = getattr(loaded, "_from_model_config", False)
         self.generation_config = defaults if is_missing else YanGenerationConfig.from_dict(loaded.to_dict())
 
-    def _resolve_options(self, generation_config, kwargs, generator):
-        """Keyword, then passed config, then the model's config, then the defaults; and what is no option."""
+    def _options_of_call(self, generation_config, kwargs):
+        """Options, who asked for what (as `_length_limits` wants it), and the prompt among the keywords.
+
+        A call that asks for what the last one did gets its options without work, which would take longer than a GPU
+        takes for a solver step.
+        """
+        prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
+        keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
+        call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
+        is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
+        if not (is_simple and self._last_call and self._last_call[0] == call):
+            configs = [config for config in (generation_config, self.generation_config) if config is not None]
+            asked = [kwargs, *(config.to_diff_dict() for config in configs)]
+            _refuse_autoregressive_options(*asked)
+            self.open_options = open_options(self.generation_config)
+            options = self._resolve_options(generation_config, kwargs)
+            self._last_call = (deepcopy(call), options, asked) if is_simple else None
+        else:
+            _, options, asked = self._last_call
+        return copy(options), asked, prompt
+
+    def _resolve_options(self, generation_config, kwargs):
+        """Keyword, then passed config, then the model's config, then the defaults."""
         options, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
@@ -263,16 +287,13 @@ class YanGenerationMixin(GenerationMixin):
         self._check_length(options.canvas_length, "the canvas")
         if options.num_return_sequences > 1 and not options.do_sample:
             raise ValueError(f"num_return_sequences={options.num_return_sequences}: must be 1 unless do_sample=True")
-        if options.seed is None:
-            options.seed = _draw_seed(generator) if options.do_sample else 0
         if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
             allowed = f"[0, vocab_size={self.config.vocab_size})"
             raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
-        unknown = [name for name in model_kwargs if name not in ("input_ids", "attention_mask")]
-        if unknown:
-            raise ValueError(f"generate has no argument {', '.join(unknown)}")
-        return options, model_kwargs
+        if model_kwargs:
+            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
+        return options
 
     def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
         """Checked ids (B, S) and mask (B, S); an empty batch of prompts becomes one BOS each."""
@@ -473,7 +494,7 @@ def _draw_seed(generator):
 
 def _count_valid(mask) -> list[int]:
     """Fewest and most valid tokens of a row; waits for the device once."""
-    return torch.stack(mask.sum(1).aminmax()).tolist()
+    return torch.stack(mask.long().sum(1).aminmax()).tolist()
 
 
 def _left_align(ids, mask):

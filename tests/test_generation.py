@@ -569,6 +569,44 @@ class TestOptions:
         assert torch.equal(YanForFlowGeneration.from_pretrained(tmp_path).generate(prompts), expected)
 
 
+class TestRememberedOptions:
+    """Options that the last call had, too, are not worked out anew; whatever changes is noticed."""
+
+    def test_what_changes_between_calls_counts(self, model, prompts):
+        def passes(**options):
+            return model.generate(prompts, return_dict_in_generate=True, **options).num_trunk_passes
+
+        assert [passes(), passes(num_flow_steps=2), passes(), passes(num_flow_steps=2)] == [3, 2, 3, 2]
+        model.generation_config.num_flow_steps = 4
+        assert [passes(), passes()] == [4, 4]
+        model.generation_config.num_flow_steps = None
+        model.config.num_flow_steps = 1
+        assert [passes(), passes(solver="heun"), passes()] == [1, 2, 1]
+
+    def test_a_list_that_grows_counts(self, model, prompts):
+        model.generation_config.suppress_tokens = [5]
+        first = new_tokens(model, prompts)
+        model.generation_config.suppress_tokens.append(int(first[0, 0]))
+        assert not (new_tokens(model, prompts) == first[0, 0]).any()
+
+    def test_the_own_length_counts(self, model, prompts):
+        assert new_tokens(model, prompts).shape == new_tokens(model, prompts).shape == (6, CANVAS)
+        model.generation_config.max_new_tokens = 3
+        assert new_tokens(model, prompts).shape == (6, 3)
+
+    def test_refusals_are_repeated(self, model, prompts):
+        model.generate(prompts, canvas_length=1)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="canvas_length=True"):
+                model.generate(prompts, canvas_length=True)
+            with pytest.raises(ValueError, match="num_beams"):
+                model.generate(prompts, num_beams=2)
+
+    def test_every_call_without_a_seed_draws_one(self, model, prompts):
+        first, second = (new_tokens(model, prompts, do_sample=True) for _ in range(2))
+        assert not torch.equal(first, second)
+
+
 class StopBehind(StoppingCriteria):
     """Stops a row behind a token, and keeps what it was asked about."""
 

@@ -190,6 +190,17 @@ class TestLoading:
         assert (config.mask_ratio, config.max_span_len, config.train_expert_choice) == (0.5, 2, "argmax")
         assert config.freeze_encoder is True
 
+    @pytest.mark.parametrize(("own", "expected"), [(8, 12), (5, 5)])
+    def test_another_canvas_is_filled_unless_fewer_tokens_were_asked_for(
+        self, make_model, data, tmp_path, own, expected
+    ):
+        model = make_model(vocab_size=300)
+        model.generation_config.max_new_tokens = own
+        model.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+        wider = load_model("flow", str(tmp_path), tokenizer, config_overrides="canvas_length=12")
+        assert wider.generation_config.max_new_tokens == expected
+
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
