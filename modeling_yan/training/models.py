@@ -50,9 +50,8 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
         )
     model = STAGES[stage].from_pretrained(name, config=config)
     fit_to_tokenizer(model, tokenizer)
-    options, trained_length = model.generation_config, load_config(name).canvas_length
-    if stage == "flow" and options.max_new_tokens == trained_length:  # one canvas, however long it is now
-        options.max_new_tokens = config.canvas_length
+    if stage == "flow" and model.generation_config.max_new_tokens == load_config(name).canvas_length:
+        model.generation_config.max_new_tokens = config.canvas_length  # one canvas, however long it is now
     return model
 
 
