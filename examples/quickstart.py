@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--num_flow_steps", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of the stories; 1 gives stories that training left out")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are too small to share out
     for folder in sorted(CHECKPOINTS.iterdir(), reverse=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -72,7 +72,7 @@ class TestTheSameResult:
         assert runs.weights(plain.output_dir).keys() == runs.weights(compiled.output_dir).keys()
         # Adam makes a whole step of rounding where there is no gradient: a bias of all keys changes no attention.
         weights = {n: w for n, w in runs.weights(plain.output_dir).items() if not n.endswith("k_proj.bias")}
-        for name, value in weights.items():  # two updates of 1e-3 each
+        for name, value in weights.items():  # two updates of up to 1e-2 each
             torch.testing.assert_close(runs.weights(compiled.output_dir)[name], value, atol=5e-4, rtol=1e-3)
 
     def test_from_arrow_as_from_json(self, arguments, runs, fresh, data, tmp_path):
