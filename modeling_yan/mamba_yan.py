@@ -236,8 +236,7 @@ class YanMamba(nn.Module):
     def _convolve(self, x):
         """The causal convolution of x (B, L, E).
 
-        For a compiler a sum of shifted copies, which it merges with what stands around: the convolution that it would
-        call takes several times as long on a GPU.
+        For a compiler a sum of shifted copies, which it merges with what stands around.
         """
         if not uses_operators() or type(self.conv1d) is not nn.Conv1d:
             return self.conv1d(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)

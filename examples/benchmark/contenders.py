@@ -179,8 +179,6 @@ class Models:
                 nn.init.normal_(parameter, std=0.02)
         else:
             model = make_baseline(name, self.config("transformer"))
-        if (
-            name == "masked_diffusion" and self.device.type == "cuda"
-        ):  # transformers compiles the decoders' steps itself
+        if name == "masked_diffusion" and self.device.type == "cuda":  # decoders are compiled by transformers
             model.canvas_logits = compiled_step(model.canvas_logits)
         return model.to(self.device, self.dtype).eval()

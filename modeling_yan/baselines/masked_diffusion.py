@@ -88,23 +88,20 @@ class MaskedDiffusion(PreTrainedModel):
             ValueError: A canvas that is not 1 to the model's `canvas_length`, or labels that do not fit into it.
         """
         length = self._check_canvas(self.config.canvas_length if canvas_length is None else canvas_length)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt, mask = _pad_prompt(input_ids, attention_mask)
         if labels is None:
             canvas = input_ids.new_full((len(input_ids), length), self.config.mask_token_id)
-            return MaskedLMOutput(logits=self.canvas_logits(input_ids, attention_mask, canvas))
+            return MaskedLMOutput(logits=self.canvas_logits(prompt, mask, canvas))
         target = self._fill(labels, length)
         share = torch.rand(len(target), 1, device=target.device).clamp(min=MIN_MASKED_SHARE)
         is_masked = torch.rand(target.shape, device=target.device) < share
-        logits = self.canvas_logits(
-            input_ids, attention_mask, target.masked_fill(is_masked, self.config.mask_token_id)
-        )
+        logits = self.canvas_logits(prompt, mask, target.masked_fill(is_masked, self.config.mask_token_id))
         losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
         loss = (losses.view(target.shape) * is_masked / share).mean()
         return MaskedLMOutput(loss=loss, logits=logits[:, : labels.shape[1]])
 
     def canvas_logits(self, input_ids, attention_mask, canvas):
-        """Logits (B, L, V) of a canvas (B, L) behind prompts (B, S) that may be padded on either side."""
-        input_ids, attention_mask = pad_left(input_ids, attention_mask)  # prompt and canvas touch, for convolutions
+        """Logits (B, L, V) of a canvas (B, L) behind prompts (B, S) that are padded on the left."""
         mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ids = torch.cat([input_ids, canvas], dim=1)
@@ -127,10 +124,10 @@ class MaskedDiffusion(PreTrainedModel):
         steps = self.config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
         steps = _check_steps(steps, length)
         _check_options(kwargs)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompt, mask = _pad_prompt(input_ids, attention_mask)
         canvas = input_ids.new_full((len(input_ids), length), self.config.mask_token_id)
         for step in range(steps):
-            logits = self.canvas_logits(input_ids, attention_mask, canvas)
+            logits = self.canvas_logits(prompt, mask, canvas)
             logits[..., self.config.mask_token_id] = -torch.inf
             logits[:, : min_new_tokens or 0, self.config.eos_token_id] = -torch.inf
             canvas = self._unmask(canvas, logits, length * (step + 1) // steps)
@@ -158,6 +155,11 @@ class MaskedDiffusion(PreTrainedModel):
         if not 0 < length <= longest:
             raise ValueError(f"a canvas of {length} tokens: must be 1 to canvas_length={longest}")
         return length
+
+
+def _pad_prompt(input_ids, attention_mask):
+    """Prompts and mask (B, S) with the padding on the left: prompt and canvas touch, which a convolution sees."""
+    return pad_left(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
 
 
 def _check_steps(steps: int, length: int) -> int:

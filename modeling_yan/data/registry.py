@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from .rows import Row
-from .tasks import TEXT_TASKS, crop_sentences
+from .tasks import CLASSIFICATION, TEXT_TASKS, crop_sentences
 
 TEXT = "text"  # the task that leaves a text as it is
-QUESTION_ANSWERING, CLASSIFICATION = "question_answering", "classification"
+QUESTION_ANSWERING = "question_answering"
 
 SST2_LABELS = ("negative", "positive")
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")

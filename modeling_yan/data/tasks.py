@@ -29,6 +29,7 @@ WORD = rf"(?<!\w){LETTERS}(?:['\u2019-]{LETTERS})*"
 # The head is taken as short as possible, or "well-known." would be cut at its hyphen.
 LAST_WORD = re.compile(rf"(?P<head>\S+\s.*?)(?P<word>{WORD})(?P<end>[.!?]+[{CLOSING}]*)", re.DOTALL)
 
+CLASSIFICATION = "classification"  # not in TEXT_TASKS: it takes a label beside the text
 TextTask = Callable[[str, random.Random, str], Row | None]
 
 
@@ -99,11 +100,10 @@ def continuation(text: str, rng: random.Random, mask_token: str) -> Row | None:
 
 def classification(text: str, label: str, answer_slot: str = "") -> Row:
     """The text's label in words as the target; `answer_slot` as in `last_word`."""
-    return {"source": f"{answer_slot}Kind: {' '.join(text.split())}", "target": label, "task": "classification"}
+    return {"source": f"{answer_slot}Kind: {' '.join(text.split())}", "target": label, "task": CLASSIFICATION}
 
 
 TEXT_TASKS: dict[str, TextTask] = {"infilling": infilling, "last_word": last_word, "continuation": continuation}
-CLASSIFICATION = "classification"  # not among them: it takes a label beside the text
 
 
 def split_sentences(text: str) -> list[str]:
