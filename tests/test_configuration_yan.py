@@ -152,6 +152,12 @@ def test_a_base_preset_has_the_papers_number_of_parameters(name, promised):
     assert count_parameters(YanConfig.from_pretrained(PRESETS / name)) == pytest.approx(promised, rel=0.03)
 
 
+def test_the_small_preset_is_as_large_as_the_readme_says():
+    assert count_parameters(YanConfig.from_pretrained(PRESETS / "yan-transformer-small")) == pytest.approx(
+        31e6, rel=0.02
+    )
+
+
 @pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
 def test_a_tiny_preset_fits_into_twelve_megabytes(name):
     assert 1e6 < 4 * count_parameters(YanConfig.from_pretrained(PRESETS / name)) < 12e6
