@@ -8,8 +8,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-MIXERS = ("attention", "mamba")
-EXPERT_CHOICES = ("argmax", "sample", "mixture")
+CHOICES = {
+    "encoder_mixer": ("attention", "mamba"),
+    "flow_mixer": ("attention", "mamba"),
+    "expert_scope": ("token", "sequence"),
+    "train_expert_choice": ("argmax", "sample", "mixture", "nearest"),
+}
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
     "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
@@ -50,8 +54,13 @@ class YanConfig(PreTrainedConfig):
         canvas_length: Tokens written at once. A target that ends earlier is filled with EOS up to here.
         num_flow_steps: Default number of solver steps.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
-        train_expert_choice: How the solver of the training objective picks each token's expert: `"sample"` from the
-            gate, its `"argmax"`, or the gate-weighted `"mixture"` of all.
+        self_conditioning: Whether the flow sees the tokens that it has settled on in earlier steps, so that the others
+            fit them. Training shows it a random part of the target instead, from a random step on.
+        expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
+            all its tokens, which then agree on one of several possible texts.
+        train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
+            `"argmax"`, the gate-weighted `"mixture"` of all, or the one that is `"nearest"` to the target, so that the
+            experts share the possible targets out among them (with `expert_scope="sequence"`, whole texts).
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
         freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
@@ -120,6 +129,8 @@ class YanConfig(PreTrainedConfig):
     num_flow_steps: int = 3
     min_train_flow_steps: int = 1
     max_train_flow_steps: int = 4
+    self_conditioning: bool = False
+    expert_scope: str = "token"
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
@@ -183,10 +194,8 @@ class YanConfig(PreTrainedConfig):
                 )
 
     def _check_choices(self):
-        for name in ("encoder_mixer", "flow_mixer"):
-            self._require(name, lambda value: value in MIXERS, f"one of {', '.join(MIXERS)}")
-        choices = f"one of {', '.join(EXPERT_CHOICES)}"
-        self._require("train_expert_choice", lambda value: value in EXPERT_CHOICES, choices)
+        for name, choices in CHOICES.items():
+            self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         odd = "0 or a positive odd number"

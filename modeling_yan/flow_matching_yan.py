@@ -99,6 +99,25 @@ def responsibilities(target, velocities, log_gate, sigma) -> torch.Tensor:
     return torch.softmax(_log_joint(target, velocities, log_gate, sigma), dim=-1)
 
 
+def as_one_token(target, velocities, log_gate):
+    """A mixture over whole sequences as one over tokens of L D dimensions: (B, 1, L D), (B, 1, K, L D), (B, 1, K)."""
+    return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), log_gate[:, :1]
+
+
+def nearest_experts(target, velocities, scope: str = "token") -> torch.Tensor:
+    """The expert (B, L) whose velocity (B, L, K, D) is nearest to the target (B, L, D), of a token or of a sequence.
+
+    Nearest beyond its average over the batch: an expert that is a little better everywhere would otherwise get every
+    row, and the others would never learn to be good at anything. A single row is compared as it is.
+    """
+    distance = (target.float().unsqueeze(-2) - velocities.float()).square().sum(-1)
+    if scope == "sequence":
+        distance = distance.mean(1, keepdim=True)
+    if len(distance) > 1:
+        distance = distance - distance.mean((0, 1))
+    return distance.argmin(-1).expand(-1, target.shape[1])
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of `values` (B, L) over the tokens where `mask` (B, L) is 1; 0 where there is none."""
     if mask is None:

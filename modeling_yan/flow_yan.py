@@ -10,7 +10,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from .experts_yan import YanExperts, YanGate, choose_experts
-from .flow_matching_yan import solver_times
+from .flow_matching_yan import nearest_experts, solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding
 
 
@@ -39,7 +39,7 @@ class YanModulation:
         return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
 
 
-class YanModulationProjection(nn.Linear):
+class YanZeroLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
 
@@ -50,12 +50,26 @@ class YanTimeModulation(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.time_embedding = YanTimeEmbedding(config)
-        self.proj = YanModulationProjection(config.hidden_size, sum(sizes) * config.hidden_size)
+        self.proj = YanZeroLinear(config.hidden_size, sum(sizes) * config.hidden_size)
 
     def forward(self, times: torch.Tensor) -> YanModulation:
         embedding = self.time_embedding(times)
         modulations = self.proj(nn.functional.gelu(embedding)).unflatten(-1, (sum(self.sizes), -1))
         return YanModulation(embedding, list(modulations.split(self.sizes, dim=1)))
+
+
+class YanSettledTokens(nn.Module):
+    """What the trunk sees of the tokens that a canvas is settled on; nothing in a fresh model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.proj = YanZeroLinear(config.hidden_size, config.hidden_size)
+
+    def forward(self, embeddings, is_settled):
+        """(B, L, D) from token embeddings (B, L, D) and the mask (B, L) of those that are settled."""
+        states = self.proj(self.norm(embeddings))
+        return states * is_settled.unsqueeze(-1).to(states.dtype)
 
 
 class YanFlow(nn.Module):
@@ -69,6 +83,7 @@ class YanFlow(nn.Module):
         self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.settled_tokens = YanSettledTokens(config) if config.self_conditioning else None
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
 
@@ -93,10 +108,14 @@ class YanFlow(nn.Module):
         valid = attention_mask.unsqueeze(-1).to(latents.dtype)
         return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
 
-    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
-        """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
+    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition, settled=None):
+        """State (B, L, D) of the point x (B, L, D).
+
+        `positions` (L, D) are the position embeddings of the canvas, `settled` (B, L, D) is what is seen of settled
+        tokens, if there are any.
+        """
         positions = self.position_norm(positions)
-        states = x + positions
+        states = x + positions if settled is None else x + positions + settled
         for layer, shifts_and_scales, key_value in zip(
             self.layers, modulation.layers, condition.key_values, strict=True
         ):
@@ -114,15 +133,26 @@ class YanFlow(nn.Module):
         return self.experts(states) - x.unsqueeze(-2)
 
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
-        """log pi_k (B, L, K) from the trunk's states."""
-        return self.gate(states, condition.mean, modulation.embedding)
+        """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
+        if self.config.expert_scope == "token":
+            return self.gate(states, condition.mean, modulation.embedding)
+        log_gate = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
+        return log_gate.expand(-1, states.shape[1], -1)
+
+    def choose_experts(self, log_gate, choice: str, uniform=None):
+        """As `choose_experts`; if a sequence has one expert, its first token's noise decides."""
+        if self.config.expert_scope == "token" or choice == "mixture":
+            return choose_experts(log_gate, choice, uniform)
+        first = None if uniform is None else uniform[:, :1]
+        return choose_experts(log_gate[:, :1], choice, first).expand(log_gate.shape[:2])
 
 
 class YanVelocity:
     """Velocity field of one solve: every token is moved by the expert that the gate chose for it at t = 0.
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
-    `solver_times(num_steps, solver)`.
+    `solver_times(num_steps, solver)`. Between the calls `settled` may be set to what the trunk sees of settled tokens.
+    If `target` is set to a velocity (B, L, D), the experts that are nearest to it are chosen.
     """
 
     def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_noise=None):
@@ -132,18 +162,24 @@ class YanVelocity:
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.log_gate = self.experts = self.groups = None
+        self.log_gate = self.experts = self.groups = self.settled = self.target = self.start_velocities = None
         self.num_trunk_passes = 0
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
         index = self.index_of_time[time]
         modulation = self.modulation[index : index + 1]
-        states = self.flow.trunk(x, self.positions, modulation, self.condition)
+        states = self.flow.trunk(x, self.positions, modulation, self.condition, self.settled)
         self.num_trunk_passes += 1
         if self.log_gate is None:
             self.log_gate = self.flow.log_gate(states, modulation, self.condition)
-            self.experts = choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
+            self.experts = self._choose(states, x)
             self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
         if self.experts is None:
             return self.flow.experts.mixture_of(states, self.log_gate) - x
         return self.flow.experts.output_of(states, self.groups) - x
+
+    def _choose(self, states, x):
+        if self.target is None:
+            return self.flow.choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
+        self.start_velocities = self.flow.velocities(states, x)
+        return nearest_experts(self.target, self.start_velocities, self.flow.config.expert_scope)

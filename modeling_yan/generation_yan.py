@@ -24,10 +24,12 @@ FLOW_FIELDS = (
     "solver",
     "expert_choice",
     "canvas_length",
+    "commit_threshold",
     "seed",
     "return_prompt",
     "compile_generation",
 )
+COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 MAX_PROGRAMS = 64  # per model and code; torch gives up after 8
 MAX_LOGITS = 2**28  # computed at once
@@ -64,6 +66,9 @@ class YanGenerationConfig(GenerationConfig):
         expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, or the "mixture" of all;
             "argmax" if None.
         canvas_length: Tokens written at once; the model's if None.
+        commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
+            at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
+            all of them, "off" none; 0.9 if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
@@ -102,14 +107,19 @@ def _is_positive_int(value):
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 _FIELD_RULES = (
     ("num_flow_steps", _is_positive_int, "an integer of at least 1"),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
+    ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
     ("seed", lambda value: isinstance(value, int), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
-    ("temperature", lambda value: isinstance(value, (int, float)) and value >= 0, "a number of at least 0"),
+    ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
 )
 
 
@@ -139,6 +149,7 @@ class CanvasPlan:
 
     Args:
         num_flow_steps, solver, expert_choice: As in `YanGenerationConfig`. repeats: Sequences R per row of context.
+        commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
         keep_path: Whether the points of the path are wanted.
     """
@@ -151,6 +162,7 @@ class CanvasPlan:
     eos: tuple[int, ...]
     num_without_eos: int
     keep_path: bool
+    commit_threshold: float | None = None
 
 
 @dataclass
@@ -277,6 +289,7 @@ class YanGenerationMixin(GenerationMixin):
             "solver": "euler",
             "expert_choice": "argmax",
             "canvas_length": self.config.canvas_length,
+            "commit_threshold": COMMIT_THRESHOLD,
             "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
         }
@@ -327,7 +340,7 @@ class YanGenerationMixin(GenerationMixin):
 
     def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
         """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
-        plan = _plan(options, index, num_without_eos)
+        plan = _plan(options, index, num_without_eos, self.config.self_conditioning)
         # without sampling, all rows share their noise
         num_noises = plan.repeats * len(context) if options.do_sample else 1
         shape, seed, device = (num_noises, options.canvas_length), options.seed + index, context.device
@@ -363,16 +376,31 @@ class YanGenerationMixin(GenerationMixin):
 
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
-        rows = max(1, MAX_LOGITS // (latents.shape[1] * self.config.vocab_size))
-        return torch.cat([self._read_rows(part, plan) for part in latents.split(rows)])
+        return torch.cat([self._allowed_logits(part, plan).argmax(-1) for part in self._split_rows(latents)])
 
-    def _read_rows(self, latents, plan):
+    def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
+        """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""
+        parts = [self._most_likely(part, plan) for part in self._split_rows(latents)]
+        tokens, probabilities = (torch.cat(results) for results in zip(*parts, strict=True))
+        is_sure = probabilities >= plan.commit_threshold
+        # the first of a run of unsure tokens is what the others of the run have to fit
+        return self.settle(tokens, is_sure | F.pad(is_sure, (1, -1), value=True))
+
+    def _most_likely(self, latents, plan):
+        logits = self._allowed_logits(latents, plan).float()
+        highest, tokens = logits.max(-1)
+        return tokens, (highest - logits.logsumexp(-1)).exp()
+
+    def _split_rows(self, latents):
+        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * self.config.vocab_size)))
+
+    def _allowed_logits(self, latents, plan):
         logits = self.decode(latents)
         if plan.suppressed:
             logits[..., list(plan.suppressed)] = -torch.inf
         if plan.num_without_eos > 0 and plan.eos:
             logits[:, : plan.num_without_eos, list(plan.eos)] = -torch.inf
-        return logits.argmax(-1)
+        return logits
 
     def _extend_context(self, context, context_mask, tokens, options):
         """Context and mask for the next canvas, left-aligned and at most `max_position_embeddings` long."""
@@ -408,9 +436,14 @@ def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPl
 
     def record(step, x):
         path.append(x)
+        can_commit = plan.commit_threshold is not None and step < plan.num_flow_steps
+        if streamer is None and not can_commit:
+            return
+        draft = _extrapolate(*path[-2:], step, plan.num_flow_steps)
         if streamer is not None:
-            draft = _extrapolate(*path[-2:], step, plan.num_flow_steps)
             streamer.put_draft(model.read_off(draft, plan).cpu())
+        if can_commit:
+            velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
     tokens, gate = model.read_off(x_1, plan), velocity.log_gate.exp()
@@ -444,7 +477,7 @@ def _shared_noise(seed, shape, device) -> torch.Tensor:
     return hashed_normal(seed, shape, device)
 
 
-def _plan(options, index, num_without_eos) -> CanvasPlan:
+def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
         solver=options.solver,
@@ -454,6 +487,7 @@ def _plan(options, index, num_without_eos) -> CanvasPlan:
         eos=tuple(_eos_ids(options)),
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
+        commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
     )
 
 

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
 from .flow_matching_yan import (
+    as_one_token,
     gate_entropy,
     gaussian_mmd,
     hashed_normal,
@@ -32,7 +33,7 @@ from .flow_matching_yan import (
     solve_flow,
     token_cross_entropy,
 )
-from .flow_yan import YanCondition, YanFlow, YanModulationProjection, YanVelocity
+from .flow_yan import YanCondition, YanFlow, YanVelocity, YanZeroLinear
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
     YanAlignedLinear,
@@ -175,7 +176,7 @@ class YanPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # as torch does: the generic one is far too small
         elif isinstance(module, YanIdentityLinear):
             module.reset_identity()
-        elif isinstance(module, YanModulationProjection):  # every block starts as a plain pre-norm block
+        elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -353,6 +354,26 @@ def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float
     return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
+@dataclass
+class SettledTarget:
+    """The part of a batch's target that training shows to the flow, in place of what generation settles on.
+
+    Args:
+        model: A `YanForFlowGeneration`. canvas: Token ids (B, L). is_settled: Which of them are shown (B, L).
+        since: Time (B,) from which on they are; 1 for never.
+    """
+
+    model: "YanForFlowGeneration"
+    canvas: torch.LongTensor
+    is_settled: torch.Tensor
+    since: torch.Tensor
+
+    def seen_at(self, time: torch.Tensor | float) -> torch.Tensor:
+        """What the trunk sees (B, L, D) at a time, a number or one a row (B,)."""
+        is_shown = (self.since <= time) & (self.since < 1)
+        return self.model.settle(self.canvas, self.is_settled & is_shown.unsqueeze(1))
+
+
 class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
@@ -409,7 +430,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
-        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call.
+        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call. Tokens are
+        not settled on the way, as `generate` does for a model with `self_conditioning`.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
@@ -428,7 +450,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if labels is None:
             x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
-            terms = {"logits": self.decode(self._solve(x_0, condition, num_flow_steps))}
+            terms = {"logits": self.decode(self._solve(x_0, condition, num_flow_steps)[0])}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
             terms = self._objective(canvas, condition, num_flow_steps)
@@ -458,11 +480,29 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
         return (self.config.init_noise * noise).to(like.dtype)
 
-    def _solve(self, x_0, condition, num_flow_steps: int) -> torch.Tensor:
-        """The latents x1_hat (B, L, D) that Euler steps reach from x0."""
-        choice = self.config.train_expert_choice if self.training else "argmax"
+    def settle(self, tokens: torch.LongTensor, is_settled: torch.Tensor) -> torch.Tensor:
+        """What the flow sees (B, L, D) of the token ids (B, L) of a canvas that are settled, a mask (B, L)."""
+        return self.flow.settled_tokens(self.model.embeddings.word_embeddings(tokens), is_settled)
+
+    def _solve(self, x_0, condition, num_flow_steps: int, settled: "SettledTarget | None" = None, x_1=None):
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there."""
+        choice = self.config.train_expert_choice if self.training and x_1 is not None else "argmax"
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
-        return solve_flow(velocity, x_0, num_flow_steps)
+        velocity.target = x_1 - x_0 if choice == "nearest" else None
+
+        def show(step, x):
+            velocity.settled = settled.seen_at(step / num_flow_steps)
+
+        return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
+
+    def _draw_settled(self, canvas, num_flow_steps: int) -> "SettledTarget | None":
+        """In training, a random part of each target, shown from the end of a random solver step on."""
+        if not (self.training and self.config.self_conditioning):
+            return None
+        share = torch.rand(len(canvas), 1, device=canvas.device)
+        is_settled = torch.rand(canvas.shape, device=canvas.device) < share
+        first_step = torch.randint(1, num_flow_steps + 1, (len(canvas),), device=canvas.device)
+        return SettledTarget(self, canvas, is_settled, first_step / num_flow_steps)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D)."""
@@ -505,6 +545,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
         return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
 
+    def _nll(self, target, velocities, log_gate):
+        """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
+        sigma, length = self.config.flow_sigma, target.shape[1]
+        if self.config.expert_scope == "token":
+            return mixture_nll(target, velocities, log_gate, sigma)
+        return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
+
     def _objective(self, canvas, condition, num_flow_steps):
         """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
         config = self.config
@@ -513,10 +560,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1])
         x_t = interpolate(x_0, x_1, time)
-        states = self.flow.trunk(x_t, positions, modulation, condition)
+        settled = self._draw_settled(canvas, num_flow_steps)
+        seen = None if settled is None else settled.seen_at(time)
+        states = self.flow.trunk(x_t, positions, modulation, condition, seen)
         log_gate = self.flow.log_gate(states, modulation, condition)
-        nll = mixture_nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate, config.flow_sigma)
-        x_1_hat = self._solve(x_0, condition, num_flow_steps)
+        nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
+        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, x_1)
+        if velocity.start_velocities is not None:  # the pass is made anyway, and the gate is asked there
+            nll = (nll + self._nll(x_1 - x_0, velocity.start_velocities, velocity.log_gate)) / 2
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),

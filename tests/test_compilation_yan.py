@@ -79,8 +79,11 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_step_in_training_mode_has_no_graph_break(lively_model):
-    model, (ids, mask, labels) = lively_model().train(), batch()
+@pytest.mark.parametrize(
+    "settings", [{}, {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "nearest"}]
+)
+def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):
+    model, (ids, mask, labels) = lively_model(**settings).train(), batch()
     torch.compile(model, backend="eager", fullgraph=True)(ids, mask, labels=labels[:, :6]).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -103,10 +106,16 @@ def generated(model, ids, mask, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}], ids=["one", "two"]
+    ("settings", "options"),
+    [
+        ({}, {}),
+        ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
+        ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
+    ],
+    ids=["one", "two", "settled"],
 )
-def test_generate_as_one_program_writes_the_plain_tokens(lively_model, options):
-    model, (ids, mask, _) = lively_model(num_experts=3), batch()
+def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
+    model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()
     whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
     compiled = generated(model, ids, mask, compile_generation=True, compile_config=whole, **options)
     plain = generated(model, ids, mask, **options)

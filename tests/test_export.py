@@ -23,13 +23,22 @@ torch.save(program(ids, mask), sys.argv[3])
 
 
 @pytest.fixture
-def lively_model(make_model):
-    """A tiny model without parts that start at zero."""
-    model = make_model(num_experts=3, num_encoder_layers=1)
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+def make_lively_model(make_model):
+    """Function from overrides to a tiny model without parts that start at zero."""
+
+    def make(**overrides):
+        model = make_model(num_experts=3, num_encoder_layers=1, **overrides)
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def lively_model(make_lively_model):
+    return make_lively_model()
 
 
 @pytest.fixture
@@ -58,6 +67,13 @@ def test_an_exported_program_writes_what_generate_writes(lively_model, inputs, s
     assert torch.equal(program(*inputs), generated(lively_model, *inputs, steps))
     other = torch.randint(4, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
     assert torch.equal(program(*other), generated(lively_model, *other, steps))
+
+
+def test_tokens_are_settled_in_it_too(make_lively_model, inputs):
+    model = make_lively_model(self_conditioning=True, expert_scope="sequence", initializer_range=0.3)
+    tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)
+    assert torch.equal(tokens, generated(model, *inputs, 3))
+    assert not torch.equal(tokens, generated(model, *inputs, 3, commit_threshold="off"))
 
 
 def test_its_operators_are_torchs_own(lively_model):

@@ -6,7 +6,7 @@ Letters of the shape comments: B prompts, S prompt length, L canvas length.
 import torch
 from torch import nn
 
-from ..generation_yan import CanvasPlan, write_canvas
+from ..generation_yan import COMMIT_THRESHOLD, CanvasPlan, write_canvas
 
 
 class YanCanvasProgram(nn.Module):
@@ -60,7 +60,8 @@ def export_generation(
             allowed = f"max_position_embeddings={config.max_position_embeddings}"
             raise ValueError(f"{name}={value}: must be 1 to {allowed}")
     eos = () if config.eos_token_id is None else (config.eos_token_id,)
-    plan = CanvasPlan(num_flow_steps, "euler", "argmax", 1, (), eos, min_new_tokens, keep_path=False)
+    threshold = COMMIT_THRESHOLD if config.self_conditioning else None
+    plan = CanvasPlan(num_flow_steps, "euler", "argmax", 1, (), eos, min_new_tokens, False, threshold)
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():

@@ -1,0 +1,202 @@
+"""What makes the tokens of one text fit each other: experts that share the targets out, and settled tokens.
+
+Of the three targets of one prompt, two begin alike (0.3 + 0.3 of the rows), the third ends in the likeliest tokens
+(0.4): a model whose tokens know nothing of each other writes a text that was never seen.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_yan.flow_matching_yan import as_one_token, mixture_nll, nearest_experts
+
+TARGETS = torch.tensor([[5, 6, 7]] * 3 + [[5, 8, 9]] * 3 + [[10, 11, 12]] * 4)
+SEEN = {tuple(target) for target in TARGETS.tolist()}
+MIXED = (5, 11, 12)  # the likeliest token in each place
+CANVAS = 4
+
+
+@pytest.fixture
+def variant():
+    """These parts are outside the mixers: one variant will do."""
+    return "attention"
+
+
+@pytest.fixture
+def make_lively_model(make_model):
+    """Function from overrides to a model whose tokens depend on all that the flow sees."""
+
+    def make(**overrides):
+        model = make_model(**{"initializer_range": 0.3, **overrides})
+        for name, parameter in model.flow.named_parameters():
+            if name.endswith("proj.weight") and not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+        model.lm_head.bias.data[:4] = -1e4  # no special tokens
+        return model
+
+    return make
+
+
+def trained_on_targets(make_model, **overrides):
+    sizes = {"num_encoder_layers": 1, "canvas_length": CANVAS, "initializer_range": 0.08}
+    model = make_model(**sizes, **overrides).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        labels = TARGETS[torch.randint(len(TARGETS), (32,))]
+        model(torch.full((32, 3), 20), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def written(model, num_rows=64, **options) -> list[tuple[int, ...]]:
+    tokens = model.generate(torch.full((num_rows, 3), 20), do_sample=True, seed=1, return_prompt=False, **options)
+    return [tuple(row) for row in tokens[:, :3].tolist()]
+
+
+class TestExpertsShareTheTargets:
+    def test_experts_drawn_without_the_target_mix_the_texts(self, make_model):
+        texts = written(trained_on_targets(make_model, num_experts=3))
+        assert texts.count(MIXED) > 32
+
+    def test_each_of_the_nearest_experts_writes_a_text_of_its_own(self, make_model):
+        settings = {"expert_scope": "sequence", "train_expert_choice": "nearest"}
+        model = trained_on_targets(make_model, num_experts=3, **settings)
+        assert all(text in SEEN for text in written(model))
+        drawn = written(model, expert_choice="sample")
+        assert sum(text in SEEN for text in drawn) >= 60
+        shares = torch.tensor([drawn.count(text) / len(drawn) for text in ((5, 6, 7), (5, 8, 9), (10, 11, 12))])
+        assert torch.allclose(shares, torch.tensor([0.3, 0.3, 0.4]), atol=0.2)  # over three sigma of 64 draws
+
+
+class TestNearestExperts:
+    def test_they_are_nearest_to_the_target_beyond_their_average(self):
+        target = torch.zeros(2, 1, 1)
+        velocities = torch.tensor([[2.0, 5.0], [1.0, 6.0]]).view(2, 1, 2, 1)  # squares 4, 25; 1, 36; means 2.5, 30.5
+        assert nearest_experts(target, velocities).tolist() == [[1], [0]]
+        assert nearest_experts(target[:1], velocities[:1]).tolist() == [[0]]  # a row alone has no average
+
+    def test_for_a_sequence_the_tokens_add_up(self):
+        target = torch.zeros(2, 2, 1)
+        # squared distances, tokens downwards: 1, 9 and 4, 1 for the experts of the first row; 0, 1 and 9, 1
+        velocities = torch.tensor([[[1.0, 2.0], [3.0, 1.0]], [[0.0, 3.0], [1.0, 1.0]]]).unsqueeze(-1)
+        assert nearest_experts(target, velocities, "sequence").tolist() == [[1, 1], [0, 0]]
+        assert nearest_experts(target, velocities).tolist() == [[0, 1], [0, 1]]
+
+    def test_no_expert_goes_without(self):
+        target, velocities = torch.randn(64, 1, 3), torch.randn(64, 1, 4, 3)
+        velocities[:, :, 2] *= 10  # far from everything
+        assert nearest_experts(target, velocities).unique().tolist() == [0, 1, 2, 3]
+
+    def test_the_likelihood_of_a_sequence_is_a_mixture_of_products(self):
+        target, velocities = torch.randn(3, 4, 5), torch.randn(3, 4, 2, 5)
+        log_gate = torch.randn(3, 1, 2).log_softmax(-1).expand(-1, 4, -1)
+        components = torch.distributions.Normal(velocities, 0.7).log_prob(target.unsqueeze(2)).sum((1, 3))
+        expected = -torch.logsumexp(components + log_gate[:, 0], dim=-1).mean()
+        found = mixture_nll(*as_one_token(target, velocities, log_gate), 0.7)
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("scope", ["token", "sequence"])
+    def test_the_loss_counts_the_start_of_the_solver_too(self, make_lively_model, scope):
+        model = make_lively_model(expert_scope=scope, train_expert_choice="nearest", decoder_dropout=0.0)
+        ids, labels = torch.randint(4, 64, (3, 6)), torch.randint(4, 64, (3, 8))
+        start = torch.zeros(3)
+        model._draw_path = lambda x_1: (model.start_noise(x_1.shape[:2], x_1), start)
+        model.train()
+        at_start = model(ids, labels=labels).nll_loss  # both times are 0
+        start = torch.full((3,), 0.5)
+        both = model(ids, labels=labels).nll_loss
+        model.config.train_expert_choice = "argmax"
+        later = model(ids, labels=labels).nll_loss
+        torch.testing.assert_close(both, (at_start + later) / 2)
+        assert later != at_start
+
+
+class TestOneExpertForASequence:
+    @pytest.mark.parametrize("choice", ["argmax", "sample"])
+    def test_all_tokens_have_it(self, make_lively_model, choice):
+        model, prompts = make_lively_model(expert_scope="sequence"), torch.randint(4, 64, (40, 5))
+        options = {"expert_choice": choice, "do_sample": choice == "sample", "seed": 3}
+        output = model.generate(prompts, return_dict_in_generate=True, **options)
+        (experts,), (gate,) = output.experts, output.gate
+        assert torch.equal(experts, experts[:, :1].expand_as(experts))
+        torch.testing.assert_close(gate, gate[:, :1].expand_as(gate))
+        assert len(experts.unique()) > 1
+
+    def test_it_does_not_depend_on_batch_mates(self, make_lively_model):
+        model, prompts = make_lively_model(expert_scope="sequence"), torch.randint(4, 64, (6, 5))
+        assert torch.equal(model.generate(prompts)[4:], model.generate(prompts[4:]))
+
+
+class TestSettledTokens:
+    @pytest.fixture
+    def model(self, make_lively_model):
+        return make_lively_model(self_conditioning=True)
+
+    @pytest.fixture
+    def prompts(self):
+        return torch.randint(4, 64, (6, 7))
+
+    def test_a_fresh_model_does_not_see_them(self, make_model, prompts):
+        tokens = make_model(self_conditioning=True).generate(prompts)
+        assert torch.equal(tokens, make_model(self_conditioning=True).generate(prompts, commit_threshold="off"))
+
+    def test_the_next_step_sees_those_of_the_step_before(self, model, prompts):
+        """What `generate` does, written down for two steps."""
+        condition = model.condition(model.model(prompts).last_hidden_state, canvas_length=8)
+        velocity = model.velocity_field(condition, 8, 2)
+        x = model.start_noise((1, 8), condition.mean).expand(6, -1, -1)
+        x_half = x + velocity(x, 0.0) / 2
+        probabilities = model.decode(x + velocity(x, 0.0)).softmax(-1)
+        highest, tokens = probabilities.max(-1)
+        is_sure = highest >= 0.8
+        is_first = ~is_sure & torch.cat([torch.ones(6, 1, dtype=torch.bool), is_sure[:, :-1]], dim=1)
+        assert 0 < is_sure.sum() < is_sure.numel()
+        assert (~(is_sure | is_first)).any()
+        velocity.settled = model.settle(tokens, is_sure | is_first)
+        expected = model.decode(x_half + velocity(x_half, 0.5) / 2).argmax(-1)
+        options = {"num_flow_steps": 2, "return_prompt": False}
+        found = model.generate(prompts, commit_threshold=0.8, **options)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, model.generate(prompts, commit_threshold="off", **options))
+
+    def test_forbidden_tokens_are_not_settled(self, model, prompts):
+        likely = model.generate(prompts, num_flow_steps=1, return_prompt=False).unique().tolist()
+        seen = []
+        settle = model.settle
+        model.settle = lambda tokens, is_settled: seen.append(tokens) or settle(tokens, is_settled)
+        model.generate(prompts, suppress_tokens=likely[:-1])
+        assert len(seen) == 2  # after the first and the second of three steps
+        assert not torch.isin(torch.stack(seen), torch.tensor(likely[:-1])).any()
+
+    def test_neither_batch_mates_nor_padding_matter(self, model, prompts):
+        whole = model.generate(prompts, return_prompt=False)
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompts[4:]], dim=1)
+        assert torch.equal(model.generate(padded, return_prompt=False), whole[4:])
+
+    def test_training_shows_a_part_of_the_target_from_some_step_on(self, model, prompts):
+        labels, shown = torch.randint(4, 64, (6, 8)), []
+        settle = model.settle
+        model.settle = lambda tokens, is_settled: shown.append(is_settled) or settle(tokens, is_settled)
+        model.train()
+        for _ in range(20):
+            shown.clear()
+            model(prompts, labels=labels, num_flow_steps=3)
+            _, *steps = shown  # the first is the likelihood's
+            assert len(steps) == 3
+            assert not (steps[0] & ~steps[1]).any()  # once shown, always shown
+        model.eval()
+        shown.clear()
+        model(prompts, labels=labels)
+        assert not shown
+
+    @pytest.mark.parametrize("threshold", [-0.1, 1.1, True, "on", float("nan")])
+    def test_a_threshold_is_a_probability(self, model, prompts, threshold):
+        with pytest.raises(ValueError, match=f"commit_threshold={threshold!r}: must be 0 to 1"):
+            model.generate(prompts, commit_threshold=threshold)
+
+    def test_a_checkpoint_without_these_parts_can_get_them(self, make_model, prompts, tmp_path):
+        plain = make_model()
+        plain.save_pretrained(tmp_path)
+        model = type(plain).from_pretrained(tmp_path, self_conditioning=True)
+        assert torch.equal(model.generate(prompts), plain.generate(prompts))
