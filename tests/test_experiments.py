@@ -163,6 +163,33 @@ def test_the_errors_of_the_target_itself_are_small(load_script, dimension):
     assert script.errors(script.centres(dimension)[:4])["unevenness"] == pytest.approx(0.5)
 
 
+def test_several_answers(load_script, tmp_path):
+    pytest.importorskip("matplotlib")
+    script = load_script("several_answers")
+    sizes = ["--num_prompts", "2", "--num_updates", "2", "--num_seeds", "1", "--num_texts", "5"]
+    script.main(["--output", str(tmp_path), *sizes])
+    table = json.loads((tmp_path / "several_answers.json").read_text())["table"]
+    assert list(table) == list(script.ARMS)
+    assert is_png(tmp_path / "several_answers.png")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [((0, 0, 0), (1, 0.7)), ((0, 1, 2), (1, 1 / 15)), ((2, 9, 9), (1 / 3, 2 / 3))]
+)
+def test_several_answers_counts_what_is_no_answer_and_what_is_missing(load_script, written, expected):
+    script = load_script("several_answers")
+    answers = script.answers_of(2)
+    texts = torch.cat([answers, torch.zeros(2, 7, 3, dtype=torch.long)], dim=1)[:, list(written)]
+
+    class Writer:
+        def generate(self, ids, **options):
+            return texts.flatten(0, 1)
+
+    figures = script.measure(Writer(), answers, num_texts=3)
+    assert figures["sample: is an answer"] == pytest.approx(expected[0])
+    assert figures["sample: total variation"] == pytest.approx(expected[1])
+
+
 def test_the_networks_of_the_mixtures_are_of_about_one_size(load_script):
     script = load_script("mixtures")
     sizes = [sum(p.numel() for p in script.VelocityNet(16, count).parameters()) for count in (1, 2, 4, 8)]
