@@ -37,7 +37,7 @@ NEAREST = {"num_experts": 3, "train_expert_choice": "nearest"}
 ARMS = {
     "one expert": {"num_experts": 1},
     "one expert, self-conditioning": {"num_experts": 1, "self_conditioning": True},
-    "three, drawn (the paper)": {"num_experts": 3},
+    "three, drawn from the gate": {"num_experts": 3},
     "three, nearest, per token": NEAREST,
     "three, nearest, per sequence": {**NEAREST, "expert_scope": "sequence"},
     "the same, self-conditioning": {**NEAREST, "expert_scope": "sequence", "self_conditioning": True},
