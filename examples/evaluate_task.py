@@ -15,6 +15,7 @@ models give one such folder each, and table.json and table.md of them all, with 
 """
 
 import argparse
+import json
 
 import torch
 from transformers import AutoTokenizer
@@ -42,6 +43,9 @@ def parse_options():
     parser.add_argument("--baseline", help="several models: the one that the others are tested against")
     parser.add_argument("--num_rows", type=int, help="only the first rows of the data")
     parser.add_argument("--num_flow_steps", type=int, help="YAN: solver steps; the model's if not given")
+    parser.add_argument(
+        "--yan_options", nargs="+", type=_option, default=[], metavar="NAME=VALUE", help="further options of generate"
+    )
     parser.add_argument("--num_diffusion_steps", type=int, help="masked diffusion: steps; the model's if not given")
     parser.add_argument("--canvas_length", type=int, help="tokens written at once; the model's if not given")
     parser.add_argument("--max_new_tokens", type=int, default=64)
@@ -58,6 +62,17 @@ def parse_options():
     return options
 
 
+def _option(entry: str) -> tuple[str, object]:
+    """Name and value of NAME=VALUE, the value in JSON or else a plain word."""
+    name, equals, word = entry.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{entry!r} must be NAME=VALUE")
+    try:
+        return name, json.loads(word)
+    except json.JSONDecodeError:
+        return name, word
+
+
 def main():
     options = parse_options()
     rows = read_rows(options.data)[: options.num_rows]
@@ -69,6 +84,7 @@ def main():
         num_seeds=options.seeds,
         batch_size=options.batch_size,
         template=options.template,
+        yan_options=dict(options.yan_options),
     )
     settings = {"metrics": options.metrics, "encoder": options.encoder, "judge": options.judge}
     description = {"data": options.data, "device": options.device}

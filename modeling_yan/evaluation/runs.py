@@ -13,6 +13,7 @@ from .speed import num_new_tokens
 
 FREE, ORACLE = "free", "oracle"  # whether the model finds the length itself or is told the reference's
 SAMPLED, DETERMINISTIC = "sampled", "deterministic"
+OWN_OPTIONS = ("do_sample", "temperature", "seed", "max_new_tokens", "canvas_length", "num_flow_steps")  # of a run
 
 
 @dataclass
@@ -45,6 +46,10 @@ class RunOptions:
             None.
         num_seeds: Passes of the sampled runs, with seeds 0, 1, ...
         template: What a source becomes before it is tokenized, with `{source}` in it.
+        yan_options: Further options of YAN's `generate`, such as `commit_threshold`.
+
+    Raises:
+        ValueError: A number below 1, a template without `{source}`, or a further option that a run sets itself.
     """
 
     max_new_tokens: int = 64
@@ -54,6 +59,7 @@ class RunOptions:
     num_seeds: int = 5
     batch_size: int = 32
     template: str = "{source}"
+    yan_options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("max_new_tokens", "num_seeds", "batch_size"):
@@ -61,6 +67,9 @@ class RunOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if "{source}" not in self.template:
             raise ValueError(f"template={self.template!r}: must hold {{source}}")
+        own = sorted(set(self.yan_options) & set(OWN_OPTIONS))
+        if own:
+            raise ValueError(f"yan_options: {', '.join(own)} must not be there, a run sets these itself")
 
 
 def generate_answers(model, tokenizer, sources: Sequence[str], batch_size: int = 32, **options) -> list[str]:
@@ -149,7 +158,8 @@ def _settings(model, options, decoding):
         has_cache = not getattr(model.config, "attention_conv_kernel", 0)  # baselines with convolutions have none
         return {"do_sample": False, "num_beams": 1, "use_cache": has_cache}
     steps = {} if options.num_flow_steps is None else {"num_flow_steps": options.num_flow_steps}
-    return {**steps, **({"do_sample": True, "temperature": 1.0} if decoding == SAMPLED else {"do_sample": False})}
+    noise = {"do_sample": True, "temperature": 1.0} if decoding == SAMPLED else {"do_sample": False}
+    return {**options.yan_options, **steps, **noise}
 
 
 def _length(model, options):

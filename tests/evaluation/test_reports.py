@@ -146,6 +146,22 @@ def test_with_oracle_length_no_row_gets_more_tokens_than_its_reference(yan, toke
     assert told == 2 * [(length, length, lengths.count(length)) for length in sorted(set(lengths))]
 
 
+def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, tokenizer, rows, checkpoint, tmp_path):
+    calls, generate = [], yan.generate
+    yan.generate = lambda **options: calls.append(options) or generate(**options)
+    sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
+    run_model(yan, tokenizer, sources, targets, RunOptions(8, num_seeds=1, yan_options={"solver": "heun"}))
+    assert all(call["solver"] == "heun" for call in calls[1:])  # the first is the warm-up
+    with pytest.raises(ValueError, match="seed must not be there"):
+        RunOptions(yan_options={"seed": 1})
+
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    options = ("--data", tmp_path / "pairs.jsonl", "--max_new_tokens", 8, "--seeds", 1, "--output", tmp_path / "yan")
+    evaluate_in_subprocess("--model", checkpoint, *options, "--yan_options", "commit_threshold=off", "solver=heun")
+    report = json.loads((tmp_path / "yan" / "metrics.json").read_text())
+    assert report["options"]["yan_options"] == {"commit_threshold": "off", "solver": "heun"}
+
+
 def fake_report(folder, model, tokenizer, rows, texts, **options):
     """A report of a model whose answers are `texts`, one row after the other, again and again."""
     remaining = iter(texts * 100)
