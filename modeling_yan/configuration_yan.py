@@ -18,11 +18,12 @@ POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
     "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
     "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
-    "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range"
+    "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range "
+    "transition_candidates"
 ).split()
 NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
-    "latent_norm_weight"
+    "latent_norm_weight transition_rank transition_weight"
 ).split()
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
@@ -56,6 +57,9 @@ class YanConfig(PreTrainedConfig):
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
         self_conditioning: Whether the flow sees the tokens that it has settled on in earlier steps, so that the others
             fit them. Training shows it a random part of the target instead, from a random step on.
+        transition_rank: Rank R of the scores of neighbouring tokens, with which a canvas is read off as one chain; 0
+            to read every token by itself.
+        transition_candidates: Likeliest tokens of each place that take part in the chain.
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
@@ -65,9 +69,9 @@ class YanConfig(PreTrainedConfig):
         freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        nll_weight, mse_weight, ce_weight, gate_entropy_weight, load_balance_weight, mmd_weight, latent_norm_weight:
-            Weights of the loss terms, at least 0. Likelihood and squared error count per latent dimension, so that
-            one set of weights serves every width.
+        nll_weight, mse_weight, ce_weight, transition_weight, gate_entropy_weight, load_balance_weight, mmd_weight,
+        latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and squared error count per latent
+            dimension, so that one set of weights serves every width.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
@@ -80,6 +84,7 @@ class YanConfig(PreTrainedConfig):
         "nll_loss_per_dim",
         "mse_loss",
         "ce_loss",
+        "transition_loss",
         "gate_entropy",
         "expert_usage",
         "load_balance_loss",
@@ -130,6 +135,8 @@ class YanConfig(PreTrainedConfig):
     min_train_flow_steps: int = 1
     max_train_flow_steps: int = 4
     self_conditioning: bool = False
+    transition_rank: int = 0
+    transition_candidates: int = 16
     expert_scope: str = "token"
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
@@ -142,6 +149,7 @@ class YanConfig(PreTrainedConfig):
     nll_weight: float | int = 1.0
     mse_weight: float | int = 1.0
     ce_weight: float | int = 1.0
+    transition_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
     load_balance_weight: float | int = 0.1
     mmd_weight: float | int = 0.0

@@ -11,7 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from .experts_yan import YanExperts, YanGate, choose_experts
 from .flow_matching_yan import nearest_experts, solver_times
-from .layers_yan import YanFlowLayer, YanTimeEmbedding
+from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear
 
 
 @dataclass
@@ -37,10 +37,6 @@ class YanModulation:
 
     def __getitem__(self, index) -> "YanModulation":
         return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
-
-
-class YanZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
 
 
 class YanTimeModulation(nn.Module):

@@ -7,7 +7,7 @@ K experts, N solver steps.
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ FLOW_FIELDS = (
     "expert_choice",
     "canvas_length",
     "commit_threshold",
+    "use_transitions",
     "seed",
     "return_prompt",
     "compile_generation",
@@ -69,6 +70,8 @@ class YanGenerationConfig(GenerationConfig):
         commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
             at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
             all of them, "off" none; 0.9 if None.
+        use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
+            and not every token by itself; True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
@@ -117,6 +120,7 @@ _FIELD_RULES = (
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
+    ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
@@ -148,7 +152,8 @@ class CanvasPlan:
     """What does not change the tensors that a canvas is written from, but what is done with them.
 
     Args:
-        num_flow_steps, solver, expert_choice: As in `YanGenerationConfig`. repeats: Sequences R per row of context.
+        num_flow_steps, solver, expert_choice, use_transitions: As in `YanGenerationConfig`.
+        repeats: Sequences R per row of context.
         commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
         keep_path: Whether the points of the path are wanted.
@@ -163,6 +168,7 @@ class CanvasPlan:
     num_without_eos: int
     keep_path: bool
     commit_threshold: float | None = None
+    use_transitions: bool = True
 
 
 @dataclass
@@ -290,6 +296,7 @@ class YanGenerationMixin(GenerationMixin):
             "expert_choice": "argmax",
             "canvas_length": self.config.canvas_length,
             "commit_threshold": COMMIT_THRESHOLD,
+            "use_transitions": True,
             "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
         }
@@ -376,7 +383,8 @@ class YanGenerationMixin(GenerationMixin):
 
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
-        return torch.cat([self._allowed_logits(part, plan).argmax(-1) for part in self._split_rows(latents)])
+        most_likely = self.most_likely if plan.use_transitions else partial(torch.argmax, dim=-1)
+        return torch.cat([most_likely(self._allowed_logits(part, plan)) for part in self._split_rows(latents)])
 
     def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
         """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""
@@ -392,7 +400,9 @@ class YanGenerationMixin(GenerationMixin):
         return tokens, (highest - logits.logsumexp(-1)).exp()
 
     def _split_rows(self, latents):
-        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * self.config.vocab_size)))
+        chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
+        per_token = max(self.config.vocab_size, chains)
+        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))
 
     def _allowed_logits(self, latents, plan):
         logits = self.decode(latents)
@@ -488,6 +498,7 @@ def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
         commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
+        use_transitions=options.use_transitions,
     )
 
 

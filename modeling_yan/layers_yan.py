@@ -126,6 +126,10 @@ class YanCrossAttention(YanAttention):
         self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
 
 
+class YanZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
 class YanShortConvolution(nn.Conv1d):
     """Adds to every token a depthwise convolution of its neighbourhood, of an odd number of tokens.
 

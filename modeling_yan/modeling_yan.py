@@ -33,7 +33,7 @@ from .flow_matching_yan import (
     solve_flow,
     token_cross_entropy,
 )
-from .flow_yan import YanCondition, YanFlow, YanVelocity, YanZeroLinear
+from .flow_yan import YanCondition, YanFlow, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
     YanAlignedLinear,
@@ -42,10 +42,12 @@ from .layers_yan import (
     YanEncoderLayer,
     YanIdentityLinear,
     YanShortConvolution,
+    YanZeroLinear,
     count_positions,
 )
 from .mamba_yan import YanMamba
 from .trainer_yan import refuse_causal_batch, token_output
+from .transitions_yan import YanTransitions
 
 IGNORE_INDEX = -100
 AUTO_MAP = {
@@ -89,6 +91,7 @@ class YanFlowOutput(ModelOutput):
         nll_loss_per_dim: The same divided by D, comparable across widths.
         mse_loss: Squared error of the solved latents, per token and dimension.
         ce_loss: Cross-entropy of the decoded solved latents, nats per token.
+        transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
         expert_usage: Mean gate probability of each expert (K,).
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
@@ -101,6 +104,7 @@ class YanFlowOutput(ModelOutput):
     nll_loss_per_dim: torch.Tensor | None = None
     mse_loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
+    transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
     expert_usage: torch.Tensor | None = None
     load_balance_loss: torch.Tensor | None = None
@@ -385,6 +389,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         self.flow = YanFlow(config)
         self.decoder = YanDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.transitions = YanTransitions(config) if config.transition_rank else None
         self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
         self.apply_freeze_switches()
@@ -508,6 +513,12 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """Logits (B, L, V) of latents (B, L, D)."""
         return self.lm_head(self.decoder(latents))
 
+    def most_likely(self, logits: torch.Tensor) -> torch.LongTensor:
+        """The token ids (B, L) that logits (B, L, V) stand for: the best chain, or the best token of each place."""
+        if self.transitions is None:
+            return logits.argmax(-1)
+        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits)
+
     def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
 
@@ -574,6 +585,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             "ce_loss": token_cross_entropy(logits, canvas),
             "load_balance_loss": load_balance(log_gate),
         }
+        if self.transitions is not None:
+            terms["transition_loss"] = self.transitions.loss(self.model.embeddings.word_embeddings, logits, canvas)
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size

@@ -80,7 +80,12 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "nearest"}]
+    "settings",
+    [
+        {},
+        {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "nearest"},
+        {"transition_rank": 4},
+    ],
 )
 def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):
     model, (ids, mask, labels) = lively_model(**settings).train(), batch()
@@ -111,8 +116,9 @@ def generated(model, ids, mask, **options):
         ({}, {}),
         ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
         ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
+        ({"transition_rank": 4, "transition_candidates": 5}, {}),
     ],
-    ids=["one", "two", "settled"],
+    ids=["one", "two", "settled", "chain"],
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()

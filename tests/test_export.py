@@ -76,6 +76,13 @@ def test_tokens_are_settled_in_it_too(make_lively_model, inputs):
     assert not torch.equal(tokens, generated(model, *inputs, 3, commit_threshold="off"))
 
 
+def test_chains_are_read_off_in_it_too(make_lively_model, inputs):
+    model = make_lively_model(transition_rank=4, transition_candidates=5)
+    tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)
+    assert torch.equal(tokens, generated(model, *inputs, 3))
+    assert not torch.equal(tokens, generated(model, *inputs, 3, use_transitions=False))
+
+
 def test_its_operators_are_torchs_own(lively_model):
     program = export_generation(lively_model, 1, 5, num_flow_steps=2)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -91,7 +98,9 @@ def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs_as_onnx(lively_model, inputs, tmp_path):
+@pytest.mark.parametrize("rank", [0, 4], ids=["tokens", "chains"])
+def test_it_runs_as_onnx(make_lively_model, inputs, tmp_path, rank):
+    lively_model = make_lively_model(transition_rank=rank)
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "yan.onnx"
     program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)

@@ -67,7 +67,7 @@ class Validation:
                     name: value.to(accelerator.device) if torch.is_tensor(value) else value
                     for name, value in self.mixture.batch(task, rng).items()
                 }
-                loss, predictions = self._predict(model, accelerator.unwrap_model(model), batch)
+                loss, predictions = self._predict(model, accelerator.unwrap_model(model), batch, is_sharded)
                 scores.append(_scores(loss, predictions, batch["labels"]))
                 if index == 0 and not is_sharded:
                     samples += self._samples(task, accelerator.unwrap_model(model), batch, predictions)
@@ -76,12 +76,13 @@ class Validation:
         model.train()
         return line, samples
 
-    def _predict(self, model, unwrapped, batch):
+    def _predict(self, model, unwrapped, batch, is_sharded):
         """Loss, and the token ids (B, L) that are held against the labels."""
         stage = self.arguments.stage
         if stage not in INPUTS:
             outputs = model(**batch)
-            return outputs.loss, outputs.logits.argmax(-1)
+            reads_chains = stage == "flow" and not is_sharded  # sharded weights are whole inside of forward alone
+            return outputs.loss, unwrapped.most_likely(outputs.logits) if reads_chains else outputs.logits.argmax(-1)
         loss = model(**INPUTS[stage](batch, self.tokenizer.pad_token_id)).loss
         return loss, write_targets(unwrapped, batch)
 

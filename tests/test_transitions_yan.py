@@ -1,0 +1,170 @@
+"""Reading a canvas off as a chain: sums and maxima over all paths against counting every path."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+from modeling_yan import YanForFlowGeneration
+from modeling_yan.transitions_yan import best_path, log_partition, path_score
+
+NUM_CANDIDATES = 3
+
+
+def random_chain(length, batch_size=2):
+    torch.manual_seed(length)
+    shape = (batch_size, length - 1, NUM_CANDIDATES, NUM_CANDIDATES)
+    return 2 * torch.randn(batch_size, length, NUM_CANDIDATES), 2 * torch.randn(shape)
+
+
+def all_scores(emissions, transitions):
+    """Every path, and its score (paths, B), added up token by token."""
+    paths = list(product(range(NUM_CANDIDATES), repeat=emissions.shape[1]))
+    scores = [
+        sum(emissions[:, place, token] for place, token in enumerate(path))
+        + sum(transitions[:, place, a, b] for place, (a, b) in enumerate(pairwise(path)))
+        for path in paths
+    ]
+    return paths, torch.stack(scores)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 8])
+def test_sums_and_best_paths_are_those_of_counting_every_path(length):
+    emissions, transitions = random_chain(length)
+    paths, scores = all_scores(emissions, transitions)
+    torch.testing.assert_close(log_partition(emissions, transitions), scores.logsumexp(0))
+    assert best_path(emissions, transitions).tolist() == [list(paths[best]) for best in scores.argmax(0)]
+    for index in (0, len(paths) // 2, -1):
+        path = torch.tensor(paths[index]).expand(len(emissions), -1)
+        torch.testing.assert_close(path_score(emissions, transitions, path), scores[index])
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_the_gradient_of_the_sum_is_the_probability_of_each_token(length):
+    emissions, transitions = random_chain(length)
+    emissions.requires_grad_()
+    log_partition(emissions, transitions).sum().backward()
+    paths, scores = all_scores(emissions.detach(), transitions)
+    weights = scores.softmax(0)
+    expected = torch.zeros_like(emissions)
+    for path, weight in zip(paths, weights, strict=True):
+        for place, token in enumerate(path):
+            expected[:, place, token] += weight
+    torch.testing.assert_close(emissions.grad, expected)
+
+
+def test_a_long_chain_keeps_its_scores():
+    """The filling up to a power of two counts for nothing, in the sum and in the gradient."""
+    emissions, transitions = random_chain(130)
+    transitions.requires_grad_()
+    alpha = emissions[:, 0]
+    for place in range(129):
+        alpha = (alpha.unsqueeze(-1) + transitions[:, place]).logsumexp(1) + emissions[:, place + 1]
+    (expected,) = torch.autograd.grad(alpha.logsumexp(-1).sum(), transitions)
+    total = log_partition(emissions, transitions)
+    torch.testing.assert_close(total, alpha.logsumexp(-1))
+    (gradient,) = torch.autograd.grad(total.sum(), transitions)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def model(make_config):
+    torch.manual_seed(0)
+    model = YanForFlowGeneration(make_config(transition_rank=4, transition_candidates=5)).eval()
+    with torch.no_grad():
+        model.transitions.to_proj.weight.normal_()
+    return model
+
+
+def test_the_loss_is_the_likelihood_among_the_candidates_and_the_target(model):
+    """One candidate is exchanged for the target where the target is not among them."""
+    logits = torch.randn(2, 3, model.config.vocab_size)
+    targets = torch.stack([logits[0].argmax(-1), logits[1].argmin(-1)])
+    embedding = model.model.embeddings.word_embeddings
+    candidates = logits.topk(5, dim=-1).indices
+    candidates[1, :, -1] = targets[1]
+    states = model.transitions.norm(embedding.weight)
+    table = model.transitions.from_proj(states) @ model.transitions.to_proj(states).T
+    expected = 0.0
+    for row in range(2):
+        scores = {
+            path: sum(logits[row, place, token] for place, token in enumerate(path))
+            + sum(table[a, b] for a, b in pairwise(path))
+            for path in product(*candidates[row].tolist())
+        }
+        target = scores[tuple(targets[row].tolist())]
+        expected -= target - torch.stack(list(scores.values())).logsumexp(0)
+        best = max(scores, key=scores.get)
+        if row == 0:  # in the other row a candidate was exchanged
+            assert model.most_likely(logits)[row].tolist() == list(best)
+    torch.testing.assert_close(model.transitions.loss(embedding, logits, targets), expected / 6)
+
+
+def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
+    """Many candidates are looked up in the projected vocabulary."""
+    embedding, transitions = model.model.embeddings.word_embeddings, model.transitions
+    candidates = torch.randint(0, model.config.vocab_size, (4, 8, 5))
+    assert candidates.numel() > model.config.vocab_size
+    few = torch.cat([transitions(embedding, candidates[row : row + 1, :2]) for row in range(4)])
+    torch.testing.assert_close(transitions(embedding, candidates)[:, :1], few)
+
+
+def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_off(make_config, model):
+    prompts = torch.randint(10, 60, (3, 6))
+    options = {"max_new_tokens": 8, "canvas_length": 8, "return_prompt": False}
+    marginal = model(prompts, canvas_length=8).logits.argmax(-1)
+    by_token = model.generate(prompts, use_transitions=False, min_new_tokens=8, **options)
+    without_eos = model(prompts, canvas_length=8).logits
+    without_eos[..., model.config.eos_token_id] = -torch.inf
+    assert torch.equal(by_token, without_eos.argmax(-1))
+    chain = model.generate(prompts, min_new_tokens=8, **options)
+    assert torch.equal(chain, model.most_likely(without_eos))
+    assert not torch.equal(chain, by_token)
+
+    fresh = YanForFlowGeneration(make_config(transition_rank=4)).eval()
+    logits = fresh(prompts, canvas_length=8).logits
+    assert torch.equal(fresh.most_likely(logits), logits.argmax(-1))
+    assert marginal.shape == (3, 8)
+
+
+def test_forbidden_tokens_are_in_no_chain(model):
+    prompts = torch.randint(10, 60, (3, 6))
+    allowed = [7, 11, 13]  # fewer than the candidates
+    forbidden = [token for token in range(model.config.vocab_size) if token not in allowed]
+    tokens = model.generate(prompts, max_new_tokens=8, suppress_tokens=forbidden, return_prompt=False)
+    assert set(tokens.unique().tolist()) <= set(allowed)
+
+
+def test_rows_read_off_in_parts_or_alone_give_the_same_text(model):
+    prompts = torch.randint(10, 60, (4, 6))
+    together = model.generate(prompts, max_new_tokens=8)
+    alone = [model.generate(prompts[row : row + 1], max_new_tokens=8)[0] for row in range(4)]
+    for row in range(4):
+        width = len(alone[row])
+        assert torch.equal(together[row, :width], alone[row])
+
+
+def test_chains_learn_names_that_tokens_by_themselves_mix(make_config):
+    """Two names of two tokens, equally likely: by itself every token is a coin's throw, as a chain never mixed."""
+    torch.manual_seed(0)
+    model = YanForFlowGeneration(make_config(transition_rank=4, canvas_length=4))
+    names = torch.tensor([[20, 30], [21, 31]])
+    embedding = model.model.embeddings.word_embeddings
+    optimizer = torch.optim.Adam(model.transitions.parameters(), lr=0.05)
+    logits = torch.full((2, 2, model.config.vocab_size), -5.0)
+    logits[:, 0, names[:, 0]] = logits[:, 1, names[:, 1]] = 0.0
+    for _ in range(60):
+        loss = model.transitions.loss(embedding, logits, names)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx(torch.tensor(2.0).log().item() / 2, abs=0.03)  # one choice for two tokens
+    logits[0, 0, 20] += 1.0
+    logits[1, 0, 21] += 1.0
+    assert torch.equal(model.most_likely(logits), names)
+
+
+@pytest.mark.parametrize("changes", [{"transition_rank": -1}, {"transition_candidates": 0}, {"transition_weight": -1}])
+def test_numbers_out_of_range_are_refused(make_config, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        make_config(**changes)
