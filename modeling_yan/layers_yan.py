@@ -17,6 +17,7 @@ from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, silence
 
 SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
+WIDE_LOGIT = 0.25  # almost none: a token sees the whole text
 CROSS_LOGIT = 26.0  # sharp: a place of the canvas sees the same place of the prompt
 
 
@@ -50,17 +51,22 @@ class YanAlignedLinear(nn.Linear):
     """A linear layer whose weights start as a fixed function of their shape and a seed: two of them start equal.
 
     As queries and keys they make a state attend first to what is like it, in token and in place. `logit` is the
-    attention logit of a state of unit variance with itself. (Mimetic initialisation, arXiv 2305.09828.)
+    attention logit of a state of unit variance with itself, one number for all heads or the first and the second half
+    of them. (Mimetic initialisation, arXiv 2305.09828.)
     """
 
-    def __init__(self, in_features: int, out_features: int, logit: float, seed: int | None = None):
+    def __init__(self, in_features: int, out_features: int, logit: float | tuple[float, float], seed: int | None = None):
         super().__init__(in_features, out_features)
         self.logit, self.seed = logit, seed or 0
 
     @torch.no_grad()
-    def reset_aligned(self, head_dim: int):
-        standard_deviation = math.sqrt(self.logit / (self.in_features * math.sqrt(head_dim)))
-        init.copy_(self.weight, standard_deviation * hashed_normal(self.seed, self.weight.shape))
+    def reset_aligned(self, num_heads: int):
+        num_narrow = -(-num_heads // 2)
+        first, second = self.logit if isinstance(self.logit, tuple) else (self.logit, self.logit)
+        logits = torch.tensor([first] * num_narrow + [second] * (num_heads - num_narrow))
+        head_dim = self.out_features // num_heads
+        deviations = (logits / (self.in_features * math.sqrt(head_dim))).sqrt().repeat_interleave(head_dim)
+        init.copy_(self.weight, deviations.unsqueeze(-1) * hashed_normal(self.seed, self.weight.shape))
 
 
 class YanAttention(nn.Module):
@@ -74,8 +80,10 @@ class YanAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False  # without it sdpa runs causally wherever the mask is None
-        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, SELF_LOGIT, layer_idx)
-        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, SELF_LOGIT, layer_idx)
+        # half of the heads begin with what is near or alike, the others with the mean of the text
+        logits = SELF_LOGIT, WIDE_LOGIT
+        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
+        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 

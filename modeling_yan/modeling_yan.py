@@ -175,7 +175,7 @@ class YanPreTrainedModel(PreTrainedModel):
         elif isinstance(module, YanPositionEmbedding):
             module.reset_sinusoids(self.config.initializer_range)
         elif isinstance(module, YanAlignedLinear):
-            module.reset_aligned(self.config.hidden_size // self.config.num_attention_heads)
+            module.reset_aligned(self.config.num_attention_heads)
         elif isinstance(module, YanShortConvolution):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # as torch does: the generic one is far too small
         elif isinstance(module, YanIdentityLinear):

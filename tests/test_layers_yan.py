@@ -76,6 +76,14 @@ class TestAttention:
         first, second = (attend(attention, states, None)[0] for _ in range(2))
         assert not torch.equal(first, second)
 
+    def test_half_of_the_heads_begin_with_what_is_alike_and_half_with_everything(self, make_model):
+        attention = make_model(YanModel).layers[0].mixer.attention
+        attention.config._attn_implementation = "eager"
+        _, weights = attend(attention, torch.randn(20, 10, 32), None)
+        on_itself = weights.diagonal(dim1=2, dim2=3).mean((0, 2))
+        assert (on_itself[:2] > 0.5).all()
+        assert (on_itself[2:] < 0.2).all()
+
 
 @pytest.mark.parametrize("variant", ["attention"])
 def test_eager_and_sdpa_give_the_same_model(make_model):
