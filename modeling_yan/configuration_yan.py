@@ -23,7 +23,7 @@ POSITIVE_FIELDS = (
 ).split()
 NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
-    "latent_norm_weight transition_rank transition_weight"
+    "latent_norm_weight transition_weight"
 ).split()
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
@@ -206,6 +206,7 @@ class YanConfig(PreTrainedConfig):
             self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
+        self._require("transition_rank", lambda value: value >= 0, "at least 0")
         odd = "0 or a positive odd number"
         self._require("attention_conv_kernel", lambda value: value == 0 or (value > 0 and value % 2), odd)
         layers, depth = self.cross_attention_layers, self.num_flow_layers
