@@ -90,6 +90,7 @@ class YanConfig(PreTrainedConfig):
         "load_balance_loss",
         "mmd_loss",
         "latent_norm_loss",
+        "latents",
         "hidden_states",
         "attentions",
     ]

@@ -7,7 +7,7 @@ K experts, N solver steps.
 from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
@@ -383,8 +383,9 @@ class YanGenerationMixin(GenerationMixin):
 
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
-        most_likely = self.most_likely if plan.use_transitions else partial(torch.argmax, dim=-1)
-        return torch.cat([most_likely(self._allowed_logits(part, plan)) for part in self._split_rows(latents)])
+        parts = ((self._allowed_logits(part, plan), part) for part in self._split_rows(latents))
+        most_likely = self.most_likely if plan.use_transitions else lambda logits, part: logits.argmax(-1)
+        return torch.cat([most_likely(*part) for part in parts])
 
     def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
         """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""

@@ -55,7 +55,9 @@ class YanAlignedLinear(nn.Linear):
     of them. (Mimetic initialisation, arXiv 2305.09828.)
     """
 
-    def __init__(self, in_features: int, out_features: int, logit: float | tuple[float, float], seed: int | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, logit: float | tuple[float, float], seed: int | None = None
+    ):
         super().__init__(in_features, out_features)
         self.logit, self.seed = logit, seed or 0
 

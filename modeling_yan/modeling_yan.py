@@ -96,6 +96,7 @@ class YanFlowOutput(ModelOutput):
         expert_usage: Mean gate probability of each expert (K,).
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V), L the width of the labels if there are any, else the canvas.
+        latents: The solved latents (B, L, D) that they are decoded from.
         hidden_states, attentions: Of the encoded prompt, when asked for.
     """
 
@@ -111,6 +112,7 @@ class YanFlowOutput(ModelOutput):
     mmd_loss: torch.Tensor | None = None
     latent_norm_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -455,11 +457,12 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if labels is None:
             x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
-            terms = {"logits": self.decode(self._solve(x_0, condition, num_flow_steps)[0])}
+            x_1_hat, _ = self._solve(x_0, condition, num_flow_steps)
+            terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
             terms = self._objective(canvas, condition, num_flow_steps)
-            terms["logits"] = terms["logits"][:, : labels.shape[1]]
+            terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
@@ -513,11 +516,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """Logits (B, L, V) of latents (B, L, D)."""
         return self.lm_head(self.decoder(latents))
 
-    def most_likely(self, logits: torch.Tensor) -> torch.LongTensor:
-        """The token ids (B, L) that logits (B, L, V) stand for: the best chain, or the best token of each place."""
+    def most_likely(self, logits: torch.Tensor, latents: torch.Tensor) -> torch.LongTensor:
+        """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
+
+        They are the best chain if the model has transitions, else the best token of each place.
+        """
         if self.transitions is None:
             return logits.argmax(-1)
-        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits)
+        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents)
 
     def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
@@ -586,14 +592,16 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
             "load_balance_loss": load_balance(log_gate),
         }
         if self.transitions is not None:
-            terms["transition_loss"] = self.transitions.loss(self.model.embeddings.word_embeddings, logits, canvas)
+            embedding = self.model.embeddings.word_embeddings
+            terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
         loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
         terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
         self._keep_terms(terms)
-        return {"loss": loss, **terms, "logits": logits, "expert_usage": log_gate.exp().mean((0, 1)).detach()}
+        expert_usage = log_gate.exp().mean((0, 1)).detach()
+        return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
 
 
 __all__ = [

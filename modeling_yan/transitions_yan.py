@@ -2,8 +2,9 @@
 
 A text written at once mixes what it may say: each token is the likeliest in its own place, and two names become one
 that is none. A linear-chain conditional random field over the decoder's logits, with scores of low rank for pairs of
-neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). Only the likeliest candidates of a
-place take part. Sums and maxima over all paths are taken by halves, in log2(L) rounds, instead of token by token.
+neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends on the
+latent of the first of the two. Only the likeliest candidates of a place take part. Sums and maxima over all paths are
+taken by halves, in log2(L) rounds, instead of token by token.
 
 Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
 """
@@ -20,7 +21,7 @@ IMPOSSIBLE = -1e4  # finite, because sums of infinities have no gradient
 
 
 class YanTransitions(nn.Module):
-    """Scores of neighbouring tokens, from two projections of their embeddings; zero in a fresh model."""
+    """Scores of neighbouring tokens, from projections of embeddings and of a latent; zero in a fresh model."""
 
     def __init__(self, config):
         super().__init__()
@@ -28,10 +29,16 @@ class YanTransitions(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
         self.to_proj = YanZeroLinear(config.hidden_size, config.transition_rank, bias=False)
+        self.gate = YanZeroLinear(config.hidden_size, config.transition_rank)
 
-    def forward(self, embedding: nn.Embedding, candidates: torch.LongTensor) -> torch.Tensor:
-        """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token."""
+    def forward(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+        """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
+
+        Args:
+            embedding: Of the tokens. candidates: Their ids. latents: (B, L, D), those that the canvas is read off.
+        """
         origins = self._project(self.from_proj, embedding, candidates[:, :-1])
+        origins = origins * (1 + self.gate(latents[:, :-1])).unsqueeze(2)
         ends = self._project(self.to_proj, embedding, candidates[:, 1:])
         return (origins @ ends.transpose(-1, -2)).float()
 
@@ -41,21 +48,21 @@ class YanTransitions(nn.Module):
             return projection(self.norm(embedding(candidates)))
         return select_rows(projection(self.norm(embedding.weight)), candidates)
 
-    def loss(self, embedding: nn.Embedding, logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
         """Negative log-likelihood per token of the targets (B, L) among all chains of the candidates of logits."""
         candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
         is_missing = (candidates != targets.unsqueeze(-1)).all(-1)
         candidates[..., -1] = torch.where(is_missing, targets, candidates[..., -1])
         emissions = logits.gather(-1, candidates).float()
         path = (candidates == targets.unsqueeze(-1)).int().argmax(-1)
-        transitions = self(embedding, candidates)
+        transitions = self(embedding, candidates, latents)
         log_likelihood = path_score(emissions, transitions, path) - log_partition(emissions, transitions)
         return -log_likelihood.sum() / targets.numel()
 
-    def most_likely(self, embedding: nn.Embedding, logits: torch.Tensor) -> torch.LongTensor:
-        """The token ids (B, L) of the best chain for logits (B, L, V)."""
+    def most_likely(self, embedding, logits: torch.Tensor, latents: torch.Tensor) -> torch.LongTensor:
+        """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D)."""
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
-        path = best_path(emissions.float(), self(embedding, candidates))
+        path = best_path(emissions.float(), self(embedding, candidates, latents))
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
 

@@ -73,31 +73,33 @@ def model(make_config):
     model = YanForFlowGeneration(make_config(transition_rank=4, transition_candidates=5)).eval()
     with torch.no_grad():
         model.transitions.to_proj.weight.normal_()
+        model.transitions.gate.weight.normal_()
     return model
 
 
 def test_the_loss_is_the_likelihood_among_the_candidates_and_the_target(model):
     """One candidate is exchanged for the target where the target is not among them."""
-    logits = torch.randn(2, 3, model.config.vocab_size)
+    logits, latents = torch.randn(2, 3, model.config.vocab_size), torch.randn(2, 3, 32)
     targets = torch.stack([logits[0].argmax(-1), logits[1].argmin(-1)])
     embedding = model.model.embeddings.word_embeddings
     candidates = logits.topk(5, dim=-1).indices
     candidates[1, :, -1] = targets[1]
     states = model.transitions.norm(embedding.weight)
-    table = model.transitions.from_proj(states) @ model.transitions.to_proj(states).T
+    gates = 1 + model.transitions.gate(latents).unsqueeze(-2)  # (2, 3, 1, R)
+    tables = (model.transitions.from_proj(states) * gates) @ model.transitions.to_proj(states).T  # (2, 3, V, V)
     expected = 0.0
     for row in range(2):
         scores = {
             path: sum(logits[row, place, token] for place, token in enumerate(path))
-            + sum(table[a, b] for a, b in pairwise(path))
+            + sum(tables[row, place, a, b] for place, (a, b) in enumerate(pairwise(path)))
             for path in product(*candidates[row].tolist())
         }
         target = scores[tuple(targets[row].tolist())]
         expected -= target - torch.stack(list(scores.values())).logsumexp(0)
         best = max(scores, key=scores.get)
         if row == 0:  # in the other row a candidate was exchanged
-            assert model.most_likely(logits)[row].tolist() == list(best)
-    torch.testing.assert_close(model.transitions.loss(embedding, logits, targets), expected / 6)
+            assert model.most_likely(logits, latents)[row].tolist() == list(best)
+    torch.testing.assert_close(model.transitions.loss(embedding, logits, latents, targets), expected / 6)
 
 
 def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
@@ -105,26 +107,26 @@ def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
     embedding, transitions = model.model.embeddings.word_embeddings, model.transitions
     candidates = torch.randint(0, model.config.vocab_size, (4, 8, 5))
     assert candidates.numel() > model.config.vocab_size
-    few = torch.cat([transitions(embedding, candidates[row : row + 1, :2]) for row in range(4)])
-    torch.testing.assert_close(transitions(embedding, candidates)[:, :1], few)
+    latents = torch.randn(4, 8, 32)
+    few = torch.cat([transitions(embedding, candidates[row, None, :2], latents[row, None, :2]) for row in range(4)])
+    torch.testing.assert_close(transitions(embedding, candidates, latents)[:, :1], few)
 
 
 def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_off(make_config, model):
     prompts = torch.randint(10, 60, (3, 6))
     options = {"max_new_tokens": 8, "canvas_length": 8, "return_prompt": False}
-    marginal = model(prompts, canvas_length=8).logits.argmax(-1)
     by_token = model.generate(prompts, use_transitions=False, min_new_tokens=8, **options)
-    without_eos = model(prompts, canvas_length=8).logits
+    output = model(prompts, canvas_length=8)
+    without_eos = output.logits
     without_eos[..., model.config.eos_token_id] = -torch.inf
     assert torch.equal(by_token, without_eos.argmax(-1))
     chain = model.generate(prompts, min_new_tokens=8, **options)
-    assert torch.equal(chain, model.most_likely(without_eos))
+    assert torch.equal(chain, model.most_likely(without_eos, output.latents))
     assert not torch.equal(chain, by_token)
 
     fresh = YanForFlowGeneration(make_config(transition_rank=4)).eval()
-    logits = fresh(prompts, canvas_length=8).logits
-    assert torch.equal(fresh.most_likely(logits), logits.argmax(-1))
-    assert marginal.shape == (3, 8)
+    output = fresh(prompts, canvas_length=8)
+    assert torch.equal(fresh.most_likely(output.logits, output.latents), output.logits.argmax(-1))
 
 
 def test_forbidden_tokens_are_in_no_chain(model):
@@ -151,17 +153,17 @@ def test_chains_learn_names_that_tokens_by_themselves_mix(make_config):
     names = torch.tensor([[20, 30], [21, 31]])
     embedding = model.model.embeddings.word_embeddings
     optimizer = torch.optim.Adam(model.transitions.parameters(), lr=0.05)
-    logits = torch.full((2, 2, model.config.vocab_size), -5.0)
+    logits, latents = torch.full((2, 2, model.config.vocab_size), -5.0), torch.zeros(2, 2, 32)
     logits[:, 0, names[:, 0]] = logits[:, 1, names[:, 1]] = 0.0
     for _ in range(60):
-        loss = model.transitions.loss(embedding, logits, names)
+        loss = model.transitions.loss(embedding, logits, latents, names)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() == pytest.approx(torch.tensor(2.0).log().item() / 2, abs=0.03)  # one choice for two tokens
     logits[0, 0, 20] += 1.0
     logits[1, 0, 21] += 1.0
-    assert torch.equal(model.most_likely(logits), names)
+    assert torch.equal(model.most_likely(logits, latents), names)
 
 
 @pytest.mark.parametrize("changes", [{"transition_rank": -1}, {"transition_candidates": 0}, {"transition_weight": -1}])
