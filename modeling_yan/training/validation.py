@@ -81,10 +81,9 @@ class Validation:
         stage = self.arguments.stage
         if stage not in INPUTS:
             outputs = model(**batch)
-            reads_chains = stage == "flow" and not is_sharded  # sharded weights are whole inside of forward alone
-            return outputs.loss, unwrapped.most_likely(
-                outputs.logits, outputs.latents
-            ) if reads_chains else outputs.logits.argmax(-1)
+            if stage == "flow" and not is_sharded:  # sharded weights are whole inside of forward alone
+                return outputs.loss, unwrapped.most_likely(outputs.logits, outputs.latents)
+            return outputs.loss, outputs.logits.argmax(-1)
         loss = model(**INPUTS[stage](batch, self.tokenizer.pad_token_id)).loss
         return loss, write_targets(unwrapped, batch)
 
