@@ -45,12 +45,17 @@ class YanTransitions(nn.Module):
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
-            return projection(self.norm(embedding(candidates)))
-        return select_rows(projection(self.norm(embedding.weight)), candidates)
+            return projection(self.norm(embedding(candidates).detach()))
+        return select_rows(projection(self.norm(embedding.weight.detach())), candidates)
 
     def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-        """Negative log-likelihood per token of the targets (B, L) among all chains of the candidates of logits."""
-        candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
+        """Negative log-likelihood per token of the targets (B, L) among all chains of the candidates of logits.
+
+        It trains the transitions alone: logits, latents and embeddings count as constants, so that the rest of the
+        model learns what it would have learned without them.
+        """
+        logits, latents = logits.detach(), latents.detach()
+        candidates = logits.topk(self.num_candidates, dim=-1).indices
         is_missing = (candidates != targets.unsqueeze(-1)).all(-1)
         candidates[..., -1] = torch.where(is_missing, targets, candidates[..., -1])
         emissions = logits.gather(-1, candidates).float()
