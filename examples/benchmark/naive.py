@@ -59,6 +59,7 @@ def naive_generate(model, input_ids, length, num_steps, wastes=tuple(WASTES)):
     latents = model.model(input_ids, mask, return_dict=True).last_hidden_state
     velocity = NaiveVelocity(model, latents, mask, length, num_steps, wastes)
     x_0 = model.start_noise((1, length), latents).expand(len(latents), -1, -1)
-    logits = model.decode(solve_flow(velocity, x_0, num_steps))
+    x_1 = solve_flow(velocity, x_0, num_steps)
+    logits = model.decode(x_1)
     logits[..., model.config.eos_token_id] = -torch.inf
-    return logits.argmax(-1)
+    return model.most_likely(logits, x_1)

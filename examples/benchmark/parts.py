@@ -37,4 +37,7 @@ def part_calls(model, prompt: torch.LongTensor, length: int, num_steps: int) -> 
         groups = flow.experts.group(chosen)
         return [flow.experts.output_of(states, groups) for _ in range(num_steps)]
 
-    return {"encoder": encoder, "trunk": trunk, "experts": experts, "decoder": lambda: model.decode(x).argmax(-1)}
+    def decoder():
+        return model.most_likely(model.decode(x), x)
+
+    return {"encoder": encoder, "trunk": trunk, "experts": experts, "decoder": decoder}
