@@ -60,6 +60,7 @@ class YanConfig(PreTrainedConfig):
         transition_rank: Rank R of the scores of neighbouring tokens, with which a canvas is read off as one chain; 0
             to read every token by itself.
         transition_candidates: Likeliest tokens of each place that take part in the chain.
+        detach_transitions: Whether the loss of the chain trains its scores alone and not the rest of the model.
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
@@ -138,6 +139,7 @@ class YanConfig(PreTrainedConfig):
     self_conditioning: bool = False
     transition_rank: int = 0
     transition_candidates: int = 16
+    detach_transitions: bool = True
     expert_scope: str = "token"
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15

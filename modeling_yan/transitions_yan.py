@@ -26,6 +26,7 @@ class YanTransitions(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_candidates = min(config.transition_candidates, config.vocab_size)
+        self.is_detached = config.detach_transitions
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
         self.to_proj = YanZeroLinear(config.hidden_size, config.transition_rank, bias=False)
@@ -45,17 +46,20 @@ class YanTransitions(nn.Module):
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
-            return projection(self.norm(embedding(candidates).detach()))
-        return select_rows(projection(self.norm(embedding.weight.detach())), candidates)
+            return projection(self.norm(self._constant(embedding(candidates))))
+        return select_rows(projection(self.norm(self._constant(embedding.weight))), candidates)
+
+    def _constant(self, tensor):
+        return tensor.detach() if self.is_detached else tensor
 
     def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
         """Negative log-likelihood per token of the targets (B, L) among all chains of the candidates of logits.
 
-        It trains the transitions alone: logits, latents and embeddings count as constants, so that the rest of the
-        model learns what it would have learned without them.
+        With `detach_transitions` it trains the transitions alone: logits, latents and embeddings are constants, so
+        that the rest of the model learns what it would have learned without them.
         """
-        logits, latents = logits.detach(), latents.detach()
-        candidates = logits.topk(self.num_candidates, dim=-1).indices
+        logits, latents = self._constant(logits), self._constant(latents)
+        candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
         is_missing = (candidates != targets.unsqueeze(-1)).all(-1)
         candidates[..., -1] = torch.where(is_missing, targets, candidates[..., -1])
         emissions = logits.gather(-1, candidates).float()
