@@ -191,3 +191,13 @@ def test_transitions_learn_beside_a_model_that_does_not_notice_them_or_with_it(m
     assert is_detached == (not differing)
     assert {name.split(".")[0] for name in gradients[1]} == {"transitions"}
     assert all(gradient.any() for gradient in gradients[1].values())
+
+
+def test_half_precision_trains_and_writes(model):
+    model = model.to(torch.bfloat16).train()
+    ids = torch.randint(10, 60, (2, 6))
+    output = model(ids, labels=ids)
+    assert output.transition_loss.dtype == torch.float32
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.transitions.parameters())
+    assert model.eval().generate(ids, max_new_tokens=8, min_new_tokens=8).shape == (2, 14)
