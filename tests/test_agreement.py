@@ -12,7 +12,6 @@ from modeling_yan.flow_matching_yan import as_one_token, mixture_nll, nearest_ex
 
 TARGETS = torch.tensor([[5, 6, 7]] * 3 + [[5, 8, 9]] * 3 + [[10, 11, 12]] * 4)
 SEEN = {tuple(target) for target in TARGETS.tolist()}
-MIXED = (5, 11, 12)  # the likeliest token in each place
 CANVAS = 4
 
 
@@ -57,7 +56,7 @@ def written(model, num_rows=64, **options) -> list[tuple[int, ...]]:
 class TestExpertsShareTheTargets:
     def test_experts_drawn_without_the_target_mix_the_texts(self, make_model):
         texts = written(trained_on_targets(make_model, num_experts=3))
-        assert texts.count(MIXED) > 32
+        assert sum(text in SEEN for text in texts) < 50
 
     def test_each_of_the_nearest_experts_writes_a_text_of_its_own(self, make_model):
         settings = {"expert_scope": "sequence", "train_expert_choice": "nearest"}

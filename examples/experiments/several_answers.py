@@ -5,8 +5,8 @@
 Every prompt has three answers. Two of them (0.3 of the rows each) begin with the same token, so that the likeliest
 token of the first place is theirs; the likeliest tokens of the other places are those of the third answer (0.4). A
 model whose tokens know nothing of each other writes a text that is no answer. Small models of the package differ in
-the number of experts, in how an expert is chosen and in whether the steps see settled tokens. Writes
-several_answers.json and several_answers.png.
+the number of experts, in how an expert is chosen, in whether the steps see settled tokens, and in whether a canvas is
+read off as a chain. Writes several_answers.json and several_answers.png.
 """
 
 import argparse
@@ -37,6 +37,8 @@ NEAREST = {"num_experts": 3, "train_expert_choice": "nearest"}
 ARMS = {
     "one expert": {"num_experts": 1},
     "one expert, self-conditioning": {"num_experts": 1, "self_conditioning": True},
+    "one expert, chains": {"num_experts": 1, "transition_rank": 8},
+    "one expert, chains that train it": {"num_experts": 1, "transition_rank": 8, "detach_transitions": False},
     "three, drawn from the gate": {"num_experts": 3},
     "three, nearest, per token": NEAREST,
     "three, nearest, per sequence": {**NEAREST, "expert_scope": "sequence"},
