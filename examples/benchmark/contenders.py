@@ -14,13 +14,14 @@ from torch import nn
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
-from modeling_yan.export import with_int8_weights
+from modeling_yan.export import with_int8_weights, with_merged_projections
 
 PRESETS = Path(__file__).parents[2] / "configuration"
 VARIANTS = ("transformer", "mamba")
 YAN_STEPS = (1, 2, 3, 4)
 NAIVE_STEPS = 3
 DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
+FORMS = {"int8": with_int8_weights, "merged": with_merged_projections}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def all_contenders() -> list[Contender]:
         for variant in VARIANTS
         for steps in YAN_STEPS
     ]
+    plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
+    contenders.append(Contender("yan-mamba-3-merged", "yan-mamba-merged", plain))
     named_wastes = {**{waste: (waste,) for waste in WASTES}, "all": tuple(WASTES)}
     contenders += [
         Contender(f"naive-{variant}-{name}", f"yan-{variant}", partial(write_naively, wastes=wastes))
@@ -169,8 +172,9 @@ class Models:
 
     @torch.no_grad()
     def _make(self, name):
-        if name.endswith("-int8"):
-            return with_int8_weights(self.get(name.removesuffix("-int8")))
+        plain, _, form = name.rpartition("-")
+        if form in FORMS:
+            return FORMS[form](self.get(plain))
         torch.manual_seed(0)
         variant = name.removeprefix("yan-")
         if variant in VARIANTS:

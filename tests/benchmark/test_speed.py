@@ -78,13 +78,14 @@ def test_the_models_are_of_equal_size(small_presets):
     models = Models("tiny", 6, 12, CPU, torch.float32)
     sizes = {c.model: models.get(c.model).num_parameters() for c in all_contenders()}
     of_yan = sizes.pop("yan-transformer")
-    sizes.pop("yan-mamba")  # a preset of its own
+    assert sizes.pop("yan-mamba") > sizes.pop("yan-mamba-merged")  # a preset of its own, and with fewer matrices
     assert all(size == pytest.approx(of_yan, rel=0.02) for size in sizes.values())
 
 
 def test_names_are_chosen_by_their_beginning():
     assert [c.name for c in choose_contenders(["yan-mamba", "decoder"])] == [
         *(f"yan-mamba-{steps}" for steps in (1, 2, 3, 4)),
+        "yan-mamba-3-merged",
         "decoder",
     ]
     with pytest.raises(ValueError, match=r"models='gpt'.*yan-transformer-1.*masked_diffusion-T"):
