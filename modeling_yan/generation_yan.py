@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
+from .reading_yan import END_CHOICES
 from .trainer_yan import open_options
 
 FLOW_FIELDS = (
@@ -25,6 +26,7 @@ FLOW_FIELDS = (
     "expert_choice",
     "canvas_length",
     "commit_threshold",
+    "end_choice",
     "use_transitions",
     "seed",
     "return_prompt",
@@ -70,6 +72,9 @@ class YanGenerationConfig(GenerationConfig):
         commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
             at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
             all of them, "off" none; 0.9 if None.
+        end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
+            behind them are the most probable together, "first" the first EOS among tokens that are chosen place by
+            place; "likeliest" if None.
         use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
             and not every token by itself; True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
@@ -120,6 +125,7 @@ _FIELD_RULES = (
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
+    ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
@@ -152,7 +158,7 @@ class CanvasPlan:
     """What does not change the tensors that a canvas is written from, but what is done with them.
 
     Args:
-        num_flow_steps, solver, expert_choice, use_transitions: As in `YanGenerationConfig`.
+        num_flow_steps, solver, expert_choice, end_choice, use_transitions: As in `YanGenerationConfig`.
         repeats: Sequences R per row of context.
         commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
@@ -168,6 +174,7 @@ class CanvasPlan:
     num_without_eos: int
     keep_path: bool
     commit_threshold: float | None = None
+    end_choice: str = "likeliest"
     use_transitions: bool = True
 
 
@@ -200,7 +207,7 @@ class YanGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
 
-        Every canvas of `canvas_length` tokens is written at once in `num_flow_steps` steps. Tokens up to the first EOS
+        Every canvas of `canvas_length` tokens is written at once in `num_flow_steps` steps. Tokens up to the EOS
         are kept; without one the next canvas follows, conditioned on the prompt and the canvases before it (on their
         last `max_position_embeddings` tokens), until `max_new_tokens` is reached. With `do_sample=False` the result
         for a prompt does not depend on the rest of the batch or on the side of its padding.
@@ -296,6 +303,7 @@ class YanGenerationMixin(GenerationMixin):
             "expert_choice": "argmax",
             "canvas_length": self.config.canvas_length,
             "commit_threshold": COMMIT_THRESHOLD,
+            "end_choice": "likeliest",
             "use_transitions": True,
             "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
@@ -384,8 +392,8 @@ class YanGenerationMixin(GenerationMixin):
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
         parts = ((self._allowed_logits(part, plan), part) for part in self._split_rows(latents))
-        most_likely = self.most_likely if plan.use_transitions else lambda logits, part: logits.argmax(-1)
-        return torch.cat([most_likely(*part) for part in parts])
+        eos = plan.eos if plan.end_choice == "likeliest" else ()
+        return torch.cat([self.most_likely(*part, eos, plan.use_transitions) for part in parts])
 
     def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
         """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""
@@ -499,6 +507,7 @@ def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
         commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
+        end_choice=options.end_choice,
         use_transitions=options.use_transitions,
     )
 

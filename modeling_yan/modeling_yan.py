@@ -4,6 +4,7 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,7 @@ from .layers_yan import (
     count_positions,
 )
 from .mamba_yan import YanMamba
+from .reading_yan import best_text
 from .trainer_yan import refuse_causal_batch, token_output
 from .transitions_yan import YanTransitions
 
@@ -516,14 +518,17 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """Logits (B, L, V) of latents (B, L, D)."""
         return self.lm_head(self.decoder(latents))
 
-    def most_likely(self, logits: torch.Tensor, latents: torch.Tensor) -> torch.LongTensor:
+    def most_likely(
+        self, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), use_transitions: bool = True
+    ) -> torch.LongTensor:
         """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
 
-        They are the best chain if the model has transitions, else the best token of each place.
+        They are the best chain if the model has transitions that are to be used, else the best token of each place. Of
+        the ids in `eos`, which end a text, none is followed by anything else.
         """
-        if self.transitions is None:
-            return logits.argmax(-1)
-        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents)
+        if self.transitions is None or not use_transitions:
+            return best_text(logits, eos)
+        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents, eos)
 
     def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.

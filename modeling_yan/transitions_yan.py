@@ -3,16 +3,17 @@
 A text written at once mixes what it may say: each token is the likeliest in its own place, and two names become one
 that is none. A linear-chain conditional random field over the decoder's logits, with scores of low rank for pairs of
 neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends on the
-latent of the first of the two. Only the likeliest candidates of a place take part. Sums and maxima over all paths are
-taken by halves, in log2(L) rounds, instead of token by token.
+latent of the first of the two. Only the likeliest candidates of a place have such scores. Sums and maxima over all
+paths are taken by halves, in log2(L) rounds, instead of token by token.
 
 Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .compilation_yan import select_rows
 from .layers_yan import YanZeroLinear
@@ -53,25 +54,39 @@ class YanTransitions(nn.Module):
         return tensor.detach() if self.is_detached else tensor
 
     def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-        """Negative log-likelihood per token of the targets (B, L) among all chains of the candidates of logits.
+        """Negative log-likelihood per token of the targets (B, L) among all chains of the vocabulary.
 
-        With `detach_transitions` it trains the transitions alone: logits, latents and embeddings are constants, so
-        that the rest of the model learns what it would have learned without them.
+        A token that is no candidate has score 0 with its neighbours, so all of them together are one state more. They
+        have to be counted: among candidates alone, which would have to include the target, rare tokens would rise.
+        With `detach_transitions` the loss trains the transitions alone: logits, latents and embeddings are constants,
+        so that the rest of the model learns what it would have learned without them.
         """
-        logits, latents = self._constant(logits), self._constant(latents)
+        logits, latents = self._constant(logits).float(), self._constant(latents)
         candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
-        is_missing = (candidates != targets.unsqueeze(-1)).all(-1)
-        candidates[..., -1] = torch.where(is_missing, targets, candidates[..., -1])
-        emissions = logits.gather(-1, candidates).float()
-        path = (candidates == targets.unsqueeze(-1)).int().argmax(-1)
-        transitions = self(embedding, candidates, latents)
-        log_likelihood = path_score(emissions, transitions, path) - log_partition(emissions, transitions)
-        return -log_likelihood.sum() / targets.numel()
+        others = logits.scatter(-1, candidates, IMPOSSIBLE).logsumexp(-1, keepdim=True)
+        emissions = torch.cat([logits.gather(-1, candidates), others], dim=-1)
+        transitions = F.pad(self(embedding, candidates, latents), (0, 1, 0, 1))
+        is_target = candidates == targets.unsqueeze(-1)
+        is_other = ~is_target.any(-1)
+        path = is_target.int().argmax(-1).masked_fill(is_other, self.num_candidates)
+        among_others = logits.gather(-1, targets.unsqueeze(-1)) - others  # which of the others a target is
+        score = path_score(emissions, transitions, path) + (among_others.squeeze(-1) * is_other).sum(1)
+        return (log_partition(emissions, transitions) - score).sum() / targets.numel()
 
-    def most_likely(self, embedding, logits: torch.Tensor, latents: torch.Tensor) -> torch.LongTensor:
-        """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D)."""
+    def most_likely(
+        self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = ()
+    ) -> torch.LongTensor:
+        """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D).
+
+        Only EOS follows one of the ids in `eos`, as in `best_text`.
+        """
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
-        path = best_path(emissions.float(), self(embedding, candidates, latents))
+        transitions = self(embedding, candidates, latents)
+        if eos:
+            is_end = torch.stack([candidates == token for token in eos]).any(0)
+            goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)
+            transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
+        path = best_path(emissions.float(), transitions)
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
 

@@ -72,12 +72,12 @@ def write_eos_at(model, *places):
 
 
 def end_rows_at(model, ends, token=EOS):
-    """Make the token the winner at one place of each row's canvas; nowhere if the place is beyond the canvas."""
+    """Make the token the winner from one place of each row's canvas on; nowhere if that is beyond the canvas."""
 
     def raise_token(module, args, logits):
         logits = logits.clone()
         for row, end in zip(logits, ends):
-            row[end : end + 1, token] = 1e4
+            row[end:, token] = 1e4
         return logits
 
     model.lm_head.register_forward_hook(raise_token)
@@ -220,12 +220,20 @@ class TestLength:
 
 
 class TestEndOfText:
-    def test_text_is_cut_at_the_first_eos(self, model, prompts):
+    def test_text_is_cut_at_the_first_eos_where_that_is_asked_for(self, model, prompts):
         free = new_tokens(model, prompts)
         write_eos_at(model, 3, 5)
-        tokens = new_tokens(model, prompts, max_new_tokens=4 * CANVAS)
+        tokens = new_tokens(model, prompts, max_new_tokens=4 * CANVAS, end_choice="first")
         assert torch.equal(tokens[:, :3], free[:, :3])
         assert tokens[:, 3:].tolist() == [[EOS]] * len(prompts)
+
+    def test_an_eos_that_is_not_followed_by_the_fill_ends_no_text(self, model, prompts):
+        free = new_tokens(model, prompts)
+        write_eos_at(model, 3, *range(6, CANVAS))
+        tokens = new_tokens(model, prompts)
+        assert torch.equal(tokens[:, [0, 1, 2, 4, 5]], free[:, [0, 1, 2, 4, 5]])
+        assert tokens[:, 6:].tolist() == [[EOS]] * len(prompts)
+        assert (tokens[:, :6] != EOS).all()
 
     def test_a_row_that_ended_is_padded_while_others_go_on(self, model, prompts):
         ends = torch.tensor([0, 2, 4, 6, 8, 8])  # 8: no EOS in the canvas
@@ -494,7 +502,7 @@ class TestStreamer:
     def text_model(self, make_lively_model, tokenizer):
         """A model that ends every text after five tokens."""
         model = make_lively_model(vocab_size=len(tokenizer))
-        write_eos_at(model, 5)
+        write_eos_at(model, *range(5, CANVAS))
         return model
 
     @pytest.mark.parametrize("streamer_class", [TextStreamer, TextDiffusionStreamer])

@@ -77,29 +77,46 @@ def model(make_config):
     return model
 
 
-def test_the_loss_is_the_likelihood_among_the_candidates_and_the_target(model):
-    """One candidate is exchanged for the target where the target is not among them."""
-    logits, latents = torch.randn(2, 3, model.config.vocab_size), torch.randn(2, 3, 32)
-    targets = torch.stack([logits[0].argmax(-1), logits[1].argmin(-1)])
-    embedding = model.model.embeddings.word_embeddings
-    candidates = logits.topk(5, dim=-1).indices
-    candidates[1, :, -1] = targets[1]
+def test_the_loss_is_the_likelihood_among_all_texts(model):
+    """Counted over every text; pairs of which one is no candidate have no score."""
+    size, length = 8, 3
+    logits, latents = torch.randn(2, length, size), torch.randn(2, length, 32)
+    targets = torch.stack([logits[0].argmax(-1), logits[1].argmin(-1)])  # candidates, and none
+    targets[1, 1] = logits[1, 1].argmax(-1)
+    embedding = torch.nn.Embedding.from_pretrained(torch.randn(size, 32))
+    is_candidate = torch.zeros_like(logits).scatter(-1, logits.topk(5, dim=-1).indices, 1.0)
     states = model.transitions.norm(embedding.weight)
     gates = 1 + model.transitions.gate(latents).unsqueeze(-2)  # (2, 3, 1, R)
     tables = (model.transitions.from_proj(states) * gates) @ model.transitions.to_proj(states).T  # (2, 3, V, V)
+    tables = tables[:, :-1] * is_candidate[:, :-1, :, None] * is_candidate[:, 1:, None]
     expected = 0.0
     for row in range(2):
         scores = {
             path: sum(logits[row, place, token] for place, token in enumerate(path))
             + sum(tables[row, place, a, b] for place, (a, b) in enumerate(pairwise(path)))
-            for path in product(*candidates[row].tolist())
+            for path in product(range(size), repeat=length)
         }
-        target = scores[tuple(targets[row].tolist())]
-        expected -= target - torch.stack(list(scores.values())).logsumexp(0)
-        best = max(scores, key=scores.get)
-        if row == 0:  # in the other row a candidate was exchanged
-            assert model.most_likely(logits, latents)[row].tolist() == list(best)
+        expected -= scores[tuple(targets[row].tolist())] - torch.stack(list(scores.values())).logsumexp(0)
+        of_candidates = {
+            path: score
+            for path, score in scores.items()
+            if all(is_candidate[row, place, token] for place, token in enumerate(path))
+        }
+        best = max(of_candidates, key=of_candidates.get)
+        assert model.transitions.most_likely(embedding, logits, latents)[row].tolist() == list(best)
+        for eos in best:  # as an end, it is followed by itself alone
+            ended = [path for path in of_candidates if all(b == eos for a, b in pairwise(path) if a == eos)]
+            text = model.transitions.most_likely(embedding, logits, latents, [eos])[row].tolist()
+            assert text == list(max(ended, key=of_candidates.get))
     torch.testing.assert_close(model.transitions.loss(embedding, logits, latents, targets), expected / 6)
+
+
+@pytest.mark.parametrize("num_candidates", [5, 64])
+def test_without_scores_the_loss_is_the_cross_entropy_of_the_tokens(make_model, num_candidates):
+    """Also where all of the vocabulary are candidates, and for targets that are none."""
+    model = make_model(transition_rank=4, transition_candidates=num_candidates)
+    terms = model(torch.randint(10, 60, (4, 6)), labels=torch.randint(10, 60, (4, 8)))
+    torch.testing.assert_close(terms.transition_loss, terms.ce_loss)
 
 
 def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
@@ -121,7 +138,7 @@ def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_o
     without_eos[..., model.config.eos_token_id] = -torch.inf
     assert torch.equal(by_token, without_eos.argmax(-1))
     chain = model.generate(prompts, min_new_tokens=8, **options)
-    assert torch.equal(chain, model.most_likely(without_eos, output.latents))
+    assert torch.equal(chain, model.most_likely(without_eos, output.latents, [model.config.eos_token_id]))
     assert not torch.equal(chain, by_token)
 
     fresh = YanForFlowGeneration(make_config(transition_rank=4)).eval()
