@@ -67,7 +67,8 @@ class YanConfig(PreTrainedConfig):
             `"argmax"`, the gate-weighted `"mixture"` of all, or the one that is `"nearest"` to the target, so that the
             experts share the possible targets out among them (with `expert_scope="sequence"`, whole texts).
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
-        freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are.
+        freeze_encoder, freeze_decoder, freeze_embeddings, freeze_flow: Parts that the flow stage leaves as they are.
+            With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
         nll_weight, mse_weight, ce_weight, transition_weight, gate_entropy_weight, load_balance_weight, mmd_weight,
@@ -148,6 +149,7 @@ class YanConfig(PreTrainedConfig):
     freeze_encoder: bool = True
     freeze_decoder: bool = True
     freeze_embeddings: bool = True
+    freeze_flow: bool = False
     detach_target_latents: bool = True
     nll_weight: float | int = 1.0
     mse_weight: float | int = 1.0

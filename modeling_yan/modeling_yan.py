@@ -410,6 +410,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         config = self.config
         parts = {
             self.model: not config.freeze_encoder,
+            self.flow: not config.freeze_flow,
             self.decoder: not config.freeze_decoder,
             self.lm_head: not config.freeze_decoder,
             self.model.embeddings: not config.freeze_embeddings,

@@ -11,7 +11,7 @@ from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 TERMS = ("nll", "mse", "ce", "gate_entropy", "load_balance")
-SWITCHES = ("encoder", "decoder", "embeddings")
+SWITCHES = ("encoder", "decoder", "embeddings", "flow")
 PARTS = {
     "encoder": ("model.layers.", "model.norm."),
     "embeddings": ("model.embeddings.",),
@@ -307,7 +307,8 @@ def trained_parts(model):
 
 
 @pytest.mark.parametrize(
-    "frozen", [(), ("encoder",), ("decoder",), ("embeddings",), ("encoder", "decoder", "embeddings")]
+    "frozen",
+    [(), ("encoder",), ("decoder",), ("embeddings",), ("flow",), ("encoder", "decoder", "embeddings")],
 )
 def test_the_freeze_switches_freeze_exactly_their_part(make_model, tmp_path, frozen):
     switches = {f"freeze_{part}": part in frozen for part in SWITCHES}
@@ -404,7 +405,7 @@ def test_hidden_states_and_attentions_are_of_the_prompts_encoder(lively_model, v
 
 def test_both_stages_learn_a_few_pairs_by_heart(make_model):
     sizes = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_experts": 2, "canvas_length": 4, "decoder_dropout": 0}
-    frozen = {f"freeze_{part}": True for part in SWITCHES}
+    frozen = {f"freeze_{part}": True for part in SWITCHES if part != "flow"}
     ids, labels = random_ids(8, 4), random_ids(8, 4)
     texts = torch.cat([ids, labels])
     stage_one = make_model(YanForAutoencoding, **sizes, latent_noise=0.1)

@@ -210,6 +210,14 @@ def test_transitions_learn_beside_a_model_that_does_not_notice_them_or_with_it(m
     assert all(gradient.any() for gradient in gradients[1].values())
 
 
+def test_the_transitions_of_a_finished_model_learn_alone(make_config):
+    frozen = {f"freeze_{part}": True for part in ("encoder", "decoder", "embeddings", "flow")}
+    model = YanForFlowGeneration(make_config(transition_rank=4, **frozen)).train()
+    ids = torch.randint(10, 60, (2, 6))
+    model(ids, labels=ids).loss.backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"transitions"}
+
+
 def test_half_precision_trains_and_writes(model):
     model = model.to(torch.bfloat16).train()
     ids = torch.randint(10, 60, (2, 6))

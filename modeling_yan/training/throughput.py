@@ -41,10 +41,11 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
     passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * experts // config.num_experts
     canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
     target = _encoder_flops(model, canvas)
+    parts = (config.freeze_encoder, config.freeze_embeddings, config.freeze_flow, config.freeze_decoder)
     return batch_size * (
         encoder * (1 if config.freeze_encoder else 3)
         + target * (1 if config.freeze_encoder or config.detach_target_latents else 3)
-        + 3 * (source * keys + canvas * canvas_flops)
+        + (1 if all(parts) else 3) * (source * keys + canvas * canvas_flops)
     )
 
 
