@@ -73,8 +73,8 @@ class YanGenerationConfig(GenerationConfig):
             at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
             all of them, "off" none; 0.9 if None.
         end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
-            behind them are the most probable together, "first" the first EOS among tokens that are chosen place by
-            place; "likeliest" if None.
+            behind them are the most probable together, "first" the first EOS among tokens that are chosen without
+            regard to it; "likeliest" if None.
         use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
             and not every token by itself; True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
