@@ -520,13 +520,19 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         return self.lm_head(self.decoder(latents))
 
     def most_likely(
-        self, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), use_transitions: bool = True
+        self,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        eos: Sequence[int] | None = None,
+        use_transitions: bool = True,
     ) -> torch.LongTensor:
         """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
 
-        They are the best chain if the model has transitions that are to be used, else the best token of each place. Of
-        the ids in `eos`, which end a text, none is followed by anything else.
+        They are the best chain if the model has transitions that are to be used, else the best token of each place.
+        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none.
         """
+        if eos is None:
+            eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
         if self.transitions is None or not use_transitions:
             return best_text(logits, eos)
         return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents, eos)

@@ -28,9 +28,9 @@ def best_text(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.LongTensor
     before = (best - higher).float().cumsum(1)
     behind = (end - higher).float().flip(1).cumsum(1).flip(1)
     length = (F.pad(before, (1, 0)) + F.pad(behind, (0, 1))).argmax(1, keepdim=True)
+    is_fill = torch.arange(logits.shape[1], device=logits.device) >= length
     for index, token in enumerate(eos):
-        is_fill = (torch.arange(logits.shape[1], device=logits.device) >= length) & (which == index)
-        tokens = tokens.masked_fill(is_fill, token)
+        tokens = tokens.masked_fill(is_fill & (which == index), token)
     return tokens
 
 

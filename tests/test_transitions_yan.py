@@ -138,12 +138,12 @@ def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_o
     without_eos[..., model.config.eos_token_id] = -torch.inf
     assert torch.equal(by_token, without_eos.argmax(-1))
     chain = model.generate(prompts, min_new_tokens=8, **options)
-    assert torch.equal(chain, model.most_likely(without_eos, output.latents, [model.config.eos_token_id]))
+    assert torch.equal(chain, model.most_likely(without_eos, output.latents))
     assert not torch.equal(chain, by_token)
 
     fresh = YanForFlowGeneration(make_config(transition_rank=4)).eval()
     output = fresh(prompts, canvas_length=8)
-    assert torch.equal(fresh.most_likely(output.logits, output.latents), output.logits.argmax(-1))
+    assert torch.equal(fresh.most_likely(output.logits, output.latents, ()), output.logits.argmax(-1))
 
 
 def test_forbidden_tokens_are_in_no_chain(model):

@@ -62,4 +62,4 @@ def naive_generate(model, input_ids, length, num_steps, wastes=tuple(WASTES)):
     x_1 = solve_flow(velocity, x_0, num_steps)
     logits = model.decode(x_1)
     logits[..., model.config.eos_token_id] = -torch.inf
-    return model.most_likely(logits, x_1, [model.config.eos_token_id])
+    return model.most_likely(logits, x_1)

@@ -38,6 +38,6 @@ def part_calls(model, prompt: torch.LongTensor, length: int, num_steps: int) -> 
         return [flow.experts.output_of(states, groups) for _ in range(num_steps)]
 
     def decoder():
-        return model.most_likely(model.decode(x), x, [model.config.eos_token_id])
+        return model.most_likely(model.decode(x), x)
 
     return {"encoder": encoder, "trunk": trunk, "experts": experts, "decoder": decoder}

@@ -11,17 +11,13 @@ from ..mamba_yan import YanBidirectionalMamba
 @torch.no_grad()
 def _merge_output(mixer: YanBidirectionalMamba):
     """Give a mixer one projection of both scans' outputs, instead of one of each and one of the two results."""
-    joined = mixer.out_proj
-    outputs = [mixer.forward_mamba.out_proj, mixer.backward_mamba.out_proj]
-    halves = joined.weight.double().chunk(2, dim=1)
-    weight = torch.cat([half @ output.weight.double() for half, output in zip(halves, outputs, strict=True)], dim=1)
-    bias = joined.bias.double()
-    for half, output in zip(halves, outputs, strict=True):
-        if output.bias is not None:
-            bias = bias + half @ output.bias.double()
-    merged = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=joined.weight.dtype)
-    merged.weight.copy_(weight)
-    merged.bias.copy_(bias)
+    joined, inner = mixer.out_proj, mixer.forward_mamba.out_proj.in_features
+    merged = nn.Linear(2 * inner, joined.out_features, device=joined.weight.device, dtype=joined.weight.dtype)
+    outputs = mixer.forward_mamba.out_proj, mixer.backward_mamba.out_proj
+    halves = zip(joined.weight.double().chunk(2, dim=1), outputs, strict=True)
+    merged.weight.copy_(torch.cat([half @ output.weight.double() for half, output in halves], dim=1))
+    nothing = joined.weight.new_zeros(inner)
+    merged.bias.copy_(joined(torch.cat([output(nothing) for output in outputs])))
     mixer.out_proj = merged
     mixer.forward_mamba.out_proj = mixer.backward_mamba.out_proj = nn.Identity()
 

@@ -82,9 +82,7 @@ class Validation:
         if stage not in INPUTS:
             outputs = model(**batch)
             if stage == "flow" and not is_sharded:  # sharded weights are whole inside of forward alone
-                return outputs.loss, unwrapped.most_likely(
-                    outputs.logits, outputs.latents, [unwrapped.config.eos_token_id]
-                )
+                return outputs.loss, unwrapped.most_likely(outputs.logits, outputs.latents)
             return outputs.loss, outputs.logits.argmax(-1)
         loss = model(**INPUTS[stage](batch, self.tokenizer.pad_token_id)).loss
         return loss, write_targets(unwrapped, batch)
