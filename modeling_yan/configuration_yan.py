@@ -36,7 +36,9 @@ class YanConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of tokens V.
         hidden_size: Width d of every latent, shared by encoder, flow and decoder.
-        intermediate_size: Width of the feed-forward layers and of the expert heads; `4 * hidden_size` if None.
+        intermediate_size: Width of the feed-forward layers; `4 * hidden_size` if None.
+        moe_intermediate_size: Width of each expert head; `intermediate_size` if None. `num_experts` of them
+            have as many parameters as others of another number that are together as wide.
         num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part. The decoder has no self-mixer.
         num_attention_heads: Heads of self- and cross-attention; must divide `hidden_size`.
         encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently.
@@ -100,6 +102,7 @@ class YanConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 768
     intermediate_size: int | None = None
+    moe_intermediate_size: int | None = None
     num_encoder_layers: int = 8
     num_flow_layers: int = 8
     num_decoder_layers: int = 2
@@ -211,6 +214,8 @@ class YanConfig(PreTrainedConfig):
             self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
+        width = "None or greater than 0"
+        self._require("moe_intermediate_size", lambda value: value is None or value > 0, width)
         self._require("transition_rank", lambda value: value >= 0, "at least 0")
         odd = "0 or a positive odd number"
         self._require("attention_conv_kernel", lambda value: value == 0 or (value > 0 and value % 2), odd)
@@ -238,6 +243,11 @@ class YanConfig(PreTrainedConfig):
     def flow_layers_with_cross_attention(self) -> list[int]:
         """The flow layers that attend to the prompt, in order."""
         return sorted(self.cross_attention_layers or range(self.num_flow_layers))
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        """Width of each expert head, `moe_intermediate_size` if there is one."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def mamba_intermediate_size(self) -> int:

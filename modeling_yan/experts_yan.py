@@ -110,7 +110,8 @@ class YanExperts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads = nn.ModuleList(YanFeedForward(config) for _ in range(config.num_experts))
+        width = config.expert_intermediate_size
+        self.heads = nn.ModuleList(YanFeedForward(config, width) for _ in range(config.num_experts))
 
     def forward(self, states):
         """Outputs of all heads, (B, L, K, D), from states (B, L, D)."""

@@ -190,10 +190,11 @@ SELF_MIXERS = {"attention": YanSelfAttentionMixer, "mamba": YanMambaMixer}
 class YanFeedForward(nn.Module):
     """Two linear layers with GELU between them."""
 
-    def __init__(self, config):
+    def __init__(self, config, intermediate_size: int | None = None):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN["gelu"]
 
     def forward(self, hidden_states):

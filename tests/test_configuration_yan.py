@@ -111,6 +111,10 @@ def test_a_value_that_became_wrong_is_not_saved(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_the_width_of_an_expert_is_positive_or_left_open():
+    assert_refused("moe_intermediate_size", 0, "None or greater than 0")
+
+
 def test_a_misspelt_field_warns_and_a_correct_one_does_not(caplog):
     with caplog.at_level(logging.WARNING):
         YanConfig(num_experts=2, id2label={0: "a"}, name_or_path="here")
@@ -122,6 +126,7 @@ def test_a_misspelt_field_warns_and_a_correct_one_does_not(caplog):
 def test_what_is_left_open_follows_from_the_width():
     config = YanConfig(hidden_size=40, num_attention_heads=4, num_flow_layers=3)
     assert (config.intermediate_size, config.time_step_rank, config.mamba_intermediate_size) == (160, 3, 80)
+    assert (config.expert_intermediate_size, YanConfig(moe_intermediate_size=7).expert_intermediate_size) == (160, 7)
     assert config.flow_layers_with_cross_attention == [0, 1, 2]
     assert YanConfig(num_flow_layers=3, cross_attention_layers=[2, 0]).flow_layers_with_cross_attention == [0, 2]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig, YanForFlowGeneration
@@ -216,13 +217,29 @@ def test_arms_are_trained_and_compared_and_go_on_where_they_were(load_script, fo
     recipe = {"config": str(folders / "preset"), "share_autoencoder": True, "autoencoder": stage, "flow": stage}
     (folders / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "arms": arms}))
     words = [folders / "recipe.yaml", "--tokenizer", folders / "yan", "--train_file", folders / "pairs.jsonl"]
-    words += ["--validation_file", folders / "pairs.jsonl", "--output_dir", folders / "out", "--max_steps", 1]
+    words += ["--validation_file", folders / "pairs.jsonl", "--test_file", folders / "pairs.jsonl", "--max_steps", 1]
     words += ["--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
     script = load_script("arms")
     for _ in range(2):  # the second time there is nothing left to train
-        script.main(list(map(str, words)))
+        script.main(list(map(str, [*words, "--output_dir", folders / "out"])))
     assert YanConfig.from_pretrained(folders / "out" / "wide" / "wide").flow_sigma == 2.0
-    assert len((folders / "out" / "table.md").read_text().splitlines()) == 2 + 2 * 4
+    table = (folders / "out" / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + 2 * 4
+    finished = ["--output_dir", folders / "again", "--autoencoder", folders / "out" / "autoencoder"]
+    script.main(list(map(str, [*words, *finished])))
+    assert not (folders / "again" / "autoencoder").exists()
+    wide = [load_file(folders / name / "wide" / "wide" / "model.safetensors") for name in ("out", "again")]
+    assert all(torch.equal(wide[0][name], wide[1][name]) for name in wide[0])
+
+
+def test_a_finished_first_stage_and_an_unknown_baseline_are_refused(load_script, capsys):
+    mixers = ROOT / "configuration" / "recipes" / "experiments" / "mixers.yaml"
+    words = "--tokenizer t --train_file a --validation_file b --test_file c --output_dir d".split()
+    script = load_script("arms")
+    for more, message in ((["--autoencoder", "e"], "have one each"), (["--baseline", "f"], "transformer, mamba")):
+        with pytest.raises(SystemExit):
+            script.main([str(mixers), *words, *more])
+        assert message in capsys.readouterr().err
 
 
 def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):

@@ -46,6 +46,13 @@ def test_the_chosen_experts_velocity_equals_the_dense_one(experts, seed):
     )
 
 
+def test_experts_of_any_number_are_equally_large_where_their_widths_add_up_to_the_same(make_config):
+    shares = [(1, 256), (2, 128), (4, 64)]
+    sizes = [{"num_experts": number, "moe_intermediate_size": width} for number, width in shares]
+    weights = [[head.up_proj.weight.numel() for head in YanExperts(make_config(**size)).heads] for size in sizes]
+    assert [sum(numbers) for numbers in weights] == [256 * 32] * 3
+
+
 @pytest.mark.parametrize("num_used", [1, 3, 4])
 def test_the_form_with_static_sizes_equals_the_sparse_one(num_used):
     tokens, weights, biases = torch.randn(10, 6), torch.randn(4, 5, 6).unbind(), torch.randn(4, 5).unbind()

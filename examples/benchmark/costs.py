@@ -36,8 +36,12 @@ def linear(tokens: int, inputs: int, outputs: int, itemsize: int, num_weights: i
     return Cost(2 * tokens * inputs * outputs, itemsize * elements)
 
 
-def feed_forward(config, tokens, itemsize, num_weights=1):
-    width, inner = config.hidden_size, config.intermediate_size
+def feed_forward(config, tokens, itemsize):
+    return feed_forwards(config.hidden_size, config.intermediate_size, tokens, itemsize)
+
+
+def feed_forwards(width, inner, tokens, itemsize, num_weights=1):
+    """One of them or, where the tokens are divided among several, all."""
     up = linear(tokens, width, inner, itemsize, num_weights)
     return up + linear(tokens, inner, width, itemsize, num_weights)
 
@@ -97,7 +101,8 @@ def part_costs(
     once += linear(num_steps, width, num_modulations * width, itemsize)
     once += linear(num_steps, 2 * (width // 2), width, itemsize)
     gate = linear(tokens, 3 * width, width, itemsize) + linear(tokens, width, config.num_experts, itemsize)
-    heads = feed_forward(config, tokens, itemsize, min(config.num_experts, tokens))
+    num_heads = min(config.num_experts, tokens)
+    heads = feed_forwards(width, config.expert_intermediate_size, tokens, itemsize, num_heads)
     decoder = config.num_decoder_layers * feed_forward(config, tokens, itemsize)
     return {
         "encoder": config.num_encoder_layers * encoder_layer,

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from modeling_yan import YanConfig
 from modeling_yan.baselines import match_size
 from modeling_yan.data import read_rows
-from modeling_yan.evaluation import RunOptions, evaluate_models, format_table
+from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, evaluate_models, format_table
 from modeling_yan.training import PretrainingArguments, pretrain
 
 NAMES = ("config", "share_autoencoder", "autoencoder", "flow", "arms")
@@ -52,51 +52,80 @@ def apply_fields(folder: Path, fields: dict, output: Path):
     YanConfig(**{**config.to_dict(), **fields}).save_pretrained(output)
 
 
-def train_arm(name: str, fields: dict, recipe: dict, data: dict, output_dir: Path) -> Path:
-    """Both stages of one arm; the folder of its model."""
-    arm, shared = output_dir / name, recipe["share_autoencoder"]
-    home = output_dir if shared else arm  # of the preset and of the first stage
-    config = YanConfig.from_pretrained(recipe["config"])
+def train_first_stage(name: str, fields: dict, recipe: dict, data: dict, output_dir: Path) -> Path:
+    """The first stage of an arm, which it may have in common with all others; its folder."""
+    config, shared = YanConfig.from_pretrained(recipe["config"]), recipe["share_autoencoder"]
+    home = output_dir if shared else output_dir / name
     (config if shared else match_size(config, **fields)).save_pretrained(home / "preset")
     train("autoencoder", home / "preset", home / "autoencoder", {**data, **recipe["autoencoder"]})
-    start = arm / "start"
-    apply_fields(home / "autoencoder", fields, start)
-    train("flow", start, arm / name, {**data, **recipe["flow"]})
-    return arm / name
+    return home / "autoencoder"
 
 
-def main(arguments: list[str] | None = None):
+def train_arm(name: str, fields: dict, autoencoder: Path, recipe: dict, data: dict, output_dir: Path) -> Path:
+    """The second stage of an arm; the folder of its model."""
+    start = output_dir / name / "start"
+    apply_fields(autoencoder, fields, start)
+    train("flow", start, output_dir / name / name, {**data, **recipe["flow"]})
+    return output_dir / name / name
+
+
+def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--train_file", nargs="+", required=True)
-    parser.add_argument(
-        "--validation_file", nargs="+", required=True, help="pairs; the table is measured on the first"
-    )
+    parser.add_argument("--validation_file", nargs="+", required=True, help="pairs that the training is watched on")
+    parser.add_argument("--test_file", nargs="+", required=True, help="pairs; each file gives a table")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--autoencoder", type=Path, help="finished first stage, where all share it")
     parser.add_argument("--baseline", help="name of an arm")
-    parser.add_argument("--num_rows", type=int, default=1000, help="held-out rows of the table")
+    parser.add_argument("--num_rows", type=int, default=1000, help="rows of a table")
+    parser.add_argument("--metrics", nargs="+", default=DEFAULT_METRICS, choices=METRIC_NAMES, metavar="NAME")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--num_flow_steps", type=int, default=3)
+    parser.add_argument("--eval_batch_size", type=int, default=32, help="of the tables")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--max_steps", type=int, help="updates of both stages, for a trial")
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args(arguments)
     recipe = read_recipe(options.recipe)
-    data = {name: getattr(options, name) for name in ("tokenizer", "train_file", "validation_file", "use_cpu")}
+    if options.autoencoder and not recipe["share_autoencoder"]:
+        parser.error(f"autoencoder={options.autoencoder}: the arms of {options.recipe} have one each")
+    if options.baseline not in (None, *recipe["arms"]):
+        parser.error(f"baseline={options.baseline}: must be one of {', '.join(recipe['arms'])}")
+    return options, recipe
+
+
+def main(arguments: list[str] | None = None):
+    options, recipe = parse_options(arguments)
+    data = {name: getattr(options, name) for name in ("tokenizer", "train_file", "validation_file", "use_cpu", "seed")}
     data["report_to"] = ["none"]
     for stage in ("autoencoder", "flow"):
         recipe[stage] |= {"max_steps": options.max_steps} if options.max_steps else {}
-    folders = {
-        name: str(train_arm(name, fields or {}, recipe, data, options.output_dir))
-        for name, fields in recipe["arms"].items()
-    }
-    rows = read_rows(options.validation_file[0])[: options.num_rows]
+    folders = {}
+    for name, fields in recipe["arms"].items():
+        run = (recipe, data, options.output_dir)
+        autoencoder = options.autoencoder or train_first_stage(name, fields, *run)
+        folders[name] = str(train_arm(name, fields, autoencoder, *run))
+    for file in options.test_file:
+        print(file, evaluate(file, folders, options), sep="\n")
+
+
+def evaluate(file: str, folders: dict[str, str], options) -> str:
+    """The table of one test file, which is also written."""
+    output_dir = options.output_dir
+    if len(options.test_file) > 1:
+        output_dir /= Path(file).name.split(".")[0]
     settings = RunOptions(
-        max_new_tokens=options.max_new_tokens, num_flow_steps=options.num_flow_steps, num_seeds=options.seeds
+        max_new_tokens=options.max_new_tokens,
+        num_flow_steps=options.num_flow_steps,
+        num_seeds=options.seeds,
+        batch_size=options.eval_batch_size,
     )
+    rows, models = read_rows(file)[: options.num_rows], list(folders.values())
     baseline = folders[options.baseline or next(iter(folders))]
-    print(format_table(evaluate_models(list(folders.values()), rows, options.output_dir, settings, baseline)))
+    return format_table(evaluate_models(models, rows, output_dir, settings, baseline, metrics=options.metrics))
 
 
 if __name__ == "__main__":
