@@ -144,8 +144,8 @@ def build_pairs(
     the task's formatter. Classification takes its labels from `label_column`.
 
     Raises:
-        ValueError: the task is unknown, it lacks a column of labels, or the texts have no more to give (a whole round
-            over them added nothing).
+        ValueError: the task is unknown, it lacks a column of labels, or the texts have little more to give (a whole
+            round added nothing, or less than a pair for every 200 texts).
     """
     if task not in (*TEXT_TASKS, CLASSIFICATION):
         raise ValueError(f"unknown task {task!r}; known are {', '.join((*TEXT_TASKS, CLASSIFICATION))}")
@@ -167,8 +167,9 @@ def build_pairs(
                 pairs.setdefault(pair["source"], pair)
             if len(pairs) == num_rows:
                 break
-        if len(pairs) == before:
-            raise ValueError(f"{len(text_rows)} texts give only {before} of {num_rows} pairs ({max_words=})")
+        added = len(pairs) - before
+        if len(pairs) < num_rows and added <= len(text_rows) // 200:  # the last ones would take rounds without end
+            raise ValueError(f"{len(text_rows)} texts give only about {len(pairs)} of {num_rows} pairs ({max_words=})")
     return list(pairs.values())
 
 

@@ -152,8 +152,15 @@ def test_build_pairs_uses_every_text_before_any_again():
     assert {pair["target"] for pair in pairs} == {row["text"] for row in text_rows}
 
 
+def test_build_pairs_gives_up_where_every_round_finds_almost_nothing():
+    numbers = range(1000)
+    text_rows = [{"text": f"Word {number}."} for number in numbers] + [{"text": " ".join(map(str, numbers))}]
+    with pytest.raises(ValueError, match="1001 texts give only about 10.. of 20000 pairs"):  # one text has many cuts
+        build_pairs(text_rows, "infilling", num_rows=20000, seed=0, max_words=1000)
+
+
 def test_build_pairs_says_when_there_is_no_more():
-    with pytest.raises(ValueError, match="1 texts give only 1 of 2 pairs"):
+    with pytest.raises(ValueError, match="1 texts give only about 1 of 2 pairs"):
         build_pairs([{"text": "A dog ran."}], "last_word", num_rows=2, seed=0, max_words=10)
     with pytest.raises(ValueError, match="unknown task 'poem'; known are infilling, last_word, continuation"):
         build_pairs([], "poem", num_rows=1, seed=0, max_words=10)
