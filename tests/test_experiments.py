@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -119,6 +120,48 @@ def test_diversity_of_yan_and_of_an_autoregressive_model(load_script, folders):
         assert row["best_exact_match"][0] >= row["exact_match"][0]
     assert table[-1]["different_texts"][0] > 0.9
     assert is_png(folders / "out" / "diversity.png")
+
+
+def test_reranking(load_script, folders):
+    pytest.importorskip("matplotlib")
+    words = ["--model", folders / "yan", "--data", folders / "pairs.jsonl", "--num_candidates", 3, "--num_rows", 4]
+    load_script("reranking").main([*map(str, words), "--output", str(folders / "out")])
+    table = json.loads((folders / "out" / "reranking.json").read_text())["tables"]["pairs"]
+    assert [row["choice"] for row in table] == ["first", "own", "mean", "agreement", "velocity", "best"]
+    assert table[0]["rougeL"]["difference"] == 0
+    assert all(row["exact_match"]["mean"] <= table[-1]["exact_match"]["mean"] for row in table)
+    assert is_png(folders / "out" / "reranking.png")
+
+
+def test_each_way_of_reranking_chooses_what_it_says(load_script, folders, monkeypatch):
+    script = load_script("reranking")
+    monkeypatch.setattr(script, "velocity_likelihood", lambda *_: torch.tensor([[0.0, 2.0, 1.0]]))
+    canvases = torch.tensor([[[0, 1], [2, 2], [2, 3]]])
+    # text 0 is certain where it was read off and impossible elsewhere; text 1 is fair everywhere; text 2 agrees most
+    sure, fair = [[0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01]], [[0.01, 0.01, 0.97, 0.01], [0, 0, 0.6, 0.4]]
+    probabilities = [torch.tensor([each]) for each in (sure, fair, fair)]
+    ways = script.rank(None, None, canvases, [each.log() for each in probabilities], num_times=1)
+    assert {name: index.item() for name, index in ways.items() if name != "agreement"} == {
+        "first": 0, "own": 0, "mean": 1, "velocity": 1,
+    }  # fmt: skip
+    assert script.rank(None, None, canvases[:, [0, 1, 1]], [each.log() for each in probabilities], 1)["agreement"] == 1
+
+
+@torch.no_grad()
+def test_the_velocitys_likelihood_is_that_of_the_mixture(load_script, folders):
+    script, model = load_script("reranking"), YanForFlowGeneration.from_pretrained(folders / "yan").eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    canvases = torch.randint(4, 50, (1, 2, 16), generator=torch.Generator().manual_seed(0))
+    scores = script.velocity_likelihood(model, batch, canvases, num_times=1)
+    condition = model.condition(model.model(**batch).last_hidden_state, batch["attention_mask"], 16)
+    for index in range(2):
+        x_1 = model.model(canvases[:, index]).last_hidden_state
+        x_0, modulation = model.start_noise((1, 16), x_1, seed=1), model.flow.modulation(torch.tensor([0.5]))
+        states = model.flow.trunk((x_0 + x_1) / 2, model._positions(16), modulation, condition)
+        velocities = model.flow.velocities(states, (x_0 + x_1) / 2)
+        nll = model._nll(x_1 - x_0, velocities, model.flow.log_gate(states, modulation, condition))
+        constant = model.config.hidden_size * math.log(2 * math.pi * model.config.flow_sigma**2) / 2
+        torch.testing.assert_close(scores[0, index], -16 * (nll - constant))
 
 
 def test_geometry(load_script, folders):

@@ -155,7 +155,7 @@ def test_build_pairs_uses_every_text_before_any_again():
 def test_build_pairs_gives_up_where_every_round_finds_almost_nothing():
     numbers = range(1000)
     text_rows = [{"text": f"Word {number}."} for number in numbers] + [{"text": " ".join(map(str, numbers))}]
-    with pytest.raises(ValueError, match="1001 texts give only about 10.. of 20000 pairs"):  # one text has many cuts
+    with pytest.raises(ValueError, match=r"1001 texts give only about 10.. of 20000 pairs"):  # one text has many cuts
         build_pairs(text_rows, "infilling", num_rows=20000, seed=0, max_words=1000)
 
 
