@@ -76,7 +76,7 @@ def parse_options(arguments):
     parser.add_argument("--models", nargs="+", default=default, choices=models)
     parser.add_argument("--baseline", default="decoder", help="the model that the others are tested against")
     parser.add_argument("--max_steps", type=int, default=8000, help="updates of every model, all its stages together")
-    parser.add_argument("--autoencoder_share", type=float, default=0.5, help="YAN: share of the first stage")
+    parser.add_argument("--autoencoder_share", type=float, default=0.75, help="YAN: share of the first stage")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--trial_share", type=float, default=0.2)
     parser.add_argument("--num_validations", type=int, default=8, help="of a stage, each with a checkpoint")
