@@ -275,6 +275,27 @@ def test_arms_are_trained_and_compared_and_go_on_where_they_were(load_script, fo
     assert all(torch.equal(wide[0][name], wide[1][name]) for name in wide[0])
 
 
+def test_a_chart_shows_the_tables_of_other_scripts(load_script, tmp_path):
+    pytest.importorskip("matplotlib")
+    cells = {"exact_match": {"mean": 0.5, "low": 0.4, "high": 0.7}, "tokens_per_second": {"mean": 9.0}}
+    rows = [
+        {"model": model, "length": length, "decoding": decoding, "figures": cells}
+        for model in ("yan", "decoder")
+        for length in ("free", "oracle")
+        for decoding in ("sampled", "deterministic")
+    ]
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "table.json").write_text(json.dumps(rows))
+    chart = load_script("chart")
+    assert chart.read_bars(tmp_path / "stories", "exact_match", "free") == dict.fromkeys(
+        ("yan", "decoder"), cells["exact_match"]
+    )
+    chart.main([str(tmp_path / "stories"), "--output", str(tmp_path / "figures" / "chart.png")])
+    assert is_png(tmp_path / "figures" / "chart.png")
+    with pytest.raises(ValueError, match="figure 'tokens_per_second' must be one of exact_match"):
+        chart.main([str(tmp_path / "stories"), "--figures", "tokens_per_second", "--output", str(tmp_path / "x.png")])
+
+
 def test_a_finished_first_stage_and_an_unknown_baseline_are_refused(load_script, capsys):
     mixers = ROOT / "configuration" / "recipes" / "experiments" / "mixers.yaml"
     words = "--tokenizer t --train_file a --validation_file b --test_file c --output_dir d".split()
