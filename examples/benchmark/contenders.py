@@ -3,6 +3,7 @@
 Letters of the shape comments: B batch, S prompt length, L new tokens.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,13 +16,26 @@ from torch import nn
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
 from modeling_yan.export import with_int8_weights, with_merged_projections
+from modeling_yan.transitions_yan import YanTransitions
 
 PRESETS = Path(__file__).parents[2] / "configuration"
 VARIANTS = ("transformer", "mamba")
 YAN_STEPS = (1, 2, 3, 4)
 NAIVE_STEPS = 3
 DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
-FORMS = {"int8": with_int8_weights, "merged": with_merged_projections}
+TRANSITION_RANK = 32  # of the presets that have chains
+
+
+def with_transitions(model):
+    """A copy that reads its canvas off as a chain, of fresh transitions: the same tokens, the cost of trained ones."""
+    model = copy.deepcopy(model)
+    model.config.transition_rank = TRANSITION_RANK
+    model.transitions = YanTransitions(model.config).to(model.device, model.dtype)
+    model.transitions.apply(model._init_weights)
+    return model
+
+
+FORMS = {"int8": with_int8_weights, "merged": with_merged_projections, "chains": with_transitions}
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,7 @@ def all_contenders() -> list[Contender]:
         for steps in YAN_STEPS
     ]
     plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
+    contenders.append(Contender("chains-transformer-3", "yan-transformer-chains", plain))
     contenders.append(Contender("yan-mamba-3-merged", "yan-mamba-merged", plain))
     named_wastes = {**{waste: (waste,) for waste in WASTES}, "all": tuple(WASTES)}
     contenders += [

@@ -78,6 +78,7 @@ def test_the_models_are_of_equal_size(small_presets):
     models = Models("tiny", 6, 12, CPU, torch.float32)
     sizes = {c.model: models.get(c.model).num_parameters() for c in all_contenders()}
     of_yan = sizes.pop("yan-transformer")
+    assert sizes.pop("yan-transformer-chains") > of_yan
     assert sizes.pop("yan-mamba") > sizes.pop("yan-mamba-merged")  # a preset of its own, and with fewer matrices
     assert all(size == pytest.approx(of_yan, rel=0.02) for size in sizes.values())
 
@@ -101,6 +102,15 @@ def test_int8_weights_write_and_leave_the_model_alone(small_presets):
         assert contenders.write_with_yan(model, prompt, 8, 3).shape == (2, 8)
         assert model.lm_head.weight().dtype == torch.qint8
     assert torch.equal(contenders.write_with_yan(models.get("yan-transformer"), prompt, 8, 3), before)
+
+
+def test_chains_of_fresh_transitions_write_the_same_tokens(small_presets):
+    models, prompt = Models("tiny", 6, 8, CPU, torch.float32), torch.randint(4, 64, (2, 6))
+    plain, chained = models.get("yan-transformer"), models.get("yan-transformer-chains")
+    assert plain.transitions is None
+    assert chained.transitions is not None
+    written = [contenders.write_with_yan(model, prompt, 8, 3) for model in (plain, chained)]
+    assert torch.equal(*written)
 
 
 def test_optional_contenders_come_when_asked_for():
