@@ -25,7 +25,7 @@ NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
     "latent_norm_weight transition_weight"
 ).split()
-PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio")
+PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio", "source_mask_ratio")
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 
@@ -69,6 +69,7 @@ class YanConfig(PreTrainedConfig):
             `"argmax"`, the gate-weighted `"mixture"` of all, or the one that is `"nearest"` to the target, so that the
             experts share the possible targets out among them (with `expert_scope="sequence"`, whole texts).
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
+        source_mask_ratio: The same of a pair's source behind its answer slot, where each hidden token keeps its place.
         freeze_encoder, freeze_decoder, freeze_embeddings, freeze_flow: Parts that the flow stage leaves as they are.
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
@@ -148,6 +149,7 @@ class YanConfig(PreTrainedConfig):
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
+    source_mask_ratio: float | int = 0.0
 
     freeze_encoder: bool = True
     freeze_decoder: bool = True

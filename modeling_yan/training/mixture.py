@@ -175,7 +175,8 @@ class TaskMixture(Dataset):
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
         if self.stage == "autoencoder":
-            return AutoencoderCollator(self.tokenizer, longest, config.mask_ratio, config.max_span_len)
+            options = {name: getattr(config, name) for name in ("mask_ratio", "max_span_len", "source_mask_ratio")}
+            return AutoencoderCollator(self.tokenizer, longest, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:

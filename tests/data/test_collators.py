@@ -177,6 +177,23 @@ def test_autoencoder_learns_the_hidden_words_of_a_cloze_in_their_places(tokenize
     assert batch["labels"][-1][: len(source) + len(learned)].tolist() == [-100] * len(source) + learned
 
 
+def test_autoencoder_learns_hidden_tokens_of_the_source_behind_the_slot(tokenizer):
+    mask, rows = tokenizer.mask_token_id, generate_stories(200, seed=1, answer_slot=tokenizer.mask_token * 8 + " ")
+    rows += [{"source": "a book", "target": "two"}, *generate_clozes(1, seed=1, mask_token=tokenizer.mask_token)]
+    plain, hidden = (AutoencoderCollator(tokenizer, 128, source_mask_ratio=ratio)(rows) for ratio in (0.0, 0.25))
+    others = [name[200:] for batch in (plain, hidden) for name in (batch["input_ids"], batch["labels"])]
+    assert torch.equal(others[1], others[3])  # what has no slot is learned as before
+    assert torch.equal(others[0][1], others[2][1])
+    is_hidden = hidden["input_ids"][:200] != plain["input_ids"][:200]
+    assert (hidden["input_ids"][:200][is_hidden] == mask).all()
+    assert torch.equal(hidden["labels"][:200][is_hidden], plain["input_ids"][:200][is_hidden])
+    assert torch.equal(hidden["labels"][:200][~is_hidden], plain["labels"][:200][~is_hidden])
+    assert not is_hidden[:, :8].any()
+    assert not is_hidden[plain["input_ids"][:200] == tokenizer.eos_token_id].any()
+    share = is_hidden.sum() / (plain["input_ids"][:200, 8:] != tokenizer.eos_token_id).sum()
+    assert share.item() == pytest.approx(0.25, abs=0.02)
+
+
 def test_a_slot_too_short_for_its_answer_is_none(tokenizer):
     mask = tokenizer.mask_token_id
     batch = AutoencoderCollator(tokenizer, 16, target_mask_ratio=0)([{"source": [mask, mask], "target": [10, 11]}])
