@@ -89,9 +89,13 @@ def mixture_nll(
     Returns:
         A float32 scalar. It grows with D: divide by D to compare widths.
     """
+    return masked_mean(token_nll(target, velocities, log_gate, sigma), mask)
+
+
+def token_nll(target, velocities, log_gate, sigma) -> torch.Tensor:
+    """The same for each token, (B, L)."""
     log_normaliser = 0.5 * target.shape[-1] * math.log(2 * math.pi * sigma**2)
-    nll = log_normaliser - torch.logsumexp(_log_joint(target, velocities, log_gate, sigma), dim=-1)
-    return masked_mean(nll, mask)
+    return log_normaliser - torch.logsumexp(_log_joint(target, velocities, log_gate, sigma), dim=-1)
 
 
 def responsibilities(target, velocities, log_gate, sigma) -> torch.Tensor:

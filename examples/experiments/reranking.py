@@ -34,7 +34,7 @@ from modeling_yan.evaluation import (
     paired_permutation_test,
     rouge_scores,
 )
-from modeling_yan.flow_matching_yan import interpolate
+from modeling_yan.flow_matching_yan import as_one_token, interpolate, token_nll
 
 FIGURES = ("exact_match", "rougeL")
 
@@ -53,7 +53,7 @@ def write_candidates(model, batch, num_candidates: int):
 
 
 def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int) -> torch.Tensor:
-    """Log-likelihood (B, C), up to a constant, of the velocities towards the candidates' latents."""
+    """Log-likelihood (B, C) of the velocities towards the candidates' latents."""
     batch_size, num_candidates, length = canvases.shape
     mask = batch["attention_mask"]
     condition = model.condition(model.model(batch["input_ids"], mask).last_hidden_state, mask, length)
@@ -66,10 +66,10 @@ def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int
             time = torch.full((batch_size,), (step + 0.5) / num_times)
             x_t, modulation = interpolate(x_0, x_1, time), model.flow.modulation(time)
             states = model.flow.trunk(x_t, positions, modulation, condition)
-            distances = (model.flow.velocities(states, x_t) - (x_1 - x_0).unsqueeze(2)).square().sum(-1)
             log_gate = model.flow.log_gate(states, modulation, condition)
-            log_densities = log_gate - distances / (2 * model.config.flow_sigma**2)
-            scores[:, index] += log_densities.logsumexp(-1).sum(-1)
+            mixture = x_1 - x_0, model.flow.velocities(states, x_t), log_gate
+            mixture = as_one_token(*mixture) if model.config.expert_scope == "sequence" else mixture
+            scores[:, index] -= token_nll(*mixture, model.config.flow_sigma).sum(-1)
     return scores
 
 
