@@ -6,18 +6,20 @@ K experts, N solver steps.
 
 from collections.abc import Callable
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
 from .reading_yan import END_CHOICES
+from .recording_yan import Recordings
 from .trainer_yan import open_options
 
 FLOW_FIELDS = (
@@ -35,11 +37,12 @@ FLOW_FIELDS = (
 COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 MAX_PROGRAMS = 64  # per model and code; torch gives up after 8
+MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
-SIMPLE_TYPES = (int, float, str, type(None))
+SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
 OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "vocab_size")  # that options depend on
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
@@ -81,9 +84,10 @@ class YanGenerationConfig(GenerationConfig):
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
             compares them with the labels.
-        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, with CUDA graphs
-            on a GPU (default False). The first call for a batch size, a canvas length and each 64 tokens of prompt
-            compiles, for a minute or more; `compile_config` may choose other settings of the compiler.
+        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
+            is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
+            tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
+            compiler, such as `CompileConfig(backend="eager")` to record without it, in a second.
         temperature: Scales the start noise when `do_sample` is set; at least 0.
     """
 
@@ -194,6 +198,7 @@ class YanGenerationMixin(GenerationMixin):
 
     generation_config_class = YanGenerationConfig
     _last_call = None  # what it asked for, and the options that came of it
+    _recordings = None  # of compiled generation on a GPU
 
     @torch.no_grad()
     def generate(
@@ -231,11 +236,10 @@ class YanGenerationMixin(GenerationMixin):
         options, asked, given = self._options_of_call(generation_config, kwargs)
         if options.seed is None:
             options.seed = _draw_seed(generator) if options.do_sample else 0
-        prompt, mask = self._prepare_prompt(inputs, options, **given)
+        prompt, context, context_mask = self._prepare_prompt(inputs, options, **given)
         max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
             streamer.put(prompt.cpu())
-        context, context_mask = _left_align(prompt, mask)
         num_rows = len(prompt) * options.num_return_sequences
         written = prompt.new_empty(num_rows, 0)
         finished = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
@@ -324,7 +328,7 @@ class YanGenerationMixin(GenerationMixin):
         return options
 
     def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
-        """Checked ids (B, S) and mask (B, S); an empty batch of prompts becomes one BOS each."""
+        """Checked ids (B, S), and the context that they are; an empty batch of prompts becomes one BOS each."""
         if inputs is not None and input_ids is not None:
             raise ValueError("the prompt was given twice, as inputs and as input_ids")
         ids = inputs if inputs is not None else input_ids
@@ -336,22 +340,23 @@ class YanGenerationMixin(GenerationMixin):
             if options.bos_token_id is None:
                 raise ValueError("an empty prompt needs bos_token_id, which is None")
             ids, attention_mask = torch.full((len(ids), 1), options.bos_token_id, device=ids.device), None
-        self._check_ids(ids)
         if attention_mask is None:
             pad_token_id = options.pad_token_id
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
         if attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
-        fewest, most = _count_valid(attention_mask)
+        # one look at the device for all checks
+        low, high, fewest, most = torch.stack([*ids.aminmax(), *_count_valid(attention_mask)]).tolist()
+        self._check_range(low, high)
         self._check_length(max(most, 1), "the prompt")
         if fewest > 0:
-            return ids, attention_mask
+            return ids, *_left_align(ids, attention_mask, fewest, most)
         if options.bos_token_id is None:
             raise ValueError("a prompt without valid token needs bos_token_id, which is None")
         is_empty = ~attention_mask.bool().any(1)
         ids, attention_mask = ids.clone(), attention_mask.clone()
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
-        return ids, attention_mask
+        return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
 
     def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
         """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
@@ -360,7 +365,7 @@ class YanGenerationMixin(GenerationMixin):
         num_noises = plan.repeats * len(context) if options.do_sample else 1
         shape, seed, device = (num_noises, options.canvas_length), options.seed + index, context.device
         if options.do_sample:
-            x_0 = options.temperature * self.start_noise(shape, context_mask.float(), seed)
+            x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
             x_0 = self.config.init_noise * _shared_noise(seed, (*shape, self.config.hidden_size), device)
         # of another seed than the start noise, or the expert would be a function of it
@@ -370,24 +375,28 @@ class YanGenerationMixin(GenerationMixin):
         if hasattr(streamer, "put_draft"):
             return write_canvas(self, context, context_mask, x_0, expert_noise, plan, streamer)
         if options.compile_generation:
-            return self._write_compiled(context, context_mask, x_0, expert_noise, plan, options.compile_config)
+            tensors = context, context_mask, x_0, expert_noise
+            return self._write_compiled(*tensors, plan, options.compile_config)
         return write_canvas(self, context, context_mask, x_0, expert_noise, plan)
 
     def _write_compiled(self, context, context_mask, x_0, expert_noise, plan, compile_config) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_position_embeddings)
-        if length == bucket and _count_valid(context_mask)[0] == length:
-            context_mask = None  # attention without a mask is faster
-        else:
+        if length < bucket:
+            context_mask = torch.ones_like(context) if context_mask is None else context_mask
             context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
-        is_gpu = context.device.type == "cuda"
-        program = compiled_program(_compiler_settings(compile_config, is_gpu))
-        if is_gpu:
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
-            canvas = program(self, context, context_mask, x_0, expert_noise, plan)
-        return _copied(canvas) if is_gpu else canvas  # the next run of a CUDA graph overwrites its results
+        settings = _compiler_settings(compile_config)
+
+        def write(*tensors):
+            with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
+                return vars(compiled_program(settings)(self, *tensors, plan))
+
+        tensors = context, context_mask, x_0, expert_noise
+        if context.device.type != "cuda":
+            return Canvas(**write(*tensors))
+        self._recordings = self._recordings or Recordings()
+        return Canvas(**self._recordings.call(self, write, tensors, (plan, repr(settings))))
 
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
@@ -427,10 +436,11 @@ class YanGenerationMixin(GenerationMixin):
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.
         is_valid = torch.ones_like(tokens) if options.pad_token_id is None else (tokens != options.pad_token_id).long()
+        context_mask = torch.ones_like(context) if context_mask is None else context_mask
         mask = torch.cat([context_mask.repeat_interleave(repeats, 0), is_valid], dim=1)
         positions_from_end = mask.flip(1).cumsum(1).flip(1)
         mask = mask * (positions_from_end <= self.config.max_position_embeddings)
-        return _left_align(ids, mask)
+        return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
 def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPlan, streamer=None) -> Canvas:
@@ -478,15 +488,10 @@ def compiled_program(settings: dict) -> Callable[..., Canvas]:
     return _programs[key]
 
 
-def _compiler_settings(compile_config, is_gpu):
-    if compile_config is not None:
-        return compile_config.to_dict()
-    return {"dynamic": False, "mode": "reduce-overhead" if is_gpu else "default"}
-
-
-def _copied(canvas: Canvas) -> Canvas:
-    copies = {name: value.clone() for name, value in vars(canvas).items() if torch.is_tensor(value)}
-    return replace(canvas, **copies)
+def _compiler_settings(compile_config) -> dict:
+    """Arguments of `torch.compile`. It need not record CUDA graphs: the whole program becomes one."""
+    settings = {"dynamic": False} if compile_config is None else compile_config.to_dict()
+    return {**settings, "mode": MODES_WITHOUT_GRAPHS.get(settings.get("mode"), settings.get("mode"))}
 
 
 @lru_cache(maxsize=16)
@@ -547,18 +552,20 @@ def _draw_seed(generator):
     return int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
 
 
-def _count_valid(mask) -> list[int]:
-    """Fewest and most valid tokens of a row; waits for the device once."""
-    return torch.stack(mask.long().sum(1).aminmax()).tolist()
+def _count_valid(mask) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Fewest and most valid tokens of a row."""
+    return mask.long().sum(1).aminmax()
 
 
-def _left_align(ids, mask):
-    """The valid tokens of every row moved to its start, and the width cut to the longest row."""
-    fewest, width = _count_valid(mask)
-    if fewest == mask.shape[1]:
-        return ids, mask
-    order = (1 - mask.clamp(max=1)).argsort(dim=1, stable=True)
-    return ids.gather(1, order)[:, :width], mask.gather(1, order)[:, :width]
+def _left_align(ids, mask, fewest: int, most: int):
+    """The valid tokens of every row, `fewest` to `most` of them, moved to its start, the width cut to the longest row.
+
+    The mask is None where all that is left is valid: attention without one is faster.
+    """
+    if fewest < ids.shape[1]:
+        order = (1 - mask.clamp(max=1)).argsort(dim=1, stable=True)
+        ids, mask = ids.gather(1, order)[:, :most], mask.gather(1, order)[:, :most]
+    return ids, mask if fewest < most else None
 
 
 def _extrapolate(before, after, step, num_steps):

@@ -209,8 +209,10 @@ class YanPreTrainedModel(PreTrainedModel):
     def _check_ids(self, ids: torch.LongTensor):
         if ids.dim() != 2 or ids.is_floating_point():
             raise ValueError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
+        self._check_range(*torch.stack(ids.aminmax()).tolist())
+
+    def _check_range(self, low: int, high: int):
         size = self.config.vocab_size
-        low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= size:
             raise ValueError(f"token ids from {low} to {high}: must be in [0, vocab_size={size})")
 

@@ -118,7 +118,7 @@ def test_optional_contenders_come_when_asked_for():
     plain = {contender.name for contender in choose_contenders([])}
     variants = contenders.VARIANTS
     assert names - plain == {
-        f"yan-{variant}-3-{kind}" for variant in variants for kind in ("compiled", "unguarded", "int8")
+        f"yan-{variant}-3-{kind}" for variant in variants for kind in ("compiled", "recorded", "int8")
     }
 
 
