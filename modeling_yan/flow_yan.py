@@ -11,7 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from .experts_yan import YanExperts, YanGate, choose_experts
 from .flow_matching_yan import nearest_experts, solver_times
-from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear
+from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, linear_each
 
 
 @dataclass
@@ -19,7 +19,7 @@ class YanCondition:
     """What the flow needs of the prompt, computed once for all steps.
 
     Args:
-        key_values: Keys and values (B, H, S, D/H) of the layers with cross-attention; None for the others.
+        key_values: Keys and values (B, S, D) of the layers with cross-attention; None for the others.
         attention_mask: In the form of the attention implementation. mean: Mean latent of the valid tokens (B, D).
     """
 
@@ -95,9 +95,11 @@ class YanFlow(nn.Module):
         canvas = latents[:, :1].expand(-1, canvas_length, -1)
         mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
         placed = latents + self.position_norm(positions)
+        crossing = [layer.cross_attention for layer in self.layers if layer.has_cross_attention]
+        keys = iter(linear_each([attention.k_proj for attention in crossing], placed))
+        values = iter(linear_each([attention.v_proj for attention in crossing], latents))
         key_values = [
-            layer.cross_attention.key_values(placed, latents) if layer.has_cross_attention else (None, None)
-            for layer in self.layers
+            (next(keys), next(values)) if layer.has_cross_attention else (None, None) for layer in self.layers
         ]
         if attention_mask is None:
             return YanCondition(key_values, mask, latents.mean(1))

@@ -4,6 +4,7 @@ Letters of the shape comments: B batch, L sequence length, S source length, D hi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compilation_yan import uses_operators
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, silence
 
@@ -71,6 +73,24 @@ class YanAlignedLinear(nn.Linear):
         init.copy_(self.weight, deviations.unsqueeze(-1) * hashed_normal(self.seed, self.weight.shape))
 
 
+def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
+    """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
+    is_plain = all(type(layer).forward is nn.Linear.forward and not layer._forward_hooks for layer in layers)
+    return len(layers) > 1 and is_plain and states.is_cuda and uses_operators() and not torch.is_grad_enabled()
+
+
+def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Each layer's output for the same states (B, L, D).
+
+    Where the products are joined, so are the weights in every generation, which costs less than it saves and leaves
+    them where adapters, optimizers and checkpoints look for them.
+    """
+    if not joins_products(layers, states):
+        return [layer(states) for layer in layers]
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return F.linear(states, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
 class YanAttention(nn.Module):
     """Multi-head attention of a sequence to itself, or to another one whose keys and values are handed in."""
 
@@ -92,19 +112,19 @@ class YanAttention(nn.Module):
     def _split_heads(self, states):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def key_values(self, key_states: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, L, D/H) of states (B, L, D)."""
-        return self._split_heads(self.k_proj(key_states)), self._split_heads(self.v_proj(states))
-
     def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs):
-        """Return the attended states (B, L, D) and, with eager attention, the weights (B, H, L, S)."""
-        key, value = self.key_values(hidden_states, hidden_states) if key_values is None else key_values
+        """Return the attended states (B, L, D) and, with eager attention, the weights (B, H, L, S).
+
+        `key_values` are two tensors (B, S, D) of another sequence.
+        """
+        if key_values is None:
+            query, key, value = linear_each((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        else:
+            query, (key, value) = self.q_proj(hidden_states), key_values
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
-            self._split_heads(self.q_proj(hidden_states)),
-            key,
-            value,
+            *(self._split_heads(states) for states in (query, key, value)),
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, mamba_yan
+from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, layers_yan, mamba_yan
 from modeling_yan.compilation_yan import select_rows
 from modeling_yan.experts_yan import YanExperts
 
@@ -156,6 +156,16 @@ def test_a_compiled_program_follows_its_weights(lively_model):
     after = generated(model, ids, mask, **options).sequences
     assert not torch.equal(before, after)
     assert torch.equal(after, generated(model, ids, mask).sequences)
+
+
+def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):
+    model, (ids, mask, _) = lively_model(num_flow_layers=3, cross_attention_layers=[0, 2]), batch()
+    plain, joined = generated(model, ids, mask), []
+    monkeypatch.setattr(layers_yan, "joins_products", lambda layers, states: joined.append(len(layers)) or True)
+    actual = generated(model, ids, mask)
+    assert set(joined) == ({2, 3} if model.config.encoder_mixer == "attention" else {2})
+    assert torch.equal(actual.sequences, plain.sequences)
+    torch.testing.assert_close(actual.trajectory, plain.trajectory, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.compiler

@@ -1,11 +1,13 @@
 """What only a GPU can show; on a machine without one everything here is skipped."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, mamba_yan
+from modeling_yan import YanForFlowGeneration, layers_yan, mamba_yan, recording_yan
 from modeling_yan.experts_yan import static_grouped_linear
 from modeling_yan.generation_yan import CanvasPlan, write_canvas
 
@@ -104,6 +106,62 @@ def test_one_cuda_graph_writes_the_plain_tokens(model, prompts, dtype):
             assert torch.equal(actual, expected)
         else:
             assert (actual == expected).float().mean() > 0.8
+
+
+RECORDED = {"compile_generation": True, "compile_config": CompileConfig(backend="eager"), "min_new_tokens": LENGTH}
+
+
+def check_recorded(model, prompts):
+    """Tokens that a recording writes, which are the plain ones."""
+    recorded = model.generate(prompts, **RECORDED)
+    assert torch.equal(recorded, model.generate(prompts, min_new_tokens=LENGTH))
+    return recorded
+
+
+def test_a_recording_follows_whatever_changes_the_model(model, prompts):
+    model, prompts = model.cuda(), prompts.cuda()
+    head, first = model.flow.experts.heads[0], check_recorded(model, prompts)
+    kept = first.clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    in_place = check_recorded(model, prompts)
+    assert len(model._recordings.calls) == 1
+    head.up_proj.weight = torch.nn.Parameter(torch.randn_like(head.up_proj.weight))
+    replaced = check_recorded(model, prompts)
+    hook = model.model.norm.register_forward_hook(lambda module, arguments, output: -output)
+    hooked = check_recorded(model, prompts)
+    hook.remove()
+    assert torch.equal(check_recorded(model, prompts), replaced)
+    changed = [first, in_place, replaced, hooked]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(changed))
+    assert torch.equal(first, kept)
+    check_recorded(copy.deepcopy(model), prompts)
+
+
+def test_there_are_no_more_recordings_than_allowed(model, prompts, monkeypatch):
+    monkeypatch.setattr(recording_yan, "MAX_RECORDINGS", 2)
+    model, prompts = model.cuda(), prompts.cuda()
+    for num_rows in (1, 2, 1, 3, 1):  # that of one row is asked for again and stays
+        check_recorded(model, prompts[:num_rows])
+    rows = [shapes[0][0][0] for _, shapes, *_ in model._recordings.calls]
+    assert rows == [3, 1]
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(model, prompts):
+    peft = pytest.importorskip("peft")
+    model, prompts = model.cuda(), prompts.cuda()
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval().base_model.model  # heads that are called wait for sizes
+    check_recorded(model, prompts)
+    check_recorded(model, prompts.flip(1))
+
+
+def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
+    model, prompts, joined = model.cuda(), prompts.cuda(), []
+    monkeypatch.setattr(layers_yan, "joins_products", lambda layers, states: joined.append(len(layers)) or True)
+    check_recorded(model, prompts)
+    assert joined
 
 
 def test_the_grouped_product_equals_one_layer_after_the_other():

@@ -28,7 +28,8 @@ def make_attention(make_config):
 def attend(attention, queries, padding, source=None):
     """Output and weights of `queries` (B, L, D) attending to themselves or to `source` (B, S, D) without padding."""
     mask = create_bidirectional_mask(attention.config, queries, padding, encoder_hidden_states=source)
-    return attention(queries, mask, None if source is None else attention.key_values(source, source))
+    key_values = None if source is None else (attention.k_proj(source), attention.v_proj(source))
+    return attention(queries, mask, key_values)
 
 
 def as_torch_attention(attention):

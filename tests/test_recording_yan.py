@@ -1,0 +1,73 @@
+"""What decides whether a recorded generation still belongs to a model; the recording itself needs a GPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_yan.recording_yan import ModelParts, Recordings
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(num_encoder_layers=1, num_flow_layers=1)
+
+
+def update_in_place(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+
+
+def replace_weight(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+
+
+def move_weight(model):
+    model.flow.norm.weight.data = model.flow.norm.weight.data.clone()
+
+
+def wrap_module(model):
+    model.decoder.layers[0].feed_forward = nn.Sequential(model.decoder.layers[0].feed_forward)
+
+
+def add_module(model):
+    model.extra = nn.Identity()
+
+
+def add_hook(model):
+    model.model.norm.register_forward_hook(lambda module, arguments, output: output)
+
+
+def add_buffer(model):
+    model.flow.register_buffer("shift", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        (lambda model: model.train().zero_grad(), True),
+        (update_in_place, True),
+        (replace_weight, False),
+        (move_weight, False),
+        (wrap_module, False),
+        (add_module, False),
+        (add_hook, False),
+        (add_buffer, False),
+    ],
+)
+def test_a_changed_model_is_told_from_an_updated_one(model, change, is_same):
+    parts = ModelParts(model)
+    assert parts.are_the_same()
+    change(model)
+    assert parts.are_the_same() == is_same
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_begins_without_recordings(model, copied):
+    model._recordings = Recordings()
+    model._recordings.calls["a key"] = lambda: None
+    assert not copied(model)._recordings.calls
+    assert model._recordings.calls
