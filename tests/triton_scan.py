@@ -9,7 +9,7 @@ import torch
 
 from modeling_yan import scan_triton_yan
 from modeling_yan.mamba_yan import _scan, _scan_gradients
-from modeling_yan.scan_triton_yan import TILE_STEPS, triton_scan, triton_scan_gradients
+from modeling_yan.scan_triton_yan import CHUNK_STEPS, triton_scan, triton_scan_gradients
 
 # L, G, B, E, N, and steps of a chunk: one, two and several of them, whole and not; channels beyond one program's
 CASES = [
@@ -17,9 +17,9 @@ CASES = [
     (7, 1, 1, 5, 16, 3),
 ]
 LARGE_CASES = [  # would take the interpreter minutes
-    *((*shape, chunk) for shape, chunk in product([(300, 2, 3, 70, 16), (1000, 1, 1, 40, 5)], (5, 16, TILE_STEPS))),
-    (128, 2, 64, 768, 16, TILE_STEPS),
-    (2048, 2, 1, 768, 16, TILE_STEPS),
+    *((*shape, chunk) for shape, chunk in product([(300, 2, 3, 70, 16), (1000, 1, 1, 40, 5)], (5, 16, CHUNK_STEPS))),
+    (128, 2, 64, 768, 16, CHUNK_STEPS),
+    (2048, 2, 1, 768, 16, CHUNK_STEPS),
 ]
 EXTREME_CASE, EXTREME_STEPS = (9, 1, 1, 5, 2, 4), (1000.0, 1e-6)  # decays of 0 and of nearly 1
 PROGRAMS = 0, 2**31  # that fill the GPU: one program takes all chunks, or each takes one
