@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .compilation_yan import is_exporting, opaque_operator, uses_operators
-from .scan_triton_yan import TILE_STEPS, triton, triton_scan, triton_scan_gradients
+from .scan_triton_yan import CHUNK_STEPS, triton, triton_scan, triton_scan_gradients
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -127,7 +127,7 @@ _scan_operator.register_autograd(
 def chunk_length(x: torch.Tensor, state_size: int) -> int:
     """Time steps per chunk for x (L, G, B, E): a Triton tile's, else what fits the cache, from 8 to L."""
     if x.is_cuda and triton is not None:
-        return TILE_STEPS
+        return CHUNK_STEPS
     return min(x.shape[0], max(8, SCAN_CHUNK_ELEMENTS // (x[0].numel() * state_size)))
 
 

@@ -1,11 +1,16 @@
-"""Mamba's selective scan as two Triton kernels, for GPUs on which mamba-ssm is not installed (arXiv 2312.00752).
+"""Mamba's selective scan as Triton kernels, for GPUs on which mamba-ssm is not installed (arXiv 2312.00752).
 
-Letters: L length, G scans run together, B batch, E inner width, N state size; in a program's tile T steps, S segments
-and C channels. One program owns C channels of one row of one scan and takes a chunk of time at once, as a tile
-(T, S * C) in which a thread has all T steps of one segment of one channel. For each of the N entries of the state it
-scans the segments by themselves, then joins their ends, and hands the entry on to the next chunk through the memory.
-These states at the chunk borders are all that is kept: the backward pass computes one chunk's states again, and runs
-the same scan backwards for their gradients.
+Letters: L length, K chunks of time, G scans run together, B batch, E inner width, N state size, C channels a program.
+
+A program owns C channels of one row of one scan. It takes one step after the other, which is the least arithmetic,
+with all entries of the states (N, C) in registers and the next steps on their way from memory. Unless the rows alone
+fill the GPU, every chunk of time is a program of its own, in three kernels: the states with which chunks end if they
+begin with a state of zero; from these, one chunk after the other, the states before the chunks, called borders; and
+the outputs of each chunk from its border.
+
+The borders are all that is kept. The backward pass has the same three kernels, as a chunk's share of the gradient of
+the state before it is such a recurrence in reverse. The last of them needs a chunk's states in reverse order: it notes
+down those before groups of a few steps, and computes one group's states at a time again.
 """
 
 import math
@@ -18,205 +23,249 @@ try:
 except ImportError:
     triton = None
 
-TILE_STEPS = 64  # of all segments: a good chunk
-FORWARD_TILE, BACKWARD_TILE = (4, 8), (8, 16)  # segments and channels, of which there is one thread each
+CHUNK_STEPS = 64  # of time
+STATE_TILE = 512  # entries of the state in a warp: 16 a thread
+WALK_TILE = 64  # entries of the state of which one program walks over the chunks
+GROUP_STEPS = 4  # states that the registers hold at once in the backward pass
+FULL_GPU = 2048  # programs that fill a GPU without a division of time
+FEW_CHUNKS = 2  # take less time one after the other than as three kernels
 
 
 if triton is not None:
     LOG2_E = tl.constexpr(1 / math.log(2))
+    STAGES = tl.constexpr(6)  # of loads: steps ahead and the present one
 
     @triton.jit
-    def _join(decay, state, next_decay, next_state):
-        """One run of steps after another, each as the map of a state h to decay h + state."""
-        return decay * next_decay, next_decay * state + next_state
+    def _state_tile(a_ptr, row, batch, inner, size, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr):
+        """Channels (C,), entries (N,), places in a state (N, C) and which exist, and A log2(e) (N, C)."""
+        channels, entries = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, ENTRIES)
+        places = entries[:, None] * inner + channels[None, :]
+        is_state = (entries[:, None] < size) & (channels[None, :] < inner)
+        a = tl.load(a_ptr + (row // batch) * size * inner + places, mask=is_state, other=0.0)
+        return channels, entries, places, is_state, a * LOG2_E
 
-    @triton.jit
-    def _join_before(
-        decay, state, decay_before, state_before, next_decay, next_state, next_decay_before, next_state_before
+    # Without the promise of aligned memory a thread is given all entries of one channel, of which y is a sum; with it
+    # neighbouring channels, over which the backward pass adds up the gradients of b and c.
+    @triton.jit(do_not_specialize_on_alignment=["values_ptr", "dt_ptr", "a_ptr", "ends_ptr", "totals_ptr"])
+    def _ends_kernel(
+        values_ptr, dt_ptr, a_ptr, maps_ptr, ends_ptr, totals_ptr, length, batch, inner, size, chunk,
+        REVERSE: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        """`_join` for runs that also keep the map of all their steps but the last."""
-        decay_before, state_before = decay * next_decay_before, next_decay_before * state + next_state_before
-        return decay * next_decay, next_decay * state + next_state, decay_before, state_before
+        """States (N, C) at a chunk's end from a state of zero, and its total dt (C,).
+
+        `values` (L, E) and `maps` (L, N) are x and b; in reverse the gradient of y, and c, and the end is the start.
+        """
+        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+        channels, entries, places, is_state, a = _state_tile(a_ptr, row, batch, inner, size, ENTRIES, CHANNELS)
+        is_channel, is_entry = channels < inner, entries < size
+        first = tl.program_id(2) * chunk
+        num_steps = tl.minimum(chunk, length - first)
+        place, direction = (first + (num_steps - 1 if REVERSE else 0)) * num_rows + row, -1 if REVERSE else 1
+        wide, narrow = place * inner + channels, place * size + entries
+        state, total = tl.zeros(places.shape, tl.float32), tl.zeros(channels.shape, tl.float32)
+        for _ in tl.range(num_steps, num_stages=STAGES):
+            dt = tl.load(dt_ptr + wide, mask=is_channel, other=0.0)
+            value = tl.load(values_ptr + wide, mask=is_channel, other=0.0)
+            maps = tl.load(maps_ptr + narrow, mask=is_entry, other=0.0)[:, None]
+            decay = tl.exp2(dt[None, :] * a)
+            if REVERSE:
+                state = decay * (state + maps * value[None, :])
+            else:
+                state = decay * state + maps * (dt * value)[None, :]
+            total += dt
+            wide += direction * num_rows * inner
+            narrow += direction * num_rows * size
+        border = tl.program_id(2) * num_rows + row
+        tl.store(ends_ptr + border * size * inner + places, state, mask=is_state)
+        tl.store(totals_ptr + border * inner + channels, total, mask=is_channel)
 
     @triton.jit
-    def _last(tensor, REVERSE: tl.constexpr):
-        """The last row (P,) of a tensor (T, P), the first one in reverse."""
-        rows = tl.arange(0, tensor.shape[0])[:, None]
-        return tl.sum(tl.where(rows == (0 if REVERSE else tensor.shape[0] - 1), tensor, 0.0), 0)
+    def _walk_kernel(
+        ends_ptr, totals_ptr, a_ptr, borders_ptr, num_chunks, batch, inner, size,
+        REVERSE: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """States before all chunks (after them in reverse), given with which they end from zero and their dt."""
+        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+        places = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        is_state = places < size * inner
+        a = tl.load(a_ptr + (row // batch) * size * inner + places, mask=is_state, other=0.0) * LOG2_E
+        state = tl.zeros(places.shape, tl.float32)
+        for chunk in tl.range(num_chunks, num_stages=STAGES):
+            border = (num_chunks - 1 - chunk if REVERSE else chunk) * num_rows + row
+            end = tl.load(ends_ptr + border * size * inner + places, mask=is_state, other=0.0)
+            total = tl.load(totals_ptr + border * inner + places % inner, mask=is_state, other=0.0)
+            tl.store(borders_ptr + border * size * inner + places, state, mask=is_state)
+            state = tl.exp2(total * a) * state + end
 
-    @triton.jit
-    def _enter_segments(decay, inputs, state, SEGMENTS: tl.constexpr, REVERSE: tl.constexpr):
-        """States (S * C,) before the segments, (C,) after the last, from their maps (S * C,) and the `state` (C,)."""
-        shape: tl.constexpr = SEGMENTS, state.shape[0]
-        decay, inputs = decay.reshape(shape), inputs.reshape(shape)
-        one, zero = tl.full(shape, 1.0, tl.float32), tl.zeros(shape, tl.float32)
-        decay, inputs, decay_before, before = tl.associative_scan(
-            (decay, inputs, one, zero), 0, _join_before, reverse=REVERSE
-        )
-        before += decay_before * state[None, :]
-        return before.reshape(shape[0] * shape[1]), _last(inputs + decay * state[None, :], REVERSE)
-
-    @triton.jit
-    def _to_channels(tensor, CHANNELS: tl.constexpr):
-        """(T, S) as (T, S * C), the same for all channels of a segment."""
-        shape: tl.constexpr = tensor.shape
-        return tensor[:, :, None].broadcast_to(shape[0], shape[1], CHANNELS).reshape(shape[0], shape[1] * CHANNELS)
-
-    @triton.jit
-    def _to_segments(tensor, SEGMENTS: tl.constexpr):
-        """(C,) as (1, S * C), the same for all segments."""
-        channels: tl.constexpr = tensor.shape[0]
-        return tensor[None, :].broadcast_to(SEGMENTS, channels).reshape(1, SEGMENTS * channels)
-
-    @triton.jit
-    def _tile(num_rows, inner, size, STEPS: tl.constexpr, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Channels (C,), and steps, channels and places of a tile (T, S * C), steps and places of its maps (T, S)."""
-        rows, columns = tl.arange(0, STEPS)[:, None], tl.arange(0, SEGMENTS * CHANNELS)[None, :]
-        first = tl.program_id(1) * CHANNELS
-        steps, tile_channels = rows + STEPS * (columns // CHANNELS), first + columns % CHANNELS
-        map_steps = rows + STEPS * tl.arange(0, SEGMENTS)[None, :]
-        places = steps * num_rows * inner + tile_channels
-        return first + tl.arange(0, CHANNELS), steps, tile_channels, places, map_steps, map_steps * num_rows * size
-
-    # Without the promise of aligned memory a thread is not given neighbouring channels, but the steps of its segment.
-    @triton.jit(do_not_specialize_on_alignment=["x_ptr", "dt_ptr", "y_ptr"])
-    def _forward_kernel(
+    @triton.jit(do_not_specialize_on_alignment=["x_ptr", "dt_ptr", "a_ptr", "y_ptr", "borders_ptr"])
+    def _output_kernel(
         x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, y_ptr, borders_ptr, length, batch, inner, size, chunk,
-        STEPS: tl.constexpr, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr,
+        WALKS: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-        channels, steps, tile_channels, tile, map_steps, map_tile = _tile(
-            num_rows, inner, size, STEPS, SEGMENTS, CHANNELS
-        )
-        is_channel = channels < inner
-        a_ptr += (row // batch) * size * inner
-        border_ptr = borders_ptr + row * size * inner
-        for entry in range(size):
-            tl.store(border_ptr + entry * inner + channels, tl.zeros((CHANNELS,), tl.float32), mask=is_channel)
-        for start in range(0, length, chunk):
-            tl.debug_barrier()  # the states that were written are read
-            next_ptr = border_ptr + num_rows.to(tl.int64) * size * inner
-            num_steps = tl.minimum(chunk, length - start)
-            is_inside, is_step = (steps < num_steps) & (tile_channels < inner), map_steps < num_steps
-            place = start * num_rows + row
-            dt = tl.load(dt_ptr + place * inner + tile, mask=is_inside, other=0.0)  # 0 keeps the state
-            inputs = dt * tl.load(x_ptr + place * inner + tile, mask=is_inside, other=0.0)
-            y = tl.zeros(inputs.shape, tl.float32)
-            for entry in tl.range(size, num_stages=2):  # the next entry is loaded ahead
-                b = tl.load(b_ptr + place * size + map_tile + entry, mask=is_step, other=0.0)
-                c = tl.load(c_ptr + place * size + map_tile + entry, mask=is_step, other=0.0)
-                a = tl.load(a_ptr + entry * inner + channels, mask=is_channel, other=0.0) * LOG2_E
-                state = tl.load(border_ptr + entry * inner + channels, mask=is_channel, other=0.0)
-                decay = tl.exp2(dt * _to_segments(a, SEGMENTS))
-                decay, states = tl.associative_scan((decay, inputs * _to_channels(b, CHANNELS)), 0, _join)
-                before, state = _enter_segments(_last(decay, False), _last(states, False), state, SEGMENTS, False)
-                y += _to_channels(c, CHANNELS) * (states + decay * before[None, :])
-                if start + chunk < length:
-                    tl.store(next_ptr + entry * inner + channels, state, mask=is_channel)
-            tl.store(y_ptr + place * inner + tile, y, mask=is_inside)
-            border_ptr = next_ptr
+        """y (L, C) of one chunk from its border, or of all of them, where it writes the borders itself."""
+        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+        channels, entries, places, is_state, a = _state_tile(a_ptr, row, batch, inner, size, ENTRIES, CHANNELS)
+        is_channel, is_entry = channels < inner, entries < size
+        first = tl.program_id(2) * chunk
+        place, border = first * num_rows + row, (tl.program_id(2) * num_rows + row) * size * inner + places
+        wide, narrow = place * inner + channels, place * size + entries
+        if WALKS:
+            state = tl.zeros(places.shape, tl.float32)
+        else:
+            state = tl.load(borders_ptr + border, mask=is_state, other=0.0)
+        for start in range(first, length if WALKS else first + 1, chunk):
+            if WALKS:
+                tl.store(borders_ptr + border, state, mask=is_state)
+                border += num_rows * size * inner
+            for _ in tl.range(tl.minimum(chunk, length - start), num_stages=STAGES):
+                dt = tl.load(dt_ptr + wide, mask=is_channel, other=0.0)
+                inputs = dt * tl.load(x_ptr + wide, mask=is_channel, other=0.0)
+                b = tl.load(b_ptr + narrow, mask=is_entry, other=0.0)[:, None]
+                c = tl.load(c_ptr + narrow, mask=is_entry, other=0.0)[:, None]
+                state = tl.exp2(dt[None, :] * a) * state + b * inputs[None, :]
+                tl.store(y_ptr + wide, tl.sum(c * state, 0), mask=is_channel)
+                wide += num_rows * inner
+                narrow += num_rows * size
 
-    @triton.jit(do_not_specialize_on_alignment=["grad_y_ptr", "x_ptr", "dt_ptr", "grad_x_ptr", "grad_dt_ptr"])
-    def _backward_kernel(
-        grad_y_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, borders_ptr, grad_state_ptr,
+    @triton.jit
+    def _exist(is_step, channels, inner, entries, size):
+        """Which channels (C,) and entries (N,) of a step exist; none if there is no such step."""
+        return channels < tl.where(is_step, inner, 0), entries < tl.where(is_step, size, 0)
+
+    @triton.jit
+    def _gradients_kernel(
+        grad_y_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, borders_ptr, grad_borders_ptr, kept_ptr,
         grad_x_ptr, grad_dt_ptr, grad_a_ptr, grad_b_ptr, grad_c_ptr, length, batch, inner, size, chunk,
-        STEPS: tl.constexpr, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr,
+        GROUP: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-        channels, steps, tile_channels, tile, map_steps, map_tile = _tile(
-            num_rows, inner, size, STEPS, SEGMENTS, CHANNELS
-        )
-        is_channel = channels < inner
-        a_ptr += (row // batch) * size * inner
-        grad_state_ptr += row * size * inner
-        grad_a_ptr += row * size * inner
-        part = tl.program_id(1).to(tl.int64) * length * num_rows  # blocks of channels have their own grad_b, grad_c
-        one, zero = tl.full(steps.shape, 1.0, tl.float32), tl.zeros(steps.shape, tl.float32)
-        num_chunks = tl.cdiv(length, chunk)
-        for chunks_done in range(num_chunks):
-            tl.debug_barrier()  # the gradients that were written are read
-            index = num_chunks - 1 - chunks_done
-            start = index * chunk
-            num_steps = tl.minimum(chunk, length - start)
-            is_inside, is_step = (steps < num_steps) & (tile_channels < inner), map_steps < num_steps
-            place, border = start * num_rows + row, (index * num_rows + row) * size * inner
-            grad_y = tl.load(grad_y_ptr + place * inner + tile, mask=is_inside, other=0.0)
-            dt = tl.load(dt_ptr + place * inner + tile, mask=is_inside, other=0.0)
-            x = tl.load(x_ptr + place * inner + tile, mask=is_inside, other=0.0)
-            grad_inputs, grad_dt = zero, zero
-            for entry in range(size):
-                maps, states = place * size + map_tile + entry, entry * inner + channels
-                b = _to_channels(tl.load(b_ptr + maps, mask=is_step, other=0.0), CHANNELS)
-                c = _to_channels(tl.load(c_ptr + maps, mask=is_step, other=0.0), CHANNELS)
-                a = _to_segments(tl.load(a_ptr + states, mask=is_channel, other=0.0), SEGMENTS)
-                state = tl.load(borders_ptr + border + states, mask=is_channel, other=0.0)
-                grad_state = tl.load(grad_state_ptr + states, mask=is_channel, other=0.0)
-                grad_a = tl.load(grad_a_ptr + states, mask=is_channel, other=0.0)
-                decay, inputs = tl.exp2(dt * a * LOG2_E), b * (dt * x)
-                whole_decay, whole, decay_before, before = tl.associative_scan(
-                    (decay, inputs, one, zero), 0, _join_before
-                )
-                first, _ = _enter_segments(_last(whole_decay, False), _last(whole, False), state, SEGMENTS, False)
-                before = decay * (before + decay_before * first[None, :])  # decayed states before the steps
-                # The scan back gives gradients of the states before steps; that after a step is the next one's.
-                grads = c * grad_y
-                whole_decay, whole, decay_before, after = tl.associative_scan(
-                    (tl.flip(decay, 0), tl.flip(decay * grads, 0), one, zero), 0, _join_before
-                )
-                first, grad_state = _enter_segments(
-                    _last(whole_decay, False), _last(whole, False), grad_state, SEGMENTS, True
-                )
-                tl.store(grad_state_ptr + states, grad_state, mask=is_channel)
-                grads += tl.flip(after + decay_before * first[None, :], 0)
-                exponent = grads * before  # gradient of dt A
-                grad_inputs += b * grads
-                grad_dt += exponent * a
-                grad_a += tl.sum(tl.sum(exponent * dt, 0).reshape(SEGMENTS, CHANNELS), 0)
-                tl.store(grad_a_ptr + states, grad_a, mask=is_channel)
-                grad_b = tl.sum((grads * (dt * x)).reshape(STEPS, SEGMENTS, CHANNELS), 2)
-                grad_c = tl.sum(((before + inputs) * grad_y).reshape(STEPS, SEGMENTS, CHANNELS), 2)
-                tl.store(grad_b_ptr + part * size + maps, grad_b, mask=is_step)
-                tl.store(grad_c_ptr + part * size + maps, grad_c, mask=is_step)
-            tl.store(grad_x_ptr + place * inner + tile, grad_inputs * dt, mask=is_inside)
-            tl.store(grad_dt_ptr + place * inner + tile, grad_dt + grad_inputs * x, mask=is_inside)
+        """All gradients of one chunk, from the state before it and the gradient of the state after it.
+
+        States before groups of steps are kept in `kept`; those of one group at a time are computed again.
+        """
+        row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+        channels, entries, places, is_state, a = _state_tile(a_ptr, row, batch, inner, size, ENTRIES, CHANNELS)
+        first = tl.program_id(2) * chunk
+        num_steps = tl.minimum(chunk, length - first)
+        num_groups = tl.cdiv(num_steps, GROUP)
+        place, border = first * num_rows + row, (tl.program_id(2) * num_rows + row) * size * inner + places
+        wide, narrow = place * inner + channels, place * size + entries
+        wide_stride, narrow_stride, state_stride = num_rows * inner, num_rows * size, num_rows * size * inner
+        kept_ptr += (tl.program_id(2) * tl.cdiv(chunk, GROUP) * num_rows + row) * size * inner
+        part = tl.program_id(1).to(tl.int64) * length * num_rows * size  # blocks have their own grad_b, grad_c
+        state = tl.load(borders_ptr + border, mask=is_state, other=0.0)
+        for group in tl.range(num_groups, num_stages=2):
+            tl.store(kept_ptr + group * state_stride + places, state, mask=is_state)
+            for k in tl.static_range(GROUP):
+                is_channel, is_entry = _exist(group * GROUP + k < num_steps, channels, inner, entries, size)
+                dt = tl.load(dt_ptr + wide, mask=is_channel, other=0.0)  # 0 keeps the state
+                inputs = dt * tl.load(x_ptr + wide, mask=is_channel, other=0.0)
+                b = tl.load(b_ptr + narrow, mask=is_entry, other=0.0)[:, None]
+                state = tl.exp2(dt[None, :] * a) * state + b * inputs[None, :]
+                wide += wide_stride
+                narrow += narrow_stride
+        tl.debug_barrier()  # the states that were written are read
+        grad = tl.load(grad_borders_ptr + border, mask=is_state, other=0.0)
+        grad_a = tl.zeros(places.shape, tl.float32)
+        for groups_done in tl.range(num_groups, num_stages=2):
+            group = num_groups - 1 - groups_done
+            wide -= GROUP * wide_stride
+            narrow -= GROUP * narrow_stride
+            state = tl.load(kept_ptr + group * state_stride + places, mask=is_state, other=0.0)
+            states = (state,)
+            for k in tl.static_range(GROUP):
+                is_channel, is_entry = _exist(group * GROUP + k < num_steps, channels, inner, entries, size)
+                dt = tl.load(dt_ptr + wide + k * wide_stride, mask=is_channel, other=0.0)
+                inputs = dt * tl.load(x_ptr + wide + k * wide_stride, mask=is_channel, other=0.0)
+                b = tl.load(b_ptr + narrow + k * narrow_stride, mask=is_entry, other=0.0)[:, None]
+                state = tl.exp2(dt[None, :] * a) * state + b * inputs[None, :]
+                states += (state,)
+            for k in tl.static_range(GROUP - 1, -1, -1):
+                is_channel, is_entry = _exist(group * GROUP + k < num_steps, channels, inner, entries, size)
+                wide_k, narrow_k = wide + k * wide_stride, narrow + k * narrow_stride
+                dt = tl.load(dt_ptr + wide_k, mask=is_channel, other=0.0)
+                x = tl.load(x_ptr + wide_k, mask=is_channel, other=0.0)
+                grad_y = tl.load(grad_y_ptr + wide_k, mask=is_channel, other=0.0)[None, :]
+                b = tl.load(b_ptr + narrow_k, mask=is_entry, other=0.0)[:, None]
+                c = tl.load(c_ptr + narrow_k, mask=is_entry, other=0.0)[:, None]
+                grad += c * grad_y
+                tl.store(grad_c_ptr + part + narrow_k, tl.sum(states[k + 1] * grad_y, 1), mask=is_entry)
+                tl.store(grad_b_ptr + part + narrow_k, tl.sum(grad * (dt * x)[None, :], 1), mask=is_entry)
+                grad_inputs = tl.sum(grad * b, 0)
+                grad *= tl.exp2(dt[None, :] * a)  # of the state before the step
+                exponent = grad * states[k]  # gradient of dt A
+                grad_a += exponent * dt[None, :]
+                grad_dt = tl.sum(exponent * a, 0) / LOG2_E + grad_inputs * x
+                tl.store(grad_x_ptr + wide_k, grad_inputs * dt, mask=is_channel)
+                tl.store(grad_dt_ptr + wide_k, grad_dt, mask=is_channel)
+        tl.store(grad_a_ptr + border, grad_a, mask=is_state)
 
 
-def _launch(x: torch.Tensor, chunk: int, segments: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of programs for x (L, G, B, E), and the sizes of a program's tile."""
-    steps = triton.next_power_of_2(triton.cdiv(chunk, segments))
-    grid = x.shape[1] * x.shape[2], triton.cdiv(x.shape[-1], channels)
-    return grid, {"STEPS": steps, "SEGMENTS": segments, "CHANNELS": channels, "num_warps": segments * channels // 32}
+def _borders(values, dt, a_matrix, maps, chunk: int, reverse: bool) -> torch.Tensor:
+    """States (K, G, B, N, E) before all chunks, or in reverse their gradients after all chunks.
+
+    `values` and `maps` are x and b; in reverse the gradient of y, and c.
+    """
+    length, num_scans, batch, inner = values.shape
+    size, num_chunks = maps.shape[-1], triton.cdiv(length, chunk)
+    ends, borders = (values.new_empty(num_chunks, num_scans, batch, size, inner) for _ in range(2))
+    totals = values.new_empty(num_chunks, num_scans, batch, inner)
+    rows, (blocks, tile) = num_scans * batch, _launch(inner, size)
+    _ends_kernel[rows, blocks, num_chunks](
+        values, dt, a_matrix, maps, ends, totals, length, batch, inner, size, chunk, REVERSE=reverse, **tile
+    )
+    _walk_kernel[rows, triton.cdiv(size * inner, WALK_TILE)](
+        ends, totals, a_matrix, borders, num_chunks, batch, inner, size, REVERSE=reverse, TILE=WALK_TILE, num_warps=1
+    )
+    return borders
+
+
+def _launch(inner: int, size: int) -> tuple[int, dict[str, int]]:
+    """The number of blocks of channels, and the sizes of a program's states (N, C)."""
+    entries = triton.next_power_of_2(size)
+    channels = max(16, STATE_TILE // entries)
+    num_warps = max(1, entries * channels // STATE_TILE)
+    return triton.cdiv(inner, channels), {"ENTRIES": entries, "CHANNELS": channels, "num_warps": num_warps}
 
 
 def triton_scan(x, dt, a_matrix, b, c, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, shaped like x, and the states (chunks, G, B, N, E) before each chunk.
+    """y, shaped like x, and the states (K, G, B, N, E) before each chunk.
 
     Args:
         x, dt: (L, G, B, E). a_matrix: (G, N, E). b, c: (L, G, B, N). All float32 and contiguous.
-        chunk: Steps between two states that are kept, at least 1; more than TILE_STEPS may not fit the registers.
+        chunk: Steps between two states that are kept, at least 1; CHUNK_STEPS are a good number.
     """
     length, num_scans, batch, inner = x.shape
-    y, size = torch.empty_like(x), b.shape[-1]
-    borders = x.new_empty(triton.cdiv(length, chunk), num_scans, batch, size, inner)
-    grid, tile = _launch(x, chunk, *FORWARD_TILE)
+    y, size, num_chunks = torch.empty_like(x), b.shape[-1], triton.cdiv(length, chunk)
+    rows, (blocks, tile) = num_scans * batch, _launch(inner, size)
+    walks = num_chunks <= FEW_CHUNKS or rows * blocks >= FULL_GPU
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](x, dt, a_matrix, b, c, y, borders, length, batch, inner, size, chunk, **tile)
+        if walks:
+            borders = x.new_empty(num_chunks, num_scans, batch, size, inner)
+        else:
+            borders = _borders(x, dt, a_matrix, b, chunk, reverse=False)
+        _output_kernel[rows, blocks, 1 if walks else num_chunks](
+            x, dt, a_matrix, b, c, y, borders, length, batch, inner, size, chunk, WALKS=walks, **tile
+        )
     return y, borders
 
 
 def triton_scan_gradients(grad_y, x, dt, a_matrix, b, c, borders, chunk: int) -> tuple[torch.Tensor, ...]:
     """Gradients of x, dt, a_matrix, b and c, given that of y; `borders` and `chunk` as of `triton_scan`.
 
-    The sums over E and B are added up in a fixed order, so equal inputs give equal gradients.
+    The sums over L, E and B are added up in a fixed order, so equal inputs give equal gradients.
     """
-    length, num_scans, batch, inner = x.shape
-    size, (grid, tile) = b.shape[-1], _launch(x, chunk, *BACKWARD_TILE)
-    grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
-    grad_state, grad_a = (x.new_zeros(num_scans, batch, size, inner) for _ in range(2))
-    grad_b, grad_c = (x.new_empty(grid[1], *b.shape) for _ in range(2))
+    length, _, batch, inner = x.shape
+    blocks, tile = _launch(inner, b.shape[-1])
+    grad_x, grad_dt, grad_a = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(borders)
+    grad_b, grad_c = (x.new_empty(blocks, *b.shape) for _ in range(2))
+    kept = x.new_empty(len(borders) * triton.cdiv(chunk, GROUP_STEPS), *borders.shape[1:])
     with torch.cuda.device_of(x):
-        _backward_kernel[grid](
-            grad_y, x, dt, a_matrix, b, c, borders, grad_state, grad_x, grad_dt, grad_a, grad_b, grad_c,
-            length, batch, inner, size, chunk, **tile,
+        if len(borders) > 1:
+            grad_borders = _borders(grad_y, dt, a_matrix, c, chunk, reverse=True)
+        else:
+            grad_borders = torch.zeros_like(borders)
+        _gradients_kernel[x.shape[1] * batch, blocks, len(borders)](
+            grad_y, x, dt, a_matrix, b, c, borders, grad_borders, kept, grad_x, grad_dt, grad_a, grad_b, grad_c,
+            length, batch, inner, b.shape[-1], chunk, GROUP=GROUP_STEPS, **tile,
         )  # fmt: skip
-    return grad_x, grad_dt, grad_a.sum(1), grad_b.sum(0), grad_c.sum(0)
+    return grad_x, grad_dt, grad_a.sum((0, 2)), grad_b.sum(0), grad_c.sum(0)
