@@ -43,7 +43,8 @@ def compare(length, num_scans, batch, inner, size, chunk, device, step_size=1.0)
         actual.append(y)
     actual += triton_scan_gradients(grad_y, *inputs, borders, chunk)
     for one, other in zip(actual, expected, strict=True):
-        atol = 1e-4 if step_size == 1 else 1e-5 * other.abs().max().item()
+        largest = other.abs().max().item()
+        atol = max(1e-4, 1e-6 * largest) if step_size == 1 else 1e-5 * largest
         torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=atol)
     if device == "cuda":
         again = triton_scan_gradients(grad_y, *inputs, borders, chunk)
@@ -55,7 +56,7 @@ if __name__ == "__main__":
     cases = CASES if device == "cpu" else [*CASES, *LARGE_CASES]
     scan_triton_yan.FEW_CHUNKS = 1
     if device == "cpu":
-        scan_triton_yan.STATE_TILE = 64  # few channels are more than one program's, too
+        scan_triton_yan.STATE_TILE = scan_triton_yan.GRADIENT_TILE = 4, 16  # so few channels take more programs
     for case in cases:
         compare(*case, device)
     for step_size in EXTREME_STEPS:
