@@ -37,10 +37,12 @@ def compare(length, num_scans, batch, inner, size, chunk, device, step_size=1.0)
     expected_y, expected_borders = _scan(*exact)
     expected = [expected_y, expected_y, *_scan_gradients(grad_y.double(), *exact, expected_borders)]
     inputs, grad_y = [tensor.to(device) for tensor in inputs], grad_y.to(device)
-    actual = []
+    actual, forms = [], []
     for scan_triton_yan.FULL_GPU in PROGRAMS:
         y, borders = triton_scan(*inputs, chunk)
         actual.append(y)
+        forms.append(borders)
+    torch.testing.assert_close(*forms, rtol=1e-4, atol=1e-6 * borders.abs().max().item())
     actual += triton_scan_gradients(grad_y, *inputs, borders, chunk)
     for one, other in zip(actual, expected, strict=True):
         largest = other.abs().max().item()
