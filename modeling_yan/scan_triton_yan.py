@@ -24,7 +24,7 @@ except ImportError:
     triton = None
 
 CHUNK_STEPS = 64  # of time
-STATE_TILE = 512  # entries of the state in a warp: 16 a thread
+STATE_TILE = GRADIENT_TILE = 32, 16  # channels of a program, and entries of the states of a thread
 WALK_TILE = 64  # entries of the state of which one program walks over the chunks
 GROUP_STEPS = 4  # states that the registers hold at once in the backward pass
 FULL_GPU = 2048  # programs that fill a GPU without a division of time
@@ -209,7 +209,7 @@ def _borders(values, dt, a_matrix, maps, chunk: int, reverse: bool) -> torch.Ten
     size, num_chunks = maps.shape[-1], triton.cdiv(length, chunk)
     ends, borders = (values.new_empty(num_chunks, num_scans, batch, size, inner) for _ in range(2))
     totals = values.new_empty(num_chunks, num_scans, batch, inner)
-    rows, (blocks, tile) = num_scans * batch, _launch(inner, size)
+    rows, (blocks, tile) = num_scans * batch, _launch(inner, size, *STATE_TILE)
     _ends_kernel[rows, blocks, num_chunks](
         values, dt, a_matrix, maps, ends, totals, length, batch, inner, size, chunk, REVERSE=reverse, **tile
     )
@@ -219,11 +219,10 @@ def _borders(values, dt, a_matrix, maps, chunk: int, reverse: bool) -> torch.Ten
     return borders
 
 
-def _launch(inner: int, size: int) -> tuple[int, dict[str, int]]:
+def _launch(inner: int, size: int, channels: int, entries_of_thread: int) -> tuple[int, dict[str, int]]:
     """The number of blocks of channels, and the sizes of a program's states (N, C)."""
     entries = triton.next_power_of_2(size)
-    channels = max(16, STATE_TILE // entries)
-    num_warps = max(1, entries * channels // STATE_TILE)
+    num_warps = max(1, entries * channels // (32 * entries_of_thread))
     return triton.cdiv(inner, channels), {"ENTRIES": entries, "CHANNELS": channels, "num_warps": num_warps}
 
 
@@ -236,7 +235,7 @@ def triton_scan(x, dt, a_matrix, b, c, chunk: int) -> tuple[torch.Tensor, torch.
     """
     length, num_scans, batch, inner = x.shape
     y, size, num_chunks = torch.empty_like(x), b.shape[-1], triton.cdiv(length, chunk)
-    rows, (blocks, tile) = num_scans * batch, _launch(inner, size)
+    rows, (blocks, tile) = num_scans * batch, _launch(inner, size, *STATE_TILE)
     walks = num_chunks <= FEW_CHUNKS or rows * blocks >= FULL_GPU
     with torch.cuda.device_of(x):
         if walks:
@@ -255,7 +254,7 @@ def triton_scan_gradients(grad_y, x, dt, a_matrix, b, c, borders, chunk: int) ->
     The sums over L, E and B are added up in a fixed order, so equal inputs give equal gradients.
     """
     length, _, batch, inner = x.shape
-    blocks, tile = _launch(inner, b.shape[-1])
+    blocks, tile = _launch(inner, b.shape[-1], *GRADIENT_TILE)
     grad_x, grad_dt, grad_a = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(borders)
     grad_b, grad_c = (x.new_empty(blocks, *b.shape) for _ in range(2))
     kept = x.new_empty(len(borders) * triton.cdiv(chunk, GROUP_STEPS), *borders.shape[1:])
