@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
 
 from .experts_yan import YanExperts, YanGate, choose_experts
 from .flow_matching_yan import nearest_experts, solver_times
-from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, linear_each
+from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, attention_mask_for, linear_each
 
 
 @dataclass
@@ -93,7 +92,7 @@ class YanFlow(nn.Module):
             attention_mask: (B, S), 0 on padding.
         """
         canvas = latents[:, :1].expand(-1, canvas_length, -1)
-        mask = create_bidirectional_mask(self.config, canvas, attention_mask, encoder_hidden_states=latents)
+        mask = attention_mask_for(self.config, canvas, attention_mask, latents)
         placed = latents + self.position_norm(positions)
         crossing = [layer.cross_attention for layer in self.layers if layer.has_cross_attention]
         keys = iter(linear_each([attention.k_proj for attention in crossing], placed))

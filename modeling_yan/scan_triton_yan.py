@@ -23,7 +23,7 @@ try:
 except ImportError:
     triton = None
 
-CHUNK_STEPS = 64  # of time
+CHUNK_STEPS = 32  # of time
 STATE_TILE = GRADIENT_TILE = 32, 16  # channels of a program, and entries of the states of a thread
 WALK_TILE = 64  # entries of the state of which one program walks over the chunks
 GROUP_STEPS = 4  # states that the registers hold at once in the backward pass

@@ -71,7 +71,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_cpu(model, prompts):
 def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     model = model.cuda()
     model.model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at the prompt on the host
-    plan = CanvasPlan(NUM_STEPS, "euler", "argmax", 1, (), (), 0, False)
+    plan = CanvasPlan(NUM_STEPS, "euler", "argmax", 1, suppressed=(5, 6), eos=(2,), num_without_eos=3, keep_path=True)
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
     with torch.no_grad():
