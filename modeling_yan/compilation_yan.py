@@ -8,8 +8,11 @@ from torch.nn import functional as F
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is tracing: its programs run where this package and its operators do not exist."""
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
+    """Whether `torch.export` is tracing: its programs run where this package and its operators do not exist.
+
+    The flag itself, because before torch 2.13 `torch.compiler.is_exporting` is true for `torch.compile`, too.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def uses_operators() -> bool:

@@ -36,7 +36,8 @@ FLOW_FIELDS = (
 )
 COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
-MAX_PROGRAMS = 64  # per model and code; torch gives up after 8
+# programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
+COMPILER_LIMITS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
@@ -389,7 +390,7 @@ class YanGenerationMixin(GenerationMixin):
         settings = _compiler_settings(compile_config)
 
         def write(*tensors):
-            with torch._dynamo.config.patch(recompile_limit=MAX_PROGRAMS):
+            with torch._dynamo.config.patch(**COMPILER_LIMITS):
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
         tensors = context, context_mask, x_0, expert_noise

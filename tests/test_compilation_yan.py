@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, layers_yan, mamba_yan
-from modeling_yan.compilation_yan import select_rows
+from modeling_yan.compilation_yan import is_exporting, select_rows, uses_operators
 from modeling_yan.experts_yan import YanExperts
 
 # Everything but the generation of code: traced, decomposed and split into forward and backward as inductor wants it.
@@ -156,6 +156,25 @@ def test_a_compiled_program_follows_its_weights(lively_model):
     after = generated(model, ids, mask, **options).sequences
     assert not torch.equal(before, after)
     assert torch.equal(after, generated(model, ids, mask).sequences)
+
+
+def test_a_compiled_program_is_told_from_an_exported_one():
+    function = torch.compile(lambda: (uses_operators(), is_exporting()), backend="eager", fullgraph=True)
+    assert (*function(), uses_operators()) == (True, False, False)
+
+
+@only_attention
+def test_a_compiled_program_calls_a_hook_that_came_later(lively_model):
+    model, (ids, mask, _) = lively_model(), batch()
+    settings = CompileConfig(dynamic=False, backend="eager", mode="default")
+    options = {"compile_generation": True, "compile_config": settings}
+    before = generated(model, ids, mask, **options).sequences
+    hook = model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
+    after = generated(model, ids, mask, **options).sequences
+    assert not torch.equal(before, after)
+    assert torch.equal(after, generated(model, ids, mask).sequences)
+    hook.remove()
+    assert torch.equal(before, generated(model, ids, mask, **options).sequences)
 
 
 def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):

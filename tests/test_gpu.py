@@ -129,7 +129,7 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     assert len(model._recordings.calls) == 1
     head.up_proj.weight = torch.nn.Parameter(torch.randn_like(head.up_proj.weight))
     replaced = check_recorded(model, prompts)
-    hook = model.model.norm.register_forward_hook(lambda module, arguments, output: -output)
+    hook = model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
     hooked = check_recorded(model, prompts)
     hook.remove()
     assert torch.equal(check_recorded(model, prompts), replaced)
