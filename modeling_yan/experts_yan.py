@@ -127,9 +127,12 @@ class YanExperts(nn.Module):
         if is_exporting():
             return chosen
         chosen = chosen.flatten()
-        order = chosen.argsort(stable=True)
-        sizes = (chosen.unsqueeze(-1) == torch.arange(len(self.heads), device=chosen.device)).sum(0)
-        return YanTokenGroups(order, order.argsort(), sizes)
+        # sorted by counting: a token's place is the number of those of earlier experts, and of earlier ones of its own
+        counts = (chosen.unsqueeze(-1) == torch.arange(len(self.heads), device=chosen.device)).cumsum(0)
+        sizes = counts[-1]
+        place = (counts + sizes.cumsum(0) - sizes).gather(1, chosen.unsqueeze(-1)).squeeze(-1) - 1
+        order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
+        return YanTokenGroups(order, place, sizes)
 
     def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
         """Output (B, L, D) of each token's own head. No other head is computed, but in an exported program."""

@@ -65,12 +65,16 @@ class Recording:
         with torch.cuda.stream(stream):
             for _ in range(NUM_WARM_UPS):
                 function(*self.arguments)
+            # cuBLAS keeps the memory that it works in for each stream: the graph needs memory of its own pool, because
+            # whatever else records graphs in this process lets go of the rest.
+            torch._C._cuda_clearCublasWorkspaces()
             self.graph = torch.cuda.CUDAGraph()
             self.graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.results = function(*self.arguments)
             finally:
                 self.graph.capture_end()
+                torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(stream)
 
     def __call__(self, *tensors: torch.Tensor | None) -> dict:
