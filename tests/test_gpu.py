@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +141,23 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(changed))
     assert torch.equal(first, kept)
     check_recorded(copy.deepcopy(model), prompts)
+
+
+def test_a_recording_outlives_the_memory_that_others_free(model, prompts):
+    model, prompts = model.cuda(), prompts.cuda()
+    recorded = check_recorded(model, prompts)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile does before it records a graph of its own
+    torch.cuda.empty_cache()
+    filled = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(16)]
+    assert torch.equal(check_recorded(model, prompts), recorded)
+    assert all(tensor.isnan().all() for tensor in filled)
+
+
+def test_what_a_recorded_call_costs_is_measured(tmp_path):
+    command = [sys.executable, "examples/benchmark/recording.py", "--preset", "tiny", "--backend", "eager"]
+    subprocess.run([*command, "--output", str(tmp_path / "r.json")], cwd=Path(__file__).parents[1], check=True)
+    seconds = json.loads((tmp_path / "r.json").read_text())["seconds"]
+    assert 0 < seconds["replay"]["median"] < seconds["call"]["median"]
 
 
 def test_there_are_no_more_recordings_than_allowed(model, prompts, monkeypatch):

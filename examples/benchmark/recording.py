@@ -1,0 +1,82 @@
+"""What a call of `generate` costs on a GPU once it is recorded, and how much of it is the recording's replay.
+
+    python examples/benchmark/recording.py --variant mamba --length 512 --output outputs/recording.json
+    python examples/benchmark/recording.py --backend eager
+
+The rest of a call is the host's: options, checks of the prompt and of the model, and the cutting of the text.
+`--kernels` also prints the kernels that take longest.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from contenders import VARIANTS, Models, write_with_yan
+from timing import machine_description, seconds_of, summary, write_json
+from transformers.generation.configuration_utils import CompileConfig
+
+NUM_STEPS = 3
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="base", choices=("base", "tiny"))
+    parser.add_argument("--variant", default="transformer", choices=VARIANTS)
+    parser.add_argument("--length", type=int, default=128, help="new tokens, one canvas")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--prompt_length", type=int, default=128)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager: recorded as it is")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--kernels", type=int, default=0, help="so many of them are printed")
+    parser.add_argument("--output", type=Path, default=Path("outputs/recording.json"))
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("only on a GPU is generation recorded, and torch finds none")
+    return options
+
+
+def print_kernels(call, number: int):
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=number))
+
+
+@torch.no_grad()
+def main(arguments=None):
+    options, device = parse_options(arguments), torch.device("cuda")
+    models = Models(options.preset, options.prompt_length, options.length, device, torch.bfloat16)
+    model, settings = models.get(f"yan-{options.variant}"), CompileConfig(dynamic=False, backend=options.backend)
+    torch.manual_seed(1)
+    prompt = torch.randint(4, model.config.vocab_size, (options.batch_size, options.prompt_length)).to(device)
+
+    def call():
+        return write_with_yan(
+            model, prompt, options.length, NUM_STEPS, compile_generation=True, compile_config=settings
+        )
+
+    call()
+    plain = write_with_yan(model, prompt, options.length, NUM_STEPS)
+    (recording,) = model._recordings.calls.values()
+    measured = {"call": call, "replay": recording.graph.replay}
+    for each in measured.values():
+        for _ in range(5):
+            each()
+    seconds = {name: [seconds_of(each, device) for _ in range(options.repeats)] for name, each in measured.items()}
+    results = {name: summary(each) for name, each in seconds.items()}
+    for name, result in results.items():
+        print(
+            f"{name:>8} {1000 * result['median']:8.3f} ms ({1000 * result['low']:.3f} to {1000 * result['high']:.3f})"
+        )
+    share = (call() == plain).float().mean().item()
+    print(f"{share:.3f} of the tokens are those of the plain call")
+    about = {name: value for name, value in vars(options).items() if name != "output"}
+    content = {"machine": machine_description(device), "settings": about, "seconds": results, "same_tokens": share}
+    write_json(options.output, content)
+    if options.kernels:
+        print_kernels(call, options.kernels)
+
+
+if __name__ == "__main__":
+    main()
