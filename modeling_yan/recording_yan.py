@@ -90,7 +90,7 @@ class Recordings:
 
     def __init__(self):
         self.parts, self.calls, self.pool = None, OrderedDict(), None
-        self.lock = threading.Lock()  # all calls share memory
+        self.lock, self.is_done = threading.Lock(), None  # all calls share memory
 
     def __deepcopy__(self, memo):
         return Recordings()
@@ -111,12 +111,16 @@ class Recordings:
             if self.parts is None or not self.parts.are_the_same():
                 self.calls.clear()
                 self.parts, self.pool = ModelParts(model), torch.cuda.graph_pool_handle()
+                self.is_done = torch.cuda.Event()
             if key not in self.calls:
                 self.calls[key] = self._record(function, tensors)
                 if len(self.calls) > MAX_RECORDINGS:
                     self.calls.popitem(last=False)
             self.calls.move_to_end(key)
-            return self.calls[key](*tensors)
+            self.is_done.wait()  # the last call may have been made in another stream
+            results = self.calls[key](*tensors)
+            self.is_done.record()
+            return results
 
     def _record(self, function, tensors):
         try:
