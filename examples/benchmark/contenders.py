@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
-from modeling_yan.export import with_int8_weights, with_merged_projections
+from modeling_yan.export import with_int8_weights, with_merged_projections, with_packed_weights
 from modeling_yan.transitions_yan import YanTransitions
 
 PRESETS = Path(__file__).parents[2] / "configuration"
@@ -36,7 +36,12 @@ def with_transitions(model):
     return model
 
 
-FORMS = {"int8": with_int8_weights, "merged": with_merged_projections, "chains": with_transitions}
+FORMS = {
+    "int8": with_int8_weights,
+    "merged": with_merged_projections,
+    "packed": with_packed_weights,
+    "chains": with_transitions,
+}
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,11 @@ def write_by_unmasking(model, prompt, length, num_steps):
     return sequences[:, prompt.shape[1] :]
 
 
-def optional_contenders(with_compiled: bool, with_int8: bool) -> list[Contender]:
-    """YAN at three steps as one compiled program, on a GPU also recorded without a compiler, and with int8 weights."""
+def optional_contenders(with_compiled: bool, with_int8: bool, with_packed: bool) -> list[Contender]:
+    """YAN at three steps as one compiled program, on a GPU also recorded without a compiler, and in forms for a CPU.
+
+    The decoder, too, has its weights packed.
+    """
     compiled = partial(write_with_yan, num_steps=NAIVE_STEPS, compile_generation=True)
     recorded = partial(compiled, compile_config=CompileConfig(backend="eager"))
     writers = {"compiled": compiled, "recorded": recorded} if with_compiled else {}
@@ -117,7 +125,12 @@ def optional_contenders(with_compiled: bool, with_int8: bool) -> list[Contender]
         Contender(f"yan-{v}-3-{name}", f"yan-{v}", write) for v in VARIANTS for name, write in writers.items()
     ]
     plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
-    return contenders + [Contender(f"yan-{v}-3-int8", f"yan-{v}-int8", plain) for v in VARIANTS if with_int8]
+    forms = (["int8"] if with_int8 else []) + (["packed"] if with_packed else [])
+    contenders += [Contender(f"yan-{v}-3-{form}", f"yan-{v}-{form}", plain) for v in VARIANTS for form in forms]
+    if with_packed:
+        contenders.append(Contender("yan-mamba-3-merged-packed", "yan-mamba-merged-packed", plain))
+        contenders.append(Contender("decoder-packed", "decoder-packed", write_token_by_token, batch_growth=0))
+    return contenders
 
 
 def all_contenders() -> list[Contender]:
@@ -151,13 +164,13 @@ def all_contenders() -> list[Contender]:
     return contenders
 
 
-def choose_contenders(patterns: list[str], with_compiled=False, with_int8=False) -> list[Contender]:
+def choose_contenders(patterns: list[str], with_compiled=False, with_int8=False, with_packed=False) -> list[Contender]:
     """The contenders whose names begin with one of the patterns; all without any.
 
     Raises:
         ValueError: A pattern that no name begins with.
     """
-    contenders = all_contenders() + optional_contenders(with_compiled, with_int8)
+    contenders = all_contenders() + optional_contenders(with_compiled, with_int8, with_packed)
     for pattern in patterns:
         if not any(contender.name.startswith(pattern) for contender in contenders):
             names = ", ".join(contender.name for contender in contenders)

@@ -47,6 +47,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--budget_s", type=float, default=60, help="most seconds of measurement of a model in a cell")
     parser.add_argument("--compiled", action="store_true", help="also YAN at 3 steps as one compiled program")
     parser.add_argument("--int8", action="store_true", help="also YAN at 3 steps with int8 weights, on a CPU")
+    parser.add_argument("--packed", action="store_true", help="also YAN and the decoder with packed weights, on a CPU")
     parser.add_argument("--wait_for", type=Path, help="measure, after the warm-up, only once this file exists")
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.json"))
     options = parser.parse_args(arguments)
@@ -54,8 +55,9 @@ def parse_arguments(arguments=None):
         value = getattr(options, name)
         if min([value] if isinstance(value, int) else value) < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
-    if options.int8 and options.device != "cpu":
-        raise ValueError(f"int8 with device={options.device!r}: must be cpu, where torch has kernels for it")
+    for form in ("int8", "packed"):
+        if getattr(options, form) and options.device != "cpu":
+            raise ValueError(f"{form} with device={options.device!r}: must be cpu, where torch has kernels for it")
     return options
 
 
@@ -189,7 +191,7 @@ def main(arguments=None):
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    contenders = choose_contenders(options.models, options.compiled, options.int8)
+    contenders = choose_contenders(options.models, options.compiled, options.int8, options.packed)
     models = Models(options.preset, options.prompt_length, max(options.lengths), device, dtype)
     predictor = Predictor(device)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "wait_for")}

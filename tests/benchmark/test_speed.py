@@ -114,11 +114,16 @@ def test_chains_of_fresh_transitions_write_the_same_tokens(small_presets):
 
 
 def test_optional_contenders_come_when_asked_for():
-    names = {contender.name for contender in choose_contenders([], with_compiled=True, with_int8=True)}
+    names = {
+        contender.name for contender in choose_contenders([], with_compiled=True, with_int8=True, with_packed=True)
+    }
     plain = {contender.name for contender in choose_contenders([])}
     variants = contenders.VARIANTS
+    kinds = ("compiled", "recorded", "int8", "packed")
     assert names - plain == {
-        f"yan-{variant}-3-{kind}" for variant in variants for kind in ("compiled", "recorded", "int8")
+        *(f"yan-{variant}-3-{kind}" for variant in variants for kind in kinds),
+        "yan-mamba-3-merged-packed",
+        "decoder-packed",
     }
 
 
