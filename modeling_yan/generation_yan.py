@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
+from .layers_yan import count_positions
 from .reading_yan import END_CHOICES
 from .recording_yan import Recordings
 from .trainer_yan import open_options
@@ -346,6 +347,7 @@ class YanGenerationMixin(GenerationMixin):
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
         if attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
+        attention_mask = attention_mask.bool().long()
         # one look at the device for all checks
         low, high, fewest, most = torch.stack([*ids.aminmax(), *_count_valid(attention_mask)]).tolist()
         self._check_range(low, high)
@@ -354,7 +356,7 @@ class YanGenerationMixin(GenerationMixin):
             return ids, *_left_align(ids, attention_mask, fewest, most)
         if options.bos_token_id is None:
             raise ValueError("a prompt without valid token needs bos_token_id, which is None")
-        is_empty = ~attention_mask.bool().any(1)
+        is_empty = ~attention_mask.any(1)
         ids, attention_mask = ids.clone(), attention_mask.clone()
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
@@ -453,7 +455,8 @@ def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPl
         x_0: Start noise (B R or 1, L, D). expert_noise: Uniform numbers (B R or 1, L, K), for a sampled choice.
         streamer: Gets drafts, if there is one.
     """
-    latents = model.model(context, context_mask, return_dict=True).last_hidden_state
+    positions = count_positions(context, context_mask)
+    latents = model.model(context, context_mask, positions, return_dict=True).last_hidden_state
     if plan.repeats > 1:
         latents = latents.repeat_interleave(plan.repeats, 0)
         context_mask = None if context_mask is None else context_mask.repeat_interleave(plan.repeats, 0)
@@ -495,6 +498,8 @@ def compiled_program(settings: dict) -> Callable[..., Canvas]:
 def _compiler_settings(compile_config) -> dict:
     """Arguments of `torch.compile`. It need not record CUDA graphs: the whole program becomes one."""
     settings = {"dynamic": False} if compile_config is None else compile_config.to_dict()
+    if settings.get("options"):
+        settings["options"] = {**settings["options"], "triton.cudagraphs": False}
     return {**settings, "mode": MODES_WITHOUT_GRAPHS.get(settings.get("mode"), settings.get("mode"))}
 
 
@@ -558,7 +563,7 @@ def _draw_seed(generator):
 
 def _count_valid(mask) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Fewest and most valid tokens of a row."""
-    return mask.long().sum(1).aminmax()
+    return mask.sum(1).aminmax()
 
 
 def _left_align(ids, mask, fewest: int, most: int):
@@ -567,7 +572,7 @@ def _left_align(ids, mask, fewest: int, most: int):
     The mask is None where all that is left is valid: attention without one is faster.
     """
     if fewest < ids.shape[1]:
-        order = (1 - mask.clamp(max=1)).argsort(dim=1, stable=True)
+        order = (1 - mask).argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order)[:, :most], mask.gather(1, order)[:, :most]
     return ids, mask if fewest < most else None
 

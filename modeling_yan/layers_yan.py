@@ -87,9 +87,16 @@ class YanAlignedLinear(nn.Linear):
 
 def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
     """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
-    plain = nn.Linear, YanAlignedLinear, YanIdentityLinear  # not a layer with an adapter or a quantized one
-    is_plain = all(type(layer) in plain and not layer._forward_hooks for layer in layers)
-    return len(layers) > 1 and is_plain and states.is_cuda and uses_operators() and not torch.is_grad_enabled()
+    if len(layers) < 2 or not states.is_cuda or not uses_operators() or torch.is_grad_enabled():
+        return False
+    return all(_is_plain(layer) and layer.weight.device == states.device for layer in layers)
+
+
+def _is_plain(layer) -> bool:
+    """Whether it is nothing but a product: not a layer with an adapter or a hook, or with a quantized weight."""
+    is_linear = type(layer) in (nn.Linear, YanAlignedLinear, YanIdentityLinear)
+    is_patched = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    return is_linear and not is_patched and type(layer.weight) is nn.Parameter
 
 
 def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:

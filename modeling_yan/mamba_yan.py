@@ -125,7 +125,7 @@ _scan_operator.register_autograd(
 
 
 def chunk_length(x: torch.Tensor, state_size: int) -> int:
-    """Time steps per chunk for x (L, G, B, E): a Triton tile's, else what fits the cache, from 8 to L."""
+    """Time steps per chunk for x (L, G, B, E): a Triton chunk's, else what fits the cache, from 8 to L."""
     if x.is_cuda and triton is not None:
         return CHUNK_STEPS
     return min(x.shape[0], max(8, SCAN_CHUNK_ELEMENTS // (x[0].numel() * state_size)))

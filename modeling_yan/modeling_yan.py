@@ -262,7 +262,7 @@ class YanModel(YanPreTrainedModel):
             raise ValueError(f"attention_mask of shape {shape}: must be {allowed} as the input")
         if given.device.type == "cpu" and input_ids is not None and not torch.compiler.is_compiling():
             self._check_ids(input_ids)  # on an accelerator it would cost a synchronisation; generate checks there too
-        if input_ids is not None and attention_mask is None:
+        if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if position_ids is None:
             position_ids = count_positions(given, attention_mask)

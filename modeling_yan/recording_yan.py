@@ -12,39 +12,48 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 MAX_RECORDINGS = 32  # of a model; then the one that has not been asked for the longest time is given up
-NUM_WARM_UPS = 2  # the first call compiles, and libraries prepare themselves in the first calls
 
 
 class ModelParts:
     """The modules, weights and hooks that a model has, and whether they are still the same.
 
     A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does, but
-    knows nothing of an adapter, of a hook, or of weights that were replaced or moved.
+    knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved.
     """
 
     def __init__(self, model: nn.Module):
-        tables = [table for module in model.modules() for table in self._tables_of(module)]
+        self.modules = list(model.modules())
+        tables = [table for module in self.modules for table in self._tables_of(module)]
         self.tables, self.empty_tables = [table for table in tables if table], [table for table in tables if not table]
         self.members = self._current_members()
         self.tensors = [member for member in self.members if torch.is_tensor(member)]
-        self.addresses = self._current_addresses()
+        self.state = self._current_state()
+        devices = {tensor.device for tensor in self.tensors}
+        self.can_be_recorded = devices == {model.device} and not any(map(self._hides_state, self.modules[1:]))
 
     @staticmethod
     def _tables_of(module):
         hooks = module._forward_hooks, module._forward_pre_hooks
         return module._modules, module._parameters, module._buffers, *hooks
 
+    @staticmethod
+    def _hides_state(module):
+        """Whether it may change unseen: layers of PEFT in their lists, those of accelerate in what they call."""
+        return hasattr(module, "merged_adapters") or "forward" in vars(module)
+
     def _current_members(self):
         return list(chain.from_iterable(map(dict.values, self.tables)))
 
-    def _current_addresses(self):
-        return [tensor.data_ptr() for tensor in self.tensors]
+    def _current_state(self):
+        """Addresses, modes, and numbers of attributes, of which a module gets a new one where it is patched."""
+        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        return addresses, [module.training for module in self.modules], list(map(len, map(vars, self.modules[1:])))
 
     def are_the_same(self) -> bool:
-        """In a tenth of a millisecond at most."""
+        """In some tenth of a millisecond."""
         members = self._current_members()
         is_same = len(members) == len(self.members) and all(map(is_, members, self.members))
-        return is_same and not any(self.empty_tables) and self._current_addresses() == self.addresses
+        return is_same and not any(self.empty_tables) and self._current_state() == self.state
 
 
 class Recording:
@@ -53,29 +62,53 @@ class Recording:
     Args:
         function: Takes the tensors and returns a dict of tensors and other values; must not wait for the device.
         tensors: Arguments, None among them, whose shapes and types those of all calls have.
-        pool: Memory that it shares with recordings that are never replayed at the same time.
+        pool, stream: What it is recorded with. Recordings that have both in common share their memory, and must not be
+            replayed at the same time.
+
+    Raises:
+        RuntimeError: The function waits for the device.
     """
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, function: Callable, tensors: Sequence[torch.Tensor | None], pool):
+    def __init__(self, function: Callable, tensors: Sequence[torch.Tensor | None], pool, stream: torch.cuda.Stream):
         self.arguments = [None if tensor is None else tensor.clone() for tensor in tensors]
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        current = torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(NUM_WARM_UPS):
-                function(*self.arguments)
-            # cuBLAS keeps the memory that it works in for each stream: the graph needs memory of its own pool, because
-            # whatever else records graphs in this process lets go of the rest.
-            torch._C._cuda_clearCublasWorkspaces()
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.capture_begin(pool, capture_error_mode="thread_local")
+        # without its cache, from which autocast gives weights that it converted earlier and will forget
+        autocast = torch.autocast(
+            "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
+        with torch.cuda.stream(stream), autocast:
             try:
-                self.results = function(*self.arguments)
+                self._warm_up(function)
+                self._record(function, pool)
             finally:
+                current.wait_stream(stream)
+
+    def _warm_up(self, function):
+        """Call it, first to be compiled, then to find out whether it waits: a recording must not fail half-way."""
+        function(*self.arguments)
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function(*self.arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+    def _record(self, function, pool):
+        # cuBLAS keeps the memory that it works in for each stream: the graph needs memory of its own pool, because
+        # whatever else records graphs in this process lets go of the rest.
+        torch._C._cuda_clearCublasWorkspaces()
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            self.results = function(*self.arguments)
+        finally:
+            try:
                 self.graph.capture_end()
+            finally:
                 torch._C._cuda_clearCublasWorkspaces()
-        current.wait_stream(stream)
 
     def __call__(self, *tensors: torch.Tensor | None) -> dict:
         for argument, tensor in zip(self.arguments, tensors, strict=True):
@@ -89,8 +122,8 @@ class Recordings:
     """The recordings of one model. They are no part of it: a copy, also a pickled one, begins without any."""
 
     def __init__(self):
-        self.parts, self.calls, self.pool = None, OrderedDict(), None
-        self.lock, self.is_done = threading.Lock(), None  # all calls share memory
+        self.parts, self.calls, self.lock = None, OrderedDict(), threading.Lock()
+        self.pool = self.stream = self.is_done = None  # all calls have them in common
 
     def __deepcopy__(self, memo):
         return Recordings()
@@ -104,27 +137,36 @@ class Recordings:
         Args:
             about: What the function does, apart from the model, and the shapes and types of the tensors.
         """
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
-        key = about, shapes, model.device, model.training, model.config._attn_implementation, autocast
         with self.lock, torch.cuda.device(model.device):
             if self.parts is None or not self.parts.are_the_same():
-                self.calls.clear()
-                self.parts, self.pool = ModelParts(model), torch.cuda.graph_pool_handle()
-                self.is_done = torch.cuda.Event()
-            if key not in self.calls:
-                self.calls[key] = self._record(function, tensors)
-                if len(self.calls) > MAX_RECORDINGS:
-                    self.calls.popitem(last=False)
-            self.calls.move_to_end(key)
+                self._begin_anew(model)
+            if not self.parts.can_be_recorded:
+                return function(*tensors)
             self.is_done.wait()  # the last call may have been made in another stream
-            results = self.calls[key](*tensors)
+            results = self._recording_of(model, function, tensors, about)(*tensors)
             self.is_done.record()
             return results
 
-    def _record(self, function, tensors):
-        try:
-            return Recording(function, tensors, self.pool)
-        except RuntimeError as error:
-            logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
-            return function
+    def _begin_anew(self, model):
+        if self.is_done is not None:
+            self.is_done.synchronize()  # what is given up must have been replayed
+        self.calls.clear()
+        self.parts, self.pool = ModelParts(model), torch.cuda.graph_pool_handle()
+        self.stream, self.is_done = torch.cuda.Stream(), torch.cuda.Event()
+
+    def _recording_of(self, model, function, tensors, about) -> Callable:
+        shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        key = about, shapes, model.config._attn_implementation, autocast, precision
+        if key not in self.calls:
+            try:
+                self.calls[key] = Recording(function, tensors, self.pool, self.stream)
+            except RuntimeError as error:
+                logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
+                self.calls[key] = function
+                self.pool = torch.cuda.graph_pool_handle()
+            if len(self.calls) > MAX_RECORDINGS:
+                self.calls.popitem(last=False)
+        self.calls.move_to_end(key)
+        return self.calls[key]

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
@@ -751,3 +752,25 @@ class TestRefusals:
     def test_the_prompt_twice(self, model, prompts):
         with pytest.raises(ValueError, match="twice"):
             model.generate(prompts, input_ids=prompts)
+
+
+# --- masks
+
+
+def test_a_prompt_of_pad_tokens_that_are_meant_brings_no_warning(model, prompts, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", warnings.append)
+    prompts[0, -1] = PAD
+    model.generate(prompts, attention_mask=torch.ones_like(prompts))
+    assert not warnings
+    model(prompts, labels=prompts)
+    assert "attention_mask" in warnings[0]  # where nobody said that they are meant
+
+
+@pytest.mark.parametrize("cast", [lambda mask: mask.bool(), lambda mask: 2 * mask, lambda mask: mask.float()])
+def test_whatever_is_not_zero_in_a_mask_is_valid(model, prompts, cast):
+    mask = torch.ones_like(prompts)
+    mask[0, 4:] = mask[1, 2:] = 0
+    assert torch.equal(
+        model.generate(prompts, attention_mask=cast(mask)), model.generate(prompts, attention_mask=mask)
+    )

@@ -74,7 +74,6 @@ def test_the_loss_and_its_gradients_are_those_of_the_cpu(model, prompts):
 
 def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     model = model.cuda()
-    model.model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at the prompt on the host
     plan = CanvasPlan(NUM_STEPS, "euler", "argmax", 1, suppressed=(5, 6), eos=(2,), num_without_eos=3, keep_path=True)
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
@@ -143,14 +142,35 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     check_recorded(copy.deepcopy(model), prompts)
 
 
-def test_a_recording_outlives_the_memory_that_others_free(model, prompts):
-    model, prompts = model.cuda(), prompts.cuda()
+def test_a_recording_outlives_the_memory_that_others_free(make_model, prompts):
+    # wide enough for products that need memory to work in
+    model, prompts = make_model(hidden_size=512, intermediate_size=2048, num_attention_heads=8).cuda(), prompts.cuda()
     recorded = check_recorded(model, prompts)
     torch._C._cuda_clearCublasWorkspaces()  # as torch.compile does before it records a graph of its own
     torch.cuda.empty_cache()
     filled = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(16)]
     assert torch.equal(check_recorded(model, prompts), recorded)
     assert all(tensor.isnan().all() for tensor in filled)
+
+
+def test_recordings_share_their_memory(model, prompts):
+    model, prompts = model.cuda(), prompts.cuda()
+    check_recorded(model, prompts)
+    before = torch.cuda.memory_reserved()
+    for num_rows in (4, 3, 2, 1):
+        check_recorded(model, prompts[:num_rows])
+    assert torch.cuda.memory_reserved() <= before + 2**22
+    assert len(model._recordings.calls) == 5
+
+
+def test_a_recording_made_under_autocast_converts_its_weights_itself(model, prompts):
+    model, prompts, written = model.cuda(), prompts.cuda(), []
+    for _ in range(2):  # the second context knows nothing of what the first has converted
+        with torch.autocast("cuda", torch.bfloat16):
+            written.append(model.generate(prompts, **RECORDED))
+        torch.cuda.empty_cache()
+        torch.full((2**22,), torch.nan, device="cuda")
+    assert torch.equal(*written)
 
 
 def test_what_a_recorded_call_costs_is_measured(tmp_path):
@@ -169,20 +189,35 @@ def test_there_are_no_more_recordings_than_allowed(model, prompts, monkeypatch):
     assert rows == [3, 1]
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(model, prompts):
+def test_a_model_with_an_adapter_runs_as_it_is(model, prompts):
     peft = pytest.importorskip("peft")
     model, prompts = model.cuda(), prompts.cuda()
-    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(model, config).eval().base_model.model  # heads that are called wait for sizes
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    with_adapter = check_recorded(adapted.base_model.model, prompts)
+    with adapted.disable_adapter():
+        assert not torch.equal(check_recorded(adapted.base_model.model, prompts), with_adapter)
+    assert not model._recordings.calls
+
+
+def test_what_waits_for_the_gpu_is_not_recorded_and_does_no_harm(model, prompts, monkeypatch):
+    model, prompts = model.cuda(), prompts.cuda()
+    monkeypatch.setattr(model, "read_off", lambda *args: (torch.zeros(1, device="cuda").item(), read_off(*args))[1])
+    read_off = type(model).read_off.__get__(model)
     check_recorded(model, prompts)
-    check_recorded(model, prompts.flip(1))
+    assert callable(next(iter(model._recordings.calls.values())))
+    monkeypatch.undo()
+    torch.cuda.empty_cache()
+    assert torch.randn(1, device="cuda").isfinite()
+    check_recorded(model, prompts[:2])
+    assert isinstance(list(model._recordings.calls.values())[-1], recording_yan.Recording)
 
 
 def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
-    model, prompts, joined = model.cuda(), prompts.cuda(), []
-    monkeypatch.setattr(layers_yan, "joins_products", lambda layers, states: joined.append(len(layers)) or True)
+    model, prompts, joined, joins = model.cuda(), prompts.cuda(), [], layers_yan.joins_products
+    monkeypatch.setattr(layers_yan, "joins_products", lambda *args: joined.append(joins(*args)) or joined[-1])
     check_recorded(model, prompts)
-    assert joined
+    assert set(joined) == {True, False}  # recorded, plain
 
 
 def test_the_grouped_product_equals_one_layer_after_the_other():

@@ -38,6 +38,18 @@ def test_a_packed_model_writes_the_same_tokens(make_model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_hooks_stay_and_autocast_is_allowed(make_model):
+    model, prompts = make_model(), torch.randint(4, 64, (3, 6))
+    hooked = copy.deepcopy(model)
+    hooked.lm_head.register_forward_hook(lambda module, arguments, output: -output)
+    plain, expected = (each.generate(prompts) for each in (model, hooked))
+    assert not torch.equal(plain, expected)
+    packed = with_packed_weights(hooked)
+    assert torch.equal(packed.generate(prompts), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed.generate(prompts).shape[0] == 3
+
+
 def test_the_bundled_models_packed_give_the_same_answers(variant):
     folder = Path(__file__).parents[1] / "examples" / "checkpoints" / CHECKPOINTS[variant]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

@@ -48,8 +48,9 @@ def add_buffer(model):
 @pytest.mark.parametrize(
     ("change", "is_same"),
     [
-        (lambda model: model.train().zero_grad(), True),
+        (lambda model: model.zero_grad(), True),
         (update_in_place, True),
+        (lambda model: model.flow.train(), False),
         (replace_weight, False),
         (move_weight, False),
         (wrap_module, False),
@@ -63,6 +64,25 @@ def test_a_changed_model_is_told_from_an_updated_one(model, change, is_same):
     assert parts.are_the_same()
     change(model)
     assert parts.are_the_same() == is_same
+
+
+def test_a_model_that_may_change_unseen_is_not_recorded(model):
+    assert ModelParts(model).can_be_recorded
+    parts, layer = ModelParts(model), model.decoder.layers[0].feed_forward
+    layer.forward = layer.forward  # as accelerate does, which calls it between moving weights
+    assert not parts.are_the_same()
+    assert not ModelParts(model).can_be_recorded
+
+
+def test_a_model_with_an_adapter_is_not_recorded(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
+    assert not ModelParts(adapted).can_be_recorded
+
+
+def test_a_model_on_two_devices_is_not_recorded(model):
+    model.lm_head.to("meta")
+    assert not ModelParts(model).can_be_recorded
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
