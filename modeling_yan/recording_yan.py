@@ -26,10 +26,11 @@ class ModelParts:
         tables = [table for module in self.modules for table in self._tables_of(module)]
         self.tables, self.empty_tables = [table for table in tables if table], [table for table in tables if not table]
         self.members = self._current_members()
-        self.tensors = [member for member in self.members if torch.is_tensor(member)]
+        tensors = [member for member in self.members if torch.is_tensor(member)]
+        self.tensors = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter)]
         self.state = self._current_state()
-        devices = {tensor.device for tensor in self.tensors}
-        self.can_be_recorded = devices == {model.device} and not any(map(self._hides_state, self.modules[1:]))
+        is_plain = len(self.tensors) == len(tensors) and not any(map(self._hides_state, self.modules[1:]))
+        self.can_be_recorded = is_plain and {tensor.device for tensor in tensors} == {model.device}
 
     @staticmethod
     def _tables_of(module):

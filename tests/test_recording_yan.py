@@ -85,6 +85,18 @@ def test_a_model_on_two_devices_is_not_recorded(model):
     assert not ModelParts(model).can_be_recorded
 
 
+def test_a_model_with_quantized_weights_is_not_recorded(model):
+    class Quantized(torch.Tensor):
+        """As torchao's, which have no address of their own."""
+
+        def data_ptr(self):
+            raise RuntimeError("no address")
+
+    weight = model.lm_head.weight.detach().as_subclass(Quantized)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    assert not ModelParts(model).can_be_recorded
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_begins_without_recordings(model, copied):
     model._recordings = Recordings()
