@@ -38,7 +38,7 @@ FLOW_FIELDS = (
 COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
-COMPILER_LIMITS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
+TRACER_SETTINGS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
@@ -89,7 +89,7 @@ class YanGenerationConfig(GenerationConfig):
         compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
             is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
             tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
-            compiler, such as `CompileConfig(backend="eager")` to record without it, in a second.
+            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
         temperature: Scales the start noise when `do_sample` is set; at least 0.
     """
 
@@ -378,8 +378,7 @@ class YanGenerationMixin(GenerationMixin):
         if hasattr(streamer, "put_draft"):
             return write_canvas(self, context, context_mask, x_0, expert_noise, plan, streamer)
         if options.compile_generation:
-            tensors = context, context_mask, x_0, expert_noise
-            return self._write_compiled(*tensors, plan, options.compile_config)
+            return self._write_compiled(context, context_mask, x_0, expert_noise, plan, options.compile_config)
         return write_canvas(self, context, context_mask, x_0, expert_noise, plan)
 
     def _write_compiled(self, context, context_mask, x_0, expert_noise, plan, compile_config) -> Canvas:
@@ -392,7 +391,7 @@ class YanGenerationMixin(GenerationMixin):
         settings = _compiler_settings(compile_config)
 
         def write(*tensors):
-            with torch._dynamo.config.patch(**COMPILER_LIMITS):
+            with torch._dynamo.config.patch(**TRACER_SETTINGS):
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
         tensors = context, context_mask, x_0, expert_noise

@@ -24,7 +24,7 @@ except ImportError:
     triton = None
 
 CHUNK_STEPS = 32  # of time
-STATE_TILE = GRADIENT_TILE = 32, 16  # channels of a program, and entries of the states of a thread
+STATE_TILE = 32, 16  # channels of a program, and entries of the states of a thread
 WALK_TILE = 64  # entries of the state of which one program walks over the chunks
 GROUP_STEPS = 4  # states that the registers hold at once in the backward pass
 FULL_GPU = 2048  # programs that fill a GPU without a division of time
@@ -254,7 +254,7 @@ def triton_scan_gradients(grad_y, x, dt, a_matrix, b, c, borders, chunk: int) ->
     The sums over L, E and B are added up in a fixed order, so equal inputs give equal gradients.
     """
     length, _, batch, inner = x.shape
-    blocks, tile = _launch(inner, b.shape[-1], *GRADIENT_TILE)
+    blocks, tile = _launch(inner, b.shape[-1], *STATE_TILE)
     grad_x, grad_dt, grad_a = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(borders)
     grad_b, grad_c = (x.new_empty(blocks, *b.shape) for _ in range(2))
     kept = x.new_empty(len(borders) * triton.cdiv(chunk, GROUP_STEPS), *borders.shape[1:])

@@ -144,15 +144,24 @@ def test_prompts_of_a_bucket_share_a_program(lively_model):
     assert graphs == [1, 1, 1, 2]
 
 
+def update_weights(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def add_hook(model):
+    model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
+
+
 @only_attention
-def test_a_compiled_program_follows_its_weights(lively_model):
+@pytest.mark.parametrize("change", [update_weights, add_hook])
+def test_a_compiled_program_follows_its_weights_and_hooks(lively_model, change):
     model, (ids, mask, _) = lively_model(), batch()
     settings = CompileConfig(dynamic=False, backend="eager", mode="default")
     options = {"compile_generation": True, "compile_config": settings}
     before = generated(model, ids, mask, **options).sequences
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    change(model)
     after = generated(model, ids, mask, **options).sequences
     assert not torch.equal(before, after)
     assert torch.equal(after, generated(model, ids, mask).sequences)
@@ -161,20 +170,6 @@ def test_a_compiled_program_follows_its_weights(lively_model):
 def test_a_compiled_program_is_told_from_an_exported_one():
     function = torch.compile(lambda: (uses_operators(), is_exporting()), backend="eager", fullgraph=True)
     assert (*function(), uses_operators()) == (True, False, False)
-
-
-@only_attention
-def test_a_compiled_program_calls_a_hook_that_came_later(lively_model):
-    model, (ids, mask, _) = lively_model(), batch()
-    settings = CompileConfig(dynamic=False, backend="eager", mode="default")
-    options = {"compile_generation": True, "compile_config": settings}
-    before = generated(model, ids, mask, **options).sequences
-    hook = model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
-    after = generated(model, ids, mask, **options).sequences
-    assert not torch.equal(before, after)
-    assert torch.equal(after, generated(model, ids, mask).sequences)
-    hook.remove()
-    assert torch.equal(before, generated(model, ids, mask, **options).sequences)
 
 
 def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):

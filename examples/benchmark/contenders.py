@@ -210,3 +210,9 @@ class Models:
         if name == "masked_diffusion" and self.device.type == "cuda":  # decoders are compiled by transformers
             model.canvas_logits = compiled_step(model.canvas_logits)
         return model.to(self.device, self.dtype).eval()
+
+
+def random_prompt(models: Models, batch: int, length: int) -> torch.LongTensor:
+    """Token ids (B, S) without special ones, the same for every contender."""
+    torch.manual_seed(1)
+    return torch.randint(4, models.config("transformer").vocab_size, (batch, length)).to(models.device)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from contenders import VARIANTS, Models, write_with_yan
+from contenders import VARIANTS, Models, random_prompt, write_with_yan
 from timing import machine_description, seconds_of, summary, write_json
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -48,8 +48,7 @@ def main(arguments=None):
     options, device = parse_options(arguments), torch.device("cuda")
     models = Models(options.preset, options.prompt_length, options.length, device, torch.bfloat16)
     model, settings = models.get(f"yan-{options.variant}"), CompileConfig(dynamic=False, backend=options.backend)
-    torch.manual_seed(1)
-    prompt = torch.randint(4, model.config.vocab_size, (options.batch_size, options.prompt_length)).to(device)
+    prompt = random_prompt(models, options.batch_size, options.prompt_length)
 
     def call():
         return write_with_yan(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contenders import VARIANTS, Contender, Models, choose_contenders
+from contenders import VARIANTS, Contender, Models, choose_contenders, random_prompt
 from costs import part_costs
 from parts import part_calls
 from timing import (
@@ -166,12 +166,6 @@ def measure_parts(models: Models, variant: str, batch: int, length: int, options
         }
         for name, cost in costs.items()
     }
-
-
-def random_prompt(models: Models, batch: int, length: int) -> torch.LongTensor:
-    """Token ids (B, S) without special ones, the same for every contender."""
-    torch.manual_seed(1)
-    return torch.randint(4, models.config("transformer").vocab_size, (batch, length)).to(models.device)
 
 
 def report(results: list[dict]):
