@@ -12,7 +12,7 @@ CHOICES = {
     "encoder_mixer": ("attention", "mamba"),
     "flow_mixer": ("attention", "mamba"),
     "expert_scope": ("token", "sequence"),
-    "train_expert_choice": ("argmax", "sample", "mixture", "nearest"),
+    "train_expert_choice": ("argmax", "sample", "mixture", "likeliest"),
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
@@ -22,10 +22,12 @@ POSITIVE_FIELDS = (
     "transition_candidates"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight load_balance_weight mmd_weight "
-    "latent_norm_weight transition_weight"
+    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight gate_weight load_balance_weight "
+    "mmd_weight latent_norm_weight transition_weight"
 ).split()
-PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout", "mask_ratio", "source_mask_ratio")
+PROBABILITY_FIELDS = (
+    "hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio expert_exploration"
+).split()
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 
@@ -66,17 +68,20 @@ class YanConfig(PreTrainedConfig):
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
-            `"argmax"`, the gate-weighted `"mixture"` of all, or the one that is `"nearest"` to the target, so that the
-            experts share the possible targets out among them (with `expert_scope="sequence"`, whole texts).
+            `"argmax"`, the gate-weighted `"mixture"` of all, or the one that makes the target's tokens `"likeliest"`:
+            the experts then share the possible targets out among them (with `expert_scope="sequence"`, whole texts),
+            and the gate learns from `gate_loss` how probable each of them is.
+        expert_exploration: Share of these choices that are drawn evenly instead, so that every expert learns about
+            every prompt.
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
         source_mask_ratio: The same of a pair's source behind its answer slot, where each hidden token keeps its place.
         freeze_encoder, freeze_decoder, freeze_embeddings, freeze_flow: Parts that the flow stage leaves as they are.
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        nll_weight, mse_weight, ce_weight, transition_weight, gate_entropy_weight, load_balance_weight, mmd_weight,
-        latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and squared error count per latent
-            dimension, so that one set of weights serves every width.
+        nll_weight, mse_weight, ce_weight, transition_weight, gate_entropy_weight, gate_weight, load_balance_weight,
+        mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and squared error count per
+            latent dimension, so that one set of weights serves every width.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
@@ -91,6 +96,7 @@ class YanConfig(PreTrainedConfig):
         "ce_loss",
         "transition_loss",
         "gate_entropy",
+        "gate_loss",
         "expert_usage",
         "load_balance_loss",
         "mmd_loss",
@@ -147,6 +153,7 @@ class YanConfig(PreTrainedConfig):
     detach_transitions: bool = True
     expert_scope: str = "token"
     train_expert_choice: str = "sample"
+    expert_exploration: float | int = 0.15
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
     source_mask_ratio: float | int = 0.0
@@ -161,6 +168,7 @@ class YanConfig(PreTrainedConfig):
     ce_weight: float | int = 1.0
     transition_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
+    gate_weight: float | int = 1.0
     load_balance_weight: float | int = 0.1
     mmd_weight: float | int = 0.0
     latent_norm_weight: float | int = 0.0

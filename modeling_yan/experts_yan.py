@@ -169,8 +169,14 @@ class YanExperts(nn.Module):
         return (self(states) * log_gate.exp().to(states.dtype).unsqueeze(-1)).sum(-2)
 
 
-def _argmax(log_gate, uniform):
+def _argmax(log_gate, numbers):
     return log_gate.argmax(-1)
+
+
+def _ranked(log_gate, ranks):
+    """The most probable is of rank 0; of two that are equal, the first comes first, as with argmax."""
+    order = log_gate.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, ranks.expand(log_gate.shape[:2]).unsqueeze(-1)).squeeze(-1)
 
 
 def _sample(log_gate, uniform):
@@ -179,21 +185,22 @@ def _sample(log_gate, uniform):
     return (log_gate - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(-1)
 
 
-def _mixture(log_gate, uniform):
+def _mixture(log_gate, numbers):
     return None
 
 
-EXPERT_CHOICES = {"argmax": _argmax, "sample": _sample, "mixture": _mixture}
+EXPERT_CHOICES = {"argmax": _argmax, "ranked": _ranked, "sample": _sample, "mixture": _mixture}
 
 
-def choose_experts(log_gate: torch.Tensor, choice: str, uniform: torch.Tensor | None = None) -> torch.Tensor | None:
+def choose_experts(log_gate: torch.Tensor, choice: str, numbers: torch.Tensor | None = None) -> torch.Tensor | None:
     """One expert per token, (B, L), from the gate (B, L, K); None for "mixture", which uses them all.
 
-    "sample" draws from the global random state, or uses the numbers `uniform` (B or 1, L, K) in (0, 1).
+    "sample" draws from the global random state, or uses the `numbers` (B or 1, L, K) in (0, 1). "ranked" takes the
+    expert of the rank that the `numbers` (B, 1) say, 0 for the most probable one.
 
     Raises:
         ValueError: `choice` is not a key of `EXPERT_CHOICES`.
     """
     if choice not in EXPERT_CHOICES:
         raise ValueError(f"expert_choice={choice!r}: must be one of {', '.join(EXPERT_CHOICES)}")
-    return EXPERT_CHOICES[choice](log_gate, uniform)
+    return EXPERT_CHOICES[choice](log_gate, numbers)

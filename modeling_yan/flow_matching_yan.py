@@ -108,18 +108,19 @@ def as_one_token(target, velocities, log_gate):
     return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), log_gate[:, :1]
 
 
-def nearest_experts(target, velocities, scope: str = "token") -> torch.Tensor:
-    """The expert (B, L) whose velocity (B, L, K, D) is nearest to the target (B, L, D), of a token or of a sequence.
+def text_posterior(log_likelihood: torch.Tensor, scope: str = "token") -> torch.Tensor:
+    """Posterior (B, L, K) of each expert given the target's tokens, of a token or of a sequence.
 
-    Nearest beyond its average over the batch: an expert that is a little better everywhere would otherwise get every
-    row, and the others would never learn to be good at anything. A single row is compared as it is.
+    Before the target is seen, every expert is as probable as any other, whatever the gate says: one that is a little
+    ahead would otherwise get every text, and the others would never learn to write one.
+
+    Args:
+        log_likelihood: log p_k(y), (B, L, K), of the target's tokens where expert k moves them.
+        scope: "token", or "sequence" for experts that have all tokens of a text or none.
     """
-    distance = (target.float().unsqueeze(-2) - velocities.float()).square().sum(-1)
     if scope == "sequence":
-        distance = distance.mean(1, keepdim=True)
-    if len(distance) > 1:
-        distance = distance - distance.mean((0, 1))
-    return distance.argmin(-1).expand(-1, target.shape[1])
+        log_likelihood = log_likelihood.sum(1, keepdim=True).expand_as(log_likelihood)
+    return log_likelihood.softmax(-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -207,7 +208,11 @@ def solve_flow(
     return x
 
 
+def token_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(y) (B, L) in float32 of each of the tokens `targets` (B, L) under `logits` (B, L, V)."""
+    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy of `logits` (B, L, V) against `targets` (B, L) over the tokens where `mask` is 1."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return masked_mean(losses.view(targets.shape), mask)
+    return masked_mean(-token_log_likelihood(logits, targets), mask)

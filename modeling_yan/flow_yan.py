@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .experts_yan import YanExperts, YanGate, choose_experts
-from .flow_matching_yan import nearest_experts, solver_times
+from .flow_matching_yan import solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, attention_mask_for, linear_each
 
 
@@ -136,11 +137,11 @@ class YanFlow(nn.Module):
         log_gate = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
         return log_gate.expand(-1, states.shape[1], -1)
 
-    def choose_experts(self, log_gate, choice: str, uniform=None):
-        """As `choose_experts`; if a sequence has one expert, its first token's noise decides."""
+    def choose_experts(self, log_gate, choice: str, numbers=None):
+        """As `choose_experts`; if a sequence has one expert, its first token's numbers decide."""
         if self.config.expert_scope == "token" or choice == "mixture":
-            return choose_experts(log_gate, choice, uniform)
-        first = None if uniform is None else uniform[:, :1]
+            return choose_experts(log_gate, choice, numbers)
+        first = None if numbers is None else numbers[:, :1]
         return choose_experts(log_gate[:, :1], choice, first).expand(log_gate.shape[:2])
 
 
@@ -149,17 +150,18 @@ class YanVelocity:
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
     `solver_times(num_steps, solver)`. Between the calls `settled` may be set to what the trunk sees of settled tokens.
-    If `target` is set to a velocity (B, L, D), the experts that are nearest to it are chosen.
+    If `posterior` is set to a function from where the experts lead (B, L, K, D) to their probabilities (B, L, K) given
+    the target, the most probable are chosen, and a share `expert_exploration` of them is drawn evenly.
     """
 
-    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_noise=None):
+    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_numbers=None):
         self.flow, self.positions, self.condition = flow, positions, condition
-        self.expert_choice, self.expert_noise = expert_choice, expert_noise
+        self.expert_choice, self.expert_numbers = expert_choice, expert_numbers
         times = solver_times(num_steps, solver)
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.log_gate = self.experts = self.groups = self.settled = self.target = self.start_velocities = None
+        self.log_gate = self.experts = self.groups = self.settled = self.posterior = self.probabilities = None
         self.num_trunk_passes = 0
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
@@ -169,14 +171,18 @@ class YanVelocity:
         self.num_trunk_passes += 1
         if self.log_gate is None:
             self.log_gate = self.flow.log_gate(states, modulation, self.condition)
-            self.experts = self._choose(states, x)
+            self.experts = self._choose(states)
             self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
         if self.experts is None:
             return self.flow.experts.mixture_of(states, self.log_gate) - x
         return self.flow.experts.output_of(states, self.groups) - x
 
-    def _choose(self, states, x):
-        if self.target is None:
-            return self.flow.choose_experts(self.log_gate, self.expert_choice, self.expert_noise)
-        self.start_velocities = self.flow.velocities(states, x)
-        return nearest_experts(self.target, self.start_velocities, self.flow.config.expert_scope)
+    def _choose(self, states):
+        if self.posterior is None:
+            return self.flow.choose_experts(self.log_gate, self.expert_choice, self.expert_numbers)
+        with torch.no_grad():
+            self.probabilities = self.posterior(self.flow.experts(states))
+        share = self.flow.config.expert_exploration
+        num_experts = self.probabilities.shape[-1]
+        likeliest = F.one_hot(self.probabilities.argmax(-1), num_experts)
+        return self.flow.choose_experts(((1 - share) * likeliest + share / num_experts).log(), "sample")

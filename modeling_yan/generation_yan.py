@@ -71,8 +71,10 @@ class YanGenerationConfig(GenerationConfig):
     Args:
         num_flow_steps: Solver steps N per canvas, at least 1; the model's default if None.
         solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
-        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, or the "mixture" of all;
-            "argmax" if None.
+        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
+            "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
+            which writes different texts without `do_sample` (their number is then a keyword of `generate`: a config
+            has to be one of transformers', too); "argmax" if None.
         canvas_length: Tokens written at once; the model's if None.
         commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
             at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
@@ -302,7 +304,11 @@ class YanGenerationMixin(GenerationMixin):
 
     def _resolve_options(self, generation_config, kwargs):
         """Keyword, then passed config, then the model's config, then the defaults."""
+        # transformers refuses several sequences that are neither sampled nor beams
+        kwargs, num_sequences = dict(kwargs), kwargs.get("num_return_sequences")
+        kwargs.pop("num_return_sequences", None)
         options, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        options.num_return_sequences = options.num_return_sequences if num_sequences is None else num_sequences
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
             "solver": "euler",
@@ -319,8 +325,7 @@ class YanGenerationMixin(GenerationMixin):
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
         self._check_length(options.canvas_length, "the canvas")
-        if options.num_return_sequences > 1 and not options.do_sample:
-            raise ValueError(f"num_return_sequences={options.num_return_sequences}: must be 1 unless do_sample=True")
+        self._check_num_sequences(options)
         if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
             allowed = f"[0, vocab_size={self.config.vocab_size})"
             raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
@@ -328,6 +333,17 @@ class YanGenerationMixin(GenerationMixin):
         if model_kwargs:
             raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
         return options
+
+    def _check_num_sequences(self, options):
+        number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
+        if not _is_positive_int(number):
+            raise ValueError(f"num_return_sequences={number!r}: must be an integer of at least 1")
+        if is_ranked and number > self.config.num_experts:
+            allowed = f'at most num_experts={self.config.num_experts} with expert_choice="ranked"'
+            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
+        if number > 1 and not (options.do_sample or is_ranked):
+            allowed = '1 unless do_sample=True or expert_choice="ranked"'
+            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
 
     def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
         """Checked ids (B, S), and the context that they are; an empty batch of prompts becomes one BOS each."""
@@ -372,16 +388,19 @@ class YanGenerationMixin(GenerationMixin):
         else:
             x_0 = self.config.init_noise * _shared_noise(seed, (*shape, self.config.hidden_size), device)
         # of another seed than the start noise, or the expert would be a function of it
-        is_drawn = options.expert_choice == "sample"
-        expert_shape = (*shape, self.config.num_experts)
-        expert_noise = hashed_uniform(seed ^ 0x5EED5EED, expert_shape, device) if is_drawn else None
+        expert_numbers = None
+        if options.expert_choice == "sample":
+            expert_numbers = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
+        elif options.expert_choice == "ranked":
+            ranks = torch.arange(options.num_return_sequences, device=device)
+            expert_numbers = ranks.repeat(plan.repeats * len(context) // len(ranks)).unsqueeze(1)
         if hasattr(streamer, "put_draft"):
-            return write_canvas(self, context, context_mask, x_0, expert_noise, plan, streamer)
+            return write_canvas(self, context, context_mask, x_0, expert_numbers, plan, streamer)
         if options.compile_generation:
-            return self._write_compiled(context, context_mask, x_0, expert_noise, plan, options.compile_config)
-        return write_canvas(self, context, context_mask, x_0, expert_noise, plan)
+            return self._write_compiled(context, context_mask, x_0, expert_numbers, plan, options.compile_config)
+        return write_canvas(self, context, context_mask, x_0, expert_numbers, plan)
 
-    def _write_compiled(self, context, context_mask, x_0, expert_noise, plan, compile_config) -> Canvas:
+    def _write_compiled(self, context, context_mask, x_0, expert_numbers, plan, compile_config) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_position_embeddings)
@@ -394,7 +413,7 @@ class YanGenerationMixin(GenerationMixin):
             with torch._dynamo.config.patch(**TRACER_SETTINGS):
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
-        tensors = context, context_mask, x_0, expert_noise
+        tensors = context, context_mask, x_0, expert_numbers
         if context.device.type != "cuda":
             return Canvas(**write(*tensors))
         self._recordings = self._recordings or Recordings()
@@ -446,12 +465,12 @@ class YanGenerationMixin(GenerationMixin):
         return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
-def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPlan, streamer=None) -> Canvas:
+def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: CanvasPlan, streamer=None) -> Canvas:
     """Encode the context and solve for one canvas of tokens: nothing but a function of tensors and the plan.
 
     Args:
         model: A `YanForFlowGeneration`. context, context_mask: (B, S); the mask may be None if all is valid.
-        x_0: Start noise (B R or 1, L, D). expert_noise: Uniform numbers (B R or 1, L, K), for a sampled choice.
+        x_0: Start noise (B R or 1, L, D). expert_numbers: As `choose_experts` wants them, for B R rows.
         streamer: Gets drafts, if there is one.
     """
     positions = count_positions(context, context_mask)
@@ -463,7 +482,7 @@ def write_canvas(model, context, context_mask, x_0, expert_noise, plan: CanvasPl
     condition = model.condition(latents, context_mask, length)
     x_0 = x_0.to(latents.dtype).expand(len(latents), -1, -1)
     velocity = model.velocity_field(
-        condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_noise
+        condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )
     path = [x_0]
 

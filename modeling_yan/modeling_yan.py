@@ -31,7 +31,9 @@ from .flow_matching_yan import (
     mixture_nll,
     sample_times,
     solve_flow,
+    text_posterior,
     token_cross_entropy,
+    token_log_likelihood,
 )
 from .flow_yan import YanCondition, YanFlow, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
@@ -95,6 +97,7 @@ class YanFlowOutput(ModelOutput):
         ce_loss: Cross-entropy of the decoded solved latents, nats per token.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
         expert_usage: Mean gate probability of each expert (K,).
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V), L the width of the labels if there are any, else the canvas.
@@ -109,6 +112,7 @@ class YanFlowOutput(ModelOutput):
     ce_loss: torch.Tensor | None = None
     transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
+    gate_loss: torch.Tensor | None = None
     expert_usage: torch.Tensor | None = None
     load_balance_loss: torch.Tensor | None = None
     mmd_loss: torch.Tensor | None = None
@@ -482,11 +486,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         return self.model.embeddings.position_embeddings.weight[:canvas_length]
 
     def velocity_field(
-        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_noise=None
+        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_numbers=None
     ) -> YanVelocity:
         """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
         positions = self._positions(canvas_length)
-        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_noise)
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_numbers)
 
     def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
         """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
@@ -497,16 +501,26 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """What the flow sees (B, L, D) of the token ids (B, L) of a canvas that are settled, a mask (B, L)."""
         return self.flow.settled_tokens(self.model.embeddings.word_embeddings(tokens), is_settled)
 
-    def _solve(self, x_0, condition, num_flow_steps: int, settled: "SettledTarget | None" = None, x_1=None):
-        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there."""
-        choice = self.config.train_expert_choice if self.training and x_1 is not None else "argmax"
+    def _solve(self, x_0, condition, num_flow_steps: int, settled: "SettledTarget | None" = None, canvas=None):
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there.
+
+        In training, experts are chosen by `train_expert_choice`, which may ask for the target ids `canvas` (B, L).
+        """
+        choice = self.config.train_expert_choice if self.training and canvas is not None else "argmax"
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
-        velocity.target = x_1 - x_0 if choice == "nearest" else None
+        if choice == "likeliest":
+            velocity.posterior = lambda ends: self._text_posterior(ends, canvas)
 
         def show(step, x):
             velocity.settled = settled.seen_at(step / num_flow_steps)
 
         return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
+
+    def _text_posterior(self, ends, canvas):
+        """Posterior (B, L, K) of the experts that lead to `ends` (B, L, K, D), given the target ids."""
+        # one by one: the logits of all experts at once would be K vocabularies wide
+        experts = [token_log_likelihood(self.decode(end), canvas) for end in ends.unbind(-2)]
+        return text_posterior(torch.stack(experts, dim=-1), self.config.expert_scope)
 
     def _draw_settled(self, canvas, num_flow_steps: int) -> "SettledTarget | None":
         """In training, a random part of each target, shown from the end of a random solver step on."""
@@ -596,15 +610,15 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         states = self.flow.trunk(x_t, positions, modulation, condition, seen)
         log_gate = self.flow.log_gate(states, modulation, condition)
         nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
-        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, x_1)
-        if velocity.start_velocities is not None:  # the pass is made anyway, and the gate is asked there
-            nll = (nll + self._nll(x_1 - x_0, velocity.start_velocities, velocity.log_gate)) / 2
+        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, canvas)
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
             "ce_loss": token_cross_entropy(logits, canvas),
             "load_balance_loss": load_balance(log_gate),
         }
+        if velocity.probabilities is not None:
+            terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
         if self.transitions is not None:
             embedding = self.model.embeddings.word_embeddings
             terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_yan.flow_matching_yan import as_one_token, mixture_nll, nearest_experts
+from modeling_yan.flow_matching_yan import as_one_token, mixture_nll, text_posterior
+from modeling_yan.flow_yan import YanVelocity
 
 TARGETS = torch.tensor([[5, 6, 7]] * 3 + [[5, 8, 9]] * 3 + [[10, 11, 12]] * 4)
 SEEN = {tuple(target) for target in TARGETS.tolist()}
@@ -58,8 +59,8 @@ class TestExpertsShareTheTargets:
         texts = written(trained_on_targets(make_model, num_experts=3))
         assert sum(text in SEEN for text in texts) < 50
 
-    def test_each_of_the_nearest_experts_writes_a_text_of_its_own(self, make_model):
-        settings = {"expert_scope": "sequence", "train_expert_choice": "nearest"}
+    def test_each_of_those_that_know_it_writes_a_text_of_its_own(self, make_model):
+        settings = {"expert_scope": "sequence", "train_expert_choice": "likeliest"}
         model = trained_on_targets(make_model, num_experts=3, **settings)
         assert sum(text in SEEN for text in written(model)) >= 60
         drawn = written(model, expert_choice="sample")
@@ -68,24 +69,54 @@ class TestExpertsShareTheTargets:
         assert torch.allclose(shares, torch.tensor([0.3, 0.3, 0.4]), atol=0.2)  # over three sigma of 64 draws
 
 
-class TestNearestExperts:
-    def test_they_are_nearest_to_the_target_beyond_their_average(self):
-        target = torch.zeros(2, 1, 1)
-        velocities = torch.tensor([[2.0, 5.0], [1.0, 6.0]]).view(2, 1, 2, 1)  # squares 4, 25; 1, 36; means 2.5, 30.5
-        assert nearest_experts(target, velocities).tolist() == [[1], [0]]
-        assert nearest_experts(target[:1], velocities[:1]).tolist() == [[0]]  # a row alone has no average
+class TestPosterior:
+    def test_a_tokens_experts_are_as_probable_as_they_make_it_likely(self):
+        likelihood = torch.tensor([[[0.2, 0.6], [0.5, 0.1]]])  # (1 row, 2 tokens, 2 experts)
+        found = text_posterior(likelihood.log())
+        torch.testing.assert_close(found, torch.tensor([[[0.25, 0.75], [5 / 6, 1 / 6]]]))
 
-    def test_for_a_sequence_the_tokens_add_up(self):
-        target = torch.zeros(2, 2, 1)
-        # squared distances, tokens downwards: 1, 9 and 4, 1 for the experts of the first row; 0, 1 and 9, 1
-        velocities = torch.tensor([[[1.0, 2.0], [3.0, 1.0]], [[0.0, 3.0], [1.0, 1.0]]]).unsqueeze(-1)
-        assert nearest_experts(target, velocities, "sequence").tolist() == [[1, 1], [0, 0]]
-        assert nearest_experts(target, velocities).tolist() == [[0, 1], [0, 1]]
+    def test_for_a_sequence_the_tokens_likelihoods_are_multiplied(self):
+        likelihood = torch.tensor([[[0.2, 0.6], [0.5, 0.1]]])  # 0.10 and 0.06 together
+        found = text_posterior(likelihood.log(), "sequence")
+        torch.testing.assert_close(found, torch.tensor([[[0.625, 0.375]] * 2]))
 
-    def test_no_expert_goes_without(self):
-        target, velocities = torch.randn(64, 1, 3), torch.randn(64, 1, 4, 3)
-        velocities[:, :, 2] *= 10  # far from everything
-        assert nearest_experts(target, velocities).unique().tolist() == [0, 1, 2, 3]
+    @pytest.mark.parametrize("scope", ["token", "sequence"])
+    def test_the_gate_learns_it_and_the_likeliest_is_chosen(self, make_lively_model, scope):
+        settings = {"train_expert_choice": "likeliest", "expert_scope": scope, "expert_exploration": 0.0}
+        model = make_lively_model(decoder_dropout=0.0, **settings).train()
+        ids, labels = torch.randint(4, 64, (64, 6)), torch.randint(4, 64, (64, 8))
+        x_0 = model.start_noise((64, 8), model.lm_head.weight)
+        model._draw_path = lambda x_1: (x_0, torch.zeros(64))
+        chosen, group = [], model.flow.experts.group
+        model.flow.experts.group = lambda experts: chosen.append(experts) or group(experts)
+        output = model(ids, labels=labels)
+
+        condition = model.condition(model.model(ids).last_hidden_state, canvas_length=8)
+        modulation = model.flow.modulation(torch.zeros(1))
+        states = model.flow.trunk(x_0, model._positions(8), modulation, condition)
+        ends = x_0.unsqueeze(2) + model.flow.velocities(states, x_0)
+        likelihood = model.decode(ends).log_softmax(-1).gather(-1, labels.view(64, 8, 1, 1).expand(-1, -1, 4, 1))
+        joint = likelihood.squeeze(-1)
+        joint = joint if scope == "token" else joint.sum(1, keepdim=True).expand(-1, 8, -1)
+        odds = (joint - joint.amax(-1, keepdim=True)).exp()
+        posterior = odds / odds.sum(-1, keepdim=True)
+        log_gate = model.flow.log_gate(states, modulation, condition)
+        torch.testing.assert_close(output.gate_loss, -(posterior * log_gate).sum(-1).mean(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(chosen[0], posterior.argmax(-1))
+
+    def test_some_experts_are_drawn_evenly(self, make_model):
+        field = make_model(expert_exploration=0.2).flow
+        velocity = YanVelocity(field, torch.zeros(2000, 32), None, 1, "euler", "sample")
+        velocity.posterior = lambda ends: nn.functional.one_hot(torch.zeros(1, 2000).long(), 4).float()
+        counts = velocity._choose(torch.randn(1, 2000, 32)).flatten().bincount(minlength=4)
+        assert (counts / 2000 - torch.tensor([0.85, 0.05, 0.05, 0.05])).abs().max() < 0.03
+
+    def test_only_this_choice_has_the_gates_loss(self, make_model):
+        ids = torch.randint(4, 64, (3, 6))
+        assert make_model().train()(ids, labels=ids).gate_loss is None
+        model = make_model(train_expert_choice="likeliest")
+        assert model.train()(ids, labels=ids).gate_loss > 0
+        assert model.eval()(ids, labels=ids).gate_loss is None  # nothing is drawn
 
     def test_the_likelihood_of_a_sequence_is_a_mixture_of_products(self):
         target, velocities = torch.randn(3, 4, 5), torch.randn(3, 4, 2, 5)
@@ -94,21 +125,6 @@ class TestNearestExperts:
         expected = -torch.logsumexp(components + log_gate[:, 0], dim=-1).mean()
         found = mixture_nll(*as_one_token(target, velocities, log_gate), 0.7)
         torch.testing.assert_close(found, expected)
-
-    @pytest.mark.parametrize("scope", ["token", "sequence"])
-    def test_the_loss_counts_the_start_of_the_solver_too(self, make_lively_model, scope):
-        model = make_lively_model(expert_scope=scope, train_expert_choice="nearest", decoder_dropout=0.0)
-        ids, labels = torch.randint(4, 64, (3, 6)), torch.randint(4, 64, (3, 8))
-        start = torch.zeros(3)
-        model._draw_path = lambda x_1: (model.start_noise(x_1.shape[:2], x_1), start)
-        model.train()
-        at_start = model(ids, labels=labels).nll_loss  # both times are 0
-        start = torch.full((3,), 0.5)
-        both = model(ids, labels=labels).nll_loss
-        model.config.train_expert_choice = "argmax"
-        later = model(ids, labels=labels).nll_loss
-        torch.testing.assert_close(both, (at_start + later) / 2)
-        assert later != at_start
 
 
 class TestOneExpertForASequence:

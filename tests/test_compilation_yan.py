@@ -83,7 +83,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     "settings",
     [
         {},
-        {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "nearest"},
+        {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "likeliest"},
         {"transition_rank": 4},
     ],
 )
@@ -115,6 +115,7 @@ def generated(model, ids, mask, **options):
     [
         ({}, {}),
         ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
+        ({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
         ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
         ({"transition_rank": 4, "transition_candidates": 5}, {}),
     ],

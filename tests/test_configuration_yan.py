@@ -33,7 +33,7 @@ WRONG_VALUES = [
     ("mask_ratio", float("nan"), "[0, 1)"),
     ("encoder_mixer", "rnn", "attention, mamba"),
     ("flow_mixer", "Mamba", "attention, mamba"),
-    ("train_expert_choice", "best", "argmax, sample, mixture, nearest"),
+    ("train_expert_choice", "best", "argmax, sample, mixture, likeliest"),
     ("expert_scope", "word", "token, sequence"),
     ("attention_conv_kernel", 4, "0 or a positive odd number"),
     ("attention_conv_kernel", -3, "0 or a positive odd number"),

@@ -110,12 +110,18 @@ def test_argmax_takes_the_most_probable_expert():
     assert torch.equal(choose_experts(log_gate, "argmax"), log_gate.exp().argmax(-1))
 
 
+def test_ranked_takes_the_experts_in_the_order_of_their_probability():
+    log_gate = torch.tensor([[[0.2, 0.5, 0.3]], [[0.6, 0.1, 0.3]], [[0.4, 0.4, 0.2]]]).log()
+    for rank, expected in enumerate([[1, 0, 0], [2, 2, 1], [0, 1, 2]]):
+        assert choose_experts(log_gate, "ranked", torch.full((3, 1), rank)).flatten().tolist() == expected
+
+
 def test_mixture_takes_none():
     assert choose_experts(random_gate(3, 7, 5), "mixture") is None
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match=r"expert_choice='best'.*argmax, sample, mixture"):
+    with pytest.raises(ValueError, match=r"expert_choice='best'.*argmax, ranked, sample, mixture"):
         choose_experts(random_gate(1, 1, 2), "best")
 
 

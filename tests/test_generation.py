@@ -424,6 +424,26 @@ class TestExperts:
         expected = (model.flow.velocities(states, start) * output.gate[0].unsqueeze(-1)).sum(-2)
         assert torch.allclose(end - start, expected, atol=1e-4)
 
+    @pytest.mark.parametrize("scope", ["token", "sequence"])
+    def test_ranked_sequences_have_one_expert_after_the_other(self, make_lively_model, prompts, scope):
+        model = make_lively_model(expert_scope=scope)
+        options = {"expert_choice": "ranked", "num_return_sequences": 3, "return_dict_in_generate": True}
+        output = model.generate(prompts, **options)
+        order = output.gate[0].argsort(-1, descending=True)[::3]  # the gate is the same for all sequences of a prompt
+        for rank in range(3):
+            assert torch.equal(output.experts[0][rank::3], order[..., rank])
+        assert torch.equal(output.sequences[::3], model.generate(prompts, expert_choice="argmax"))
+        assert not torch.equal(output.sequences[::3], output.sequences[1::3])
+        assert torch.equal(model.generate(prompts[3:], **options).sequences, output.sequences[9:])
+
+    def test_ranks_are_kept_from_canvas_to_canvas(self, model, prompts):
+        options = {"expert_choice": "ranked", "min_new_tokens": 2 * CANVAS, "max_new_tokens": 2 * CANVAS}
+        together = model.generate(prompts, num_return_sequences=2, return_dict_in_generate=True, **options)
+        for canvas, experts, gate in zip(range(2), together.experts, together.gate, strict=True):
+            order = gate.argsort(-1, descending=True)
+            assert torch.equal(experts[0::2], order[0::2, :, 0]), canvas
+            assert torch.equal(experts[1::2], order[1::2, :, 1]), canvas
+
     def test_one_expert_needs_no_choice(self, make_lively_model, prompts):
         model = make_lively_model(num_experts=1)
         tokens = [new_tokens(model, prompts, expert_choice=choice) for choice in ("argmax", "mixture")]
@@ -715,8 +735,12 @@ class TestRefusals:
             model.generate(prompts, num_flow_stepz=3)
 
     def test_several_sequences_need_sampling(self, model, prompts):
-        with pytest.raises(ValueError, match="num_return_sequences"):
+        with pytest.raises(ValueError, match="num_return_sequences=2: must be 1 unless"):
             model.generate(prompts, num_return_sequences=2)
+        with pytest.raises(ValueError, match="num_return_sequences=0: must be an integer of at least 1"):
+            model.generate(prompts, num_return_sequences=0)
+        with pytest.raises(ValueError, match=f"num_return_sequences={EXPERTS + 1}: must be at most num_experts"):
+            model.generate(prompts, expert_choice="ranked", num_return_sequences=EXPERTS + 1)
 
     @pytest.mark.parametrize(
         ("name", "value"),

@@ -33,16 +33,16 @@ SIZES = {
     "freeze_decoder": False,
     "freeze_embeddings": False,
 }
-NEAREST = {"num_experts": 3, "train_expert_choice": "nearest"}
+LIKELIEST = {"num_experts": 3, "train_expert_choice": "likeliest"}
 ARMS = {
     "one expert": {"num_experts": 1},
     "one expert, self-conditioning": {"num_experts": 1, "self_conditioning": True},
     "one expert, chains": {"num_experts": 1, "transition_rank": 8},
     "one expert, chains that train it": {"num_experts": 1, "transition_rank": 8, "detach_transitions": False},
     "three, drawn from the gate": {"num_experts": 3},
-    "three, nearest, per token": NEAREST,
-    "three, nearest, per sequence": {**NEAREST, "expert_scope": "sequence"},
-    "the same, self-conditioning": {**NEAREST, "expert_scope": "sequence", "self_conditioning": True},
+    "three, likeliest, per token": LIKELIEST,
+    "three, likeliest, per sequence": {**LIKELIEST, "expert_scope": "sequence"},
+    "the same, self-conditioning": {**LIKELIEST, "expert_scope": "sequence", "self_conditioning": True},
 }
 
 
