@@ -107,17 +107,22 @@ def test_steps(load_script, folders):
 
 def test_diversity_of_yan_and_of_an_autoregressive_model(load_script, folders):
     pytest.importorskip("matplotlib")
-    words = ["--model", folders / "yan", folders / "decoder", "--data", folders / "pairs.jsonl", "--num_candidates", 3]
+    words = ["--model", folders / "yan", folders / "decoder", "--data", folders / "pairs.jsonl", "--num_candidates", 2]
     words += ["--temperatures", 0, 1, "--num_rows", 4, "--max_new_tokens", 5, "--expert_choice", "argmax"]
-    load_script("diversity").main([*map(str, words), "--output", str(folders / "out")])
+    load_script("diversity").main([*map(str, words), "--ranked", "--output", str(folders / "out")])
     table = json.loads((folders / "out" / "diversity.json").read_text())["table"]
     assert [(row["model"], row["temperature"]) for row in table] == [
-        (name, temperature) for name in ("yan", "decoder") for temperature in (0, 1)
+        (name, temperature) for name in ("yan", "decoder") for temperature in (0, 1, None)
     ]
     for row in table:
-        assert row["different_texts"][0] == pytest.approx(1 / 3) if row["temperature"] == 0 else True
+        assert row["different_texts"][0] == pytest.approx(1 / 2) if row["temperature"] == 0 else True
         assert row["best_exact_match"][0] >= row["exact_match"][0]
-    assert table[-1]["different_texts"][0] > 0.9
+    assert table[-2]["different_texts"][0] > 0.9
+    assert table[-1]["different_texts"][0] == 1.0  # beams
+    assert table[0]["best_rougeL_difference"] == [0, 0, 0, 1]
+    for row in table:
+        for name in ("best_exact_match", "best_rougeL"):
+            assert row[f"{name}_difference"][0] == pytest.approx(row[name][0] - table[0][name][0])
     assert is_png(folders / "out" / "diversity.png")
 
 
