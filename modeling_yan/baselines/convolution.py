@@ -48,7 +48,16 @@ class ConvolvedAttention(nn.Module):
         return self.attention(self.convolution(hidden_states, padding_mask), **kwargs)
 
 
-class ConvolvedStack:
+class Convolved:
+    """Mixin for a model that starts as it does in transformers."""
+
+    def _initialize_weights(self, module, is_custom_code: bool = False):
+        # Of classes that are not its own, transformers passes over modules without a parameter of their own as if they
+        # had been initialised. But T5 scales its projections there: they would start with a deviation of 1.
+        super()._initialize_weights(module)
+
+
+class ConvolvedStack(Convolved):
     """Mixin for a stack of layers: hands the padding mask on to the convolutions inside, and starts them as YAN's."""
 
     def _init_weights(self, module):
@@ -99,7 +108,7 @@ class ConvolvedDecoderConfig(LlamaConfig):
     use_cache: bool = False
 
 
-class ConvolvedDecoder(LlamaForCausalLM):
+class ConvolvedDecoder(Convolved, LlamaForCausalLM):
     """Llama with causal convolutions, which generates without a cache."""
 
     config_class = ConvolvedDecoderConfig
@@ -119,7 +128,7 @@ class ConvolvedEncoderDecoderConfig(T5Config):
     use_cache: bool = False
 
 
-class ConvolvedEncoderDecoder(T5ForConditionalGeneration):
+class ConvolvedEncoderDecoder(Convolved, T5ForConditionalGeneration):
     """T5 with convolutions, causal ones in the decoder, which generates without a cache."""
 
     config_class = ConvolvedEncoderDecoderConfig

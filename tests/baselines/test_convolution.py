@@ -117,6 +117,8 @@ def test_padding_changes_nothing(kind, side, attention, make, prompts):
 @pytest.mark.parametrize("kind", AUTOREGRESSIVE)
 def test_generation_writes_the_likeliest_tokens_of_full_forward_passes(kind, make, prompts):
     model, padded = make(kind), torch.cat([torch.full((3, 3), PAD), prompts], dim=1)
+    for parameter in model.parameters():  # or a fresh model would repeat itself
+        torch.nn.init.normal_(parameter)
     model.generation_config.eos_token_id = None  # so that all write on
     options = {"max_new_tokens": 12, "do_sample": False}
     start = (
@@ -159,6 +161,15 @@ def test_convolutions_start_as_yans_do(kind, make, make_model):
     for layer in convolutions(make(kind)):
         assert layer.weight.shape == yan.weight.shape
         assert layer.weight.std().item() == pytest.approx(yan.weight.std().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("kind", CONVOLVED)
+def test_all_else_starts_as_the_plain_baseline_does(kind, make):
+    plain = dict(make(CONVOLVED[kind]).named_parameters())
+    for name, weight in make(kind).named_parameters():
+        if "convolution" not in name and weight.numel() > 500:
+            own = plain[name.replace(".attention.", ".")]
+            assert weight.std().item() == pytest.approx(own.std().item(), rel=0.25), name
 
 
 @pytest.mark.parametrize("kind", CONVOLVED)
