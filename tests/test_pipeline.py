@@ -87,9 +87,10 @@ def test_max_new_tokens(write, model, tokenizer, num_tokens):
     assert [texts(answer) for answer in answers] == [[text] for text in new]
 
 
+@pytest.mark.parametrize("way", [{"do_sample": True, "seed": 4}, {"expert_choice": "ranked"}], ids=["drawn", "ranked"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:2]])
-def test_several_sequences_a_prompt(write, model, tokenizer, prompts):
-    options = {"do_sample": True, "num_return_sequences": 3, "seed": 4}
+def test_several_sequences_a_prompt(write, model, tokenizer, prompts, way):
+    options = {**way, "num_return_sequences": 3}
     answers = write(prompts, batch_size=len(prompts), return_full_text=False, **options)
     new = new_texts(model, tokenizer, prompts, **options)
     assert [texts(answer) for answer in answers] == [new[3 * index : 3 * index + 3] for index in range(len(prompts))]
