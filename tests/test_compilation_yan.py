@@ -119,7 +119,7 @@ def generated(model, ids, mask, **options):
         ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
         ({"transition_rank": 4, "transition_candidates": 5}, {}),
     ],
-    ids=["one", "two", "settled", "chain"],
+    ids=["one", "two", "ranked", "settled", "chain"],
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()
