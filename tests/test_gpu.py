@@ -48,8 +48,11 @@ def test_a_gpu_writes_the_tokens_of_the_cpu(model, prompts, padding):
     assert torch.equal(actual.cpu(), expected)
 
 
-def test_samples_of_a_seed_are_the_same_on_both_devices(model, prompts):
-    options = {"do_sample": True, "expert_choice": "sample", "num_return_sequences": 3, "seed": 5}
+@pytest.mark.parametrize(
+    "way", [{"do_sample": True, "expert_choice": "sample", "seed": 5}, {"expert_choice": "ranked"}], ids=str
+)
+def test_several_sequences_are_the_same_on_both_devices(model, prompts, way):
+    options = {**way, "num_return_sequences": 3}
     expected = model.generate(prompts, **options)
     actual = copy.deepcopy(model).cuda().generate(prompts.cuda(), **options)
     assert torch.equal(actual.cpu(), expected)
