@@ -304,11 +304,12 @@ class YanGenerationMixin(GenerationMixin):
 
     def _resolve_options(self, generation_config, kwargs):
         """Keyword, then passed config, then the model's config, then the defaults."""
-        # transformers refuses several sequences that are neither sampled nor beams
-        kwargs, num_sequences = dict(kwargs), kwargs.get("num_return_sequences")
-        kwargs.pop("num_return_sequences", None)
-        options, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
-        options.num_return_sequences = options.num_return_sequences if num_sequences is None else num_sequences
+        num_sequences = kwargs.get("num_return_sequences")
+        # transformers would refuse several that are neither sampled nor beams
+        others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
+        options, model_kwargs = self._prepare_generation_config(generation_config, **others)
+        if num_sequences is not None:
+            options.num_return_sequences = num_sequences
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
             "solver": "euler",
@@ -387,9 +388,9 @@ class YanGenerationMixin(GenerationMixin):
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
             x_0 = self.config.init_noise * _shared_noise(seed, (*shape, self.config.hidden_size), device)
-        # of another seed than the start noise, or the expert would be a function of it
         expert_numbers = None
         if options.expert_choice == "sample":
+            # of another seed than the start noise, or the expert would be a function of it
             expert_numbers = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
         elif options.expert_choice == "ranked":
             ranks = torch.arange(options.num_return_sequences, device=device)
