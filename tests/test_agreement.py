@@ -104,6 +104,13 @@ class TestPosterior:
         torch.testing.assert_close(output.gate_loss, -(posterior * log_gate).sum(-1).mean(), rtol=1e-4, atol=1e-5)
         assert torch.equal(chosen[0], posterior.argmax(-1))
 
+        model.config.gate_weight = 3.0
+        steps = model.config.max_train_flow_steps
+        heavier = model(ids, labels=labels, num_flow_steps=steps)
+        model.config.gate_weight = 1.0
+        lighter = model(ids, labels=labels, num_flow_steps=steps)
+        torch.testing.assert_close(heavier.loss - lighter.loss, 2 * lighter.gate_loss, rtol=1e-3, atol=1e-4)
+
     def test_some_experts_are_drawn_evenly(self, make_model):
         field = make_model(expert_exploration=0.2).flow
         velocity = YanVelocity(field, torch.zeros(2000, 32), None, 1, "euler", "sample")
