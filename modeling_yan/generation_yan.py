@@ -268,10 +268,11 @@ class YanGenerationMixin(GenerationMixin):
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
             streamer.end()
-        written = written[:, : int(num_tokens.max())]
-        if options.return_prompt:
-            written = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
-        return _output(written, num_tokens, canvases) if options.return_dict_in_generate else written
+        before = prompt.repeat_interleave(options.num_return_sequences, 0)[:, : None if options.return_prompt else 0]
+        sequences = torch.cat([before, written], dim=1)
+        # the device is asked last, when nothing is left to launch
+        sequences = sequences[:, : before.shape[1] + int(num_tokens.max())]
+        return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
     def adjust_generation_fn(self, *args, **kwargs):
         """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
@@ -364,16 +365,16 @@ class YanGenerationMixin(GenerationMixin):
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
         if attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
-        attention_mask = attention_mask.bool().long()
-        # one look at the device for all checks
-        low, high, fewest, most = torch.stack([*ids.aminmax(), *_count_valid(attention_mask)]).tolist()
+        # on the host, where a check costs less than a launch
+        fewest, most = (int(number) for number in _count_valid(attention_mask.cpu() != 0))
+        low, high = (int(number) for number in ids.cpu().aminmax())
         self._check_range(low, high)
         self._check_length(max(most, 1), "the prompt")
         if fewest > 0:
             return ids, *_left_align(ids, attention_mask, fewest, most)
         if options.bos_token_id is None:
             raise ValueError("a prompt without valid token needs bos_token_id, which is None")
-        is_empty = ~attention_mask.any(1)
+        is_empty = ~attention_mask.bool().any(1)
         ids, attention_mask = ids.clone(), attention_mask.clone()
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
@@ -387,7 +388,7 @@ class YanGenerationMixin(GenerationMixin):
         if options.do_sample:
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
-            x_0 = self.config.init_noise * _shared_noise(seed, (*shape, self.config.hidden_size), device)
+            x_0 = _shared_noise(seed, (*shape, self.config.hidden_size), device, self.config.init_noise)
         expert_numbers = None
         if options.expert_choice == "sample":
             # of another seed than the start noise, or the expert would be a function of it
@@ -524,9 +525,9 @@ def _compiler_settings(compile_config) -> dict:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _shared_noise(seed, shape, device) -> torch.Tensor:
-    """Standard normal numbers, remembered: deterministic generation begins every time with the same."""
-    return hashed_normal(seed, shape, device)
+def _shared_noise(seed, shape, device, deviation) -> torch.Tensor:
+    """Normal numbers, remembered: deterministic generation begins every time with the same."""
+    return deviation * hashed_normal(seed, shape, device)
 
 
 def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
@@ -591,6 +592,7 @@ def _left_align(ids, mask, fewest: int, most: int):
     The mask is None where all that is left is valid: attention without one is faster.
     """
     if fewest < ids.shape[1]:
+        mask = mask.bool().long()
         order = (1 - mask).argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order)[:, :most], mask.gather(1, order)[:, :most]
     return ids, mask if fewest < most else None

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class ModelParts:
 
     def __init__(self, model: nn.Module):
         self.modules = list(model.modules())
+        self.attributes = list(map(vars, self.modules))
         tables = [table for module in self.modules for table in self._tables_of(module)]
         self.tables, self.empty_tables = [table for table in tables if table], [table for table in tables if not table]
         self.members = self._current_members()
@@ -47,8 +48,8 @@ class ModelParts:
 
     def _current_state(self):
         """Addresses, modes, and numbers of attributes, of which a module gets a new one where it is patched."""
-        addresses = [tensor.data_ptr() for tensor in self.tensors]
-        return addresses, [module.training for module in self.modules], list(map(len, map(vars, self.modules[1:])))
+        addresses, modes = map(torch.Tensor.data_ptr, self.tensors), map(itemgetter("training"), self.attributes)
+        return list(addresses), list(modes), list(map(len, self.attributes[1:]))
 
     def are_the_same(self) -> bool:
         """In some tenth of a millisecond."""
