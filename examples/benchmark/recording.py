@@ -26,6 +26,7 @@ def parse_options(arguments):
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--prompt_length", type=int, default=128)
     parser.add_argument("--backend", default="inductor", help="of torch.compile; eager: recorded as it is")
+    parser.add_argument("--mode", help="of torch.compile, such as max-autotune")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--kernels", type=int, default=0, help="so many of them are printed")
     parser.add_argument("--output", type=Path, default=Path("outputs/recording.json"))
@@ -47,7 +48,8 @@ def print_kernels(call, number: int):
 def main(arguments=None):
     options, device = parse_options(arguments), torch.device("cuda")
     models = Models(options.preset, options.prompt_length, options.length, device, torch.bfloat16)
-    model, settings = models.get(f"yan-{options.variant}"), CompileConfig(dynamic=False, backend=options.backend)
+    model = models.get(f"yan-{options.variant}")
+    settings = CompileConfig(dynamic=False, backend=options.backend, mode=options.mode)
     prompt = random_prompt(models, options.batch_size, options.prompt_length)
 
     def call():
