@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,40 @@ def is_exporting() -> bool:
 def uses_operators() -> bool:
     """Whether the code is traced for a compiler that may call this package's operators."""
     return torch.compiler.is_compiling() and not is_exporting()
+
+
+def merge_repeated(graph: torch.fx.Graph):
+    """Compute once what a functional graph computes several times.
+
+    The steps of a solver are one program, and each of them would join the same weights anew. The compiler merges
+    repetitions where it prepares a backward pass, and otherwise not.
+    """
+    first = {}
+    for node in list(graph.nodes):
+        operator = node.target
+        if node.op != "call_function" or not isinstance(operator, torch._ops.OpOverload):
+            continue
+        if operator._schema.is_mutable or torch.Tag.nondeterministic_seeded in operator.tags:
+            continue
+        known = first.setdefault((operator, repr(node.args), repr(node.kwargs)), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+
+
+@cache
+def merging_settings() -> dict:
+    """Settings of inductor with which it merges what is repeated."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # slow to import
+
+    class Merging(CustomGraphPass):
+        def __call__(self, graph):
+            merge_repeated(graph)
+
+        def uuid(self):
+            return get_hash_for_files((__file__,))
+
+    return {"joint_custom_post_pass": Merging()}
 
 
 def opaque_operator(function: Callable, fake: Callable) -> Callable:

@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .compilation_yan import merging_settings
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
 from .layers_yan import count_positions
@@ -246,9 +247,7 @@ class YanGenerationMixin(GenerationMixin):
             streamer.put(prompt.cpu())
         num_rows = len(prompt) * options.num_return_sequences
         written = prompt.new_empty(num_rows, 0)
-        finished = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
-        num_tokens = torch.zeros(num_rows, dtype=torch.long, device=prompt.device)
-        canvases = []
+        finished, kept, canvases = None, [], []
         while True:
             forbidden = min_new_tokens - written.shape[1]
             canvas = self._write_canvas(context, context_mask, options, len(canvases), forbidden, streamer)
@@ -259,7 +258,7 @@ class YanGenerationMixin(GenerationMixin):
                 before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
                 cut = tokens, num_kept, finished
                 tokens, num_kept, finished = _cut_at_criteria(before, *cut, stopping_criteria, options)
-            num_tokens += num_kept
+            kept.append(num_kept)
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
@@ -268,6 +267,7 @@ class YanGenerationMixin(GenerationMixin):
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
             streamer.end()
+        num_tokens = reduce(torch.add, kept)
         before = prompt.repeat_interleave(options.num_return_sequences, 0)[:, : None if options.return_prompt else 0]
         sequences = torch.cat([before, written], dim=1)
         # the device is asked last, when nothing is left to launch
@@ -412,7 +412,7 @@ class YanGenerationMixin(GenerationMixin):
         settings = _compiler_settings(compile_config)
 
         def write(*tensors):
-            with torch._dynamo.config.patch(**TRACER_SETTINGS):
+            with torch._dynamo.config.patch(**TRACER_SETTINGS), torch._inductor.config.patch(**merging_settings()):
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
         tensors = context, context_mask, x_0, expert_numbers
@@ -614,14 +614,15 @@ def _is_eos(tokens, options):
 
 
 def _cut_at_eos(tokens, finished, options):
-    """Pad what follows the first EOS, and all of a row that was finished before.
+    """Pad what follows the first EOS, and all of a row that was finished before; `finished` may be None at first.
 
     Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
     """
     is_eos = _is_eos(tokens, options)
     num_eos = is_eos.cumsum(1)
-    is_after = (num_eos > is_eos) | finished.unsqueeze(1)
-    is_finished = finished | (num_eos[:, -1] > 0)
+    is_after, is_finished = num_eos > is_eos, num_eos[:, -1] > 0
+    if finished is not None:
+        is_after, is_finished = is_after | finished.unsqueeze(1), is_finished | finished
     return tokens.masked_fill(is_after, _fill_token(options)), tokens.shape[1] - is_after.sum(1), is_finished
 
 

@@ -2,10 +2,12 @@
 
 import importlib.util
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -66,6 +68,51 @@ def check_training_steps(model, backend, shapes, num_labels):
             torch.testing.assert_close(
                 tensor, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
             )
+
+
+# --- what a program computes once
+
+
+def merged(function, *inputs):
+    """The function's graph and how many calls of each operator are left of it, once repetitions are merged."""
+    graph = make_fx(function)(*inputs)
+    compilation_yan.merge_repeated(graph.graph)
+    graph.recompile()
+    return graph, Counter(node.target for node in graph.graph.nodes if node.op == "call_function")
+
+
+def test_what_is_repeated_is_computed_once():
+    def steps(a, b, x):
+        for _ in range(3):
+            x = x @ torch.cat([a, b], dim=1)
+        return x
+
+    a, b, x = torch.randn(4, 2), torch.randn(4, 2), torch.randn(5, 4)
+    graph, calls = merged(steps, a, b, x)
+    assert calls[torch.ops.aten.cat.default] == 1
+    assert calls[torch.ops.aten.mm.default] == 3
+    torch.testing.assert_close(graph(a, b, x), steps(a, b, x), rtol=0, atol=0)
+
+
+def test_only_what_is_the_same_is_merged():
+    def function(x):
+        return x.sum(0), x.sum(1), x + 1, x + 1.0, x + True
+
+    _, calls = merged(function, torch.ones(2, 2, dtype=torch.long))
+    assert calls[torch.ops.aten.sum.dim_IntList] == 2
+    assert calls[torch.ops.aten.add.Tensor] == 3
+
+
+def test_chance_and_updates_are_not_merged():
+    def function(x):
+        x = x.clone()
+        x.add_(1)
+        x.add_(1)
+        return x + torch.rand_like(x) - torch.rand_like(x)
+
+    graph, calls = merged(function, torch.zeros(5))
+    assert calls[torch.ops.aten.add_.Tensor] == calls[torch.ops.aten.rand_like.default] == 2
+    assert graph(torch.zeros(5)).unique().numel() == 5
 
 
 # --- the whole model
