@@ -309,6 +309,25 @@ def test_a_finished_first_stage_and_an_unknown_baseline_are_refused(load_script,
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["compare", "arms"])
+def test_what_evaluation_lacks_is_missed_before_anything_is_trained(load_script, folders, script, monkeypatch):
+    def old_scorer(names, use_stemmer):
+        raise AssertionError("must not get so far")
+
+    module = load_script(script)
+    first = f"--config={folders / 'preset'}" if script == "compare" else RECIPES[0]
+    words = [first, "--tokenizer", folders / "yan", "--output_dir", folders / "missed", "--metrics", "rouge"]
+    words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]
+    monkeypatch.setattr("rouge_score.rouge_scorer.RougeScorer", old_scorer)
+    with pytest.raises(TypeError, match="tokenizer"):
+        module.main(list(map(str, words)))
+    assert not (folders / "missed").exists()
+    words[words.index("--test_file") + 1] = folders / "nowhere.jsonl"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        module.main(list(map(str, words)))
+    assert not (folders / "missed").exists()
+
+
 def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):
     (tmp_path / "recipe.yaml").write_text("config: a\narm: {}\n")
     with pytest.raises(ValueError, match="must have config, share_autoencoder, autoencoder, flow, arms"):

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from modeling_yan import YanConfig
 from modeling_yan.baselines import match_size
 from modeling_yan.data import read_rows
-from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, evaluate_models, format_table
+from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, check_metrics, evaluate_files
 from modeling_yan.training import PretrainingArguments, pretrain
 
 NAMES = ("config", "share_autoencoder", "autoencoder", "flow", "arms")
@@ -99,6 +99,8 @@ def parse_options(arguments):
 
 def main(arguments: list[str] | None = None):
     options, recipe = parse_options(arguments)
+    rows = {file: read_rows(file)[: options.num_rows] for file in options.test_file}
+    check_metrics(options.metrics)
     data = {name: getattr(options, name) for name in ("tokenizer", "train_file", "validation_file", "use_cpu", "seed")}
     data["report_to"] = ["none"]
     for stage in ("autoencoder", "flow"):
@@ -108,24 +110,15 @@ def main(arguments: list[str] | None = None):
         run = (recipe, data, options.output_dir)
         autoencoder = options.autoencoder or train_first_stage(name, fields, *run)
         folders[name] = str(train_arm(name, fields, autoencoder, *run))
-    for file in options.test_file:
-        print(file, evaluate(file, folders, options), sep="\n")
-
-
-def evaluate(file: str, folders: dict[str, str], options) -> str:
-    """The table of one test file, which is also written."""
-    output_dir = options.output_dir
-    if len(options.test_file) > 1:
-        output_dir /= Path(file).name.split(".")[0]
     settings = RunOptions(
         max_new_tokens=options.max_new_tokens,
         num_flow_steps=options.num_flow_steps,
         num_seeds=options.seeds,
         batch_size=options.eval_batch_size,
     )
-    rows, models = read_rows(file)[: options.num_rows], list(folders.values())
-    baseline = folders[options.baseline or next(iter(folders))]
-    return format_table(evaluate_models(models, rows, output_dir, settings, baseline, metrics=options.metrics))
+    where = options.output_dir, settings, folders[options.baseline or next(iter(folders))]
+    for table in evaluate_files(list(folders.values()), rows, *where, metrics=options.metrics):
+        print(table)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from modeling_yan import YanConfig
 from modeling_yan.baselines import CONVOLVED, INPUTS, match_size
 from modeling_yan.data import read_rows
-from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, evaluate_models, format_table
+from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, check_metrics, evaluate_files
 from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate
 
 NUM_EXPERTS = {"yan": None, "flow_matching": 1}
@@ -101,6 +101,8 @@ def parse_options(arguments):
 
 def main(arguments: list[str] | None = None):
     options = parse_options(arguments)
+    rows = {file: read_rows(file)[: options.num_rows] for file in options.test_file}
+    check_metrics(options.metrics)
     folders = {name: str(train_model(name, options)) for name in options.models}
     settings = RunOptions(
         max_new_tokens=options.max_new_tokens,
@@ -109,24 +111,13 @@ def main(arguments: list[str] | None = None):
         num_seeds=options.seeds,
         batch_size=options.eval_batch_size,
     )
+    where = options.output_dir, settings, folders[options.baseline]
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
-    for file in options.test_file:
-        print(file, evaluate(file, folders, settings, device, options), sep="\n")
-
-
-def evaluate(file: str, folders: dict[str, str], settings: RunOptions, device: str, options) -> str:
-    """The table of one test file, which is also written."""
-    name = Path(file).name.split(".")[0]
-    output_dir = options.output_dir / name if len(options.test_file) > 1 else options.output_dir
-    rows = read_rows(file)[: options.num_rows]
-    about = {"max_steps": options.max_steps, "data": file}
-    baseline = folders[options.baseline]
-    models = list(folders.values())
-    return format_table(
-        evaluate_models(
-            models, rows, output_dir, settings, baseline, device, description=about, metrics=options.metrics
-        )
-    )
+    about = {"max_steps": options.max_steps}
+    for table in evaluate_files(
+        list(folders.values()), rows, *where, device, description=about, metrics=options.metrics
+    ):
+        print(table)
 
 
 if __name__ == "__main__":

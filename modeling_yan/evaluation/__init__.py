@@ -23,7 +23,15 @@ from .metrics import (
     unicode_words,
 )
 from .modules import METRICS, load_metric
-from .reports import DEFAULT_METRICS, METRIC_NAMES, compare_runs, evaluate_task, format_report, read_predictions
+from .reports import (
+    DEFAULT_METRICS,
+    METRIC_NAMES,
+    check_metrics,
+    compare_runs,
+    evaluate_task,
+    format_report,
+    read_predictions,
+)
 from .runs import Run, RunOptions, generate_answers, generate_timed, load_for_generation, run_model
 from .speed import num_new_tokens, tokens_per_second
 from .statistics import (
@@ -33,7 +41,7 @@ from .statistics import (
     paired_bootstrap,
     paired_permutation_test,
 )
-from .tables import evaluate_models, format_table, join_reports
+from .tables import evaluate_files, evaluate_models, format_table, join_reports
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -44,9 +52,11 @@ __all__ = [
     "TextEncoder",
     "accuracy_scores",
     "bert_scores",
+    "check_metrics",
     "compare_runs",
     "distinct_n",
     "effective_dimension",
+    "evaluate_files",
     "evaluate_models",
     "evaluate_task",
     "exact_match",

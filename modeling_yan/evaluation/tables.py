@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,25 @@ def evaluate_models(
         reports[label] = evaluate_task(model, tokenizer, rows, Path(output) / label, options, **settings_of_model)
     _write_tables(reports, output)
     return reports
+
+
+def evaluate_files(
+    names: Sequence[str],
+    rows: Mapping[str, Sequence[Row]],
+    output: str | os.PathLike,
+    *arguments: Any,
+    description: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """`evaluate_models` for the rows of each file; gives one file's name and table after the other.
+
+    Several files have a folder in `output` each, of the name that the file has in front of its first dot.
+    """
+    for file, rows_of_file in rows.items():
+        folder = Path(output) / (Path(file).name.split(".")[0] if len(rows) > 1 else "")
+        about = {**(description or {}), "data": file}
+        reports = evaluate_models(names, rows_of_file, folder, *arguments, description=about, **settings)
+        yield f"{file}\n{format_table(reports)}"
 
 
 def join_reports(
