@@ -52,7 +52,7 @@ def merging_settings() -> dict:
         def uuid(self):
             return get_hash_for_files((__file__,))
 
-    return {"joint_custom_post_pass": Merging()}
+    return {"post_grad_custom_pre_pass": Merging()}
 
 
 def opaque_operator(function: Callable, fake: Callable) -> Callable:
