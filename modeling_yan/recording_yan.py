@@ -161,14 +161,15 @@ class Recordings:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
         key = about, shapes, model.config._attn_implementation, autocast, precision
-        if key not in self.calls:
+        recording = self.calls.get(key)
+        if recording is None:
             try:
-                self.calls[key] = Recording(function, tensors, self.pool, self.stream)
+                recording = Recording(function, tensors, self.pool, self.stream)
             except RuntimeError as error:
                 logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
-                self.calls[key] = function
-                self.pool = torch.cuda.graph_pool_handle()
+                recording, self.pool = function, torch.cuda.graph_pool_handle()
+            self.calls[key] = recording
             if len(self.calls) > MAX_RECORDINGS:
                 self.calls.popitem(last=False)
         self.calls.move_to_end(key)
-        return self.calls[key]
+        return recording

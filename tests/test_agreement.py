@@ -55,10 +55,12 @@ def written(model, num_rows=64, **options) -> list[tuple[int, ...]]:
 
 
 class TestExpertsShareTheTargets:
+    @pytest.mark.slow
     def test_experts_drawn_without_the_target_mix_the_texts(self, make_model):
         texts = written(trained_on_targets(make_model, num_experts=3))
         assert sum(text in SEEN for text in texts) < 50
 
+    @pytest.mark.slow
     def test_each_of_those_that_know_it_writes_a_text_of_its_own(self, make_model):
         settings = {"expert_scope": "sequence", "train_expert_choice": "likeliest"}
         model = trained_on_targets(make_model, num_experts=3, **settings)

@@ -118,6 +118,7 @@ def test_chance_and_updates_are_not_merged():
 # --- the whole model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", ["flow", "autoencoder"])
 def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     model = lively_model() if model_class == "flow" else lively_model(YanForAutoencoding)

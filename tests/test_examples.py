@@ -32,6 +32,7 @@ def test_a_bundled_checkpoint_is_small_and_whole(folder):
     assert {"README.md", "config.json", "generation_config.json", "tokenizer.json"} <= set(os.listdir(folder))
 
 
+@pytest.mark.slow
 def test_evaluation_gives_every_score_with_interval_and_baseline(tmp_path):
     figures = tmp_path / "figures.json"
     run("evaluate_checkpoint.py", "--model", CHECKPOINTS[-1], "--num_rows", 100, "--output", figures)

@@ -334,6 +334,7 @@ def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):
         load_script("arms").read_recipe(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.slow
 def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     words = ["--config", folders / "preset", "--tokenizer", folders / "yan", "--output_dir", folders / "out"]
     words += [word for name in ("train", "validation", "test") for word in (f"--{name}_file", folders / "pairs.jsonl")]

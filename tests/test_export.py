@@ -90,6 +90,7 @@ def test_its_operators_are_torchs_own(lively_model):
     assert not [target for target in targets if target.startswith("yan")]
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
     path = tmp_path / "yan.pt2"
     torch.export.save(export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8), path)

@@ -13,6 +13,7 @@ from modeling_yan.data import generate_stories, write_rows
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("yan-transformer-tiny", []), ("yan-mamba-tiny", ["--lora"])])
 def test_finetuning_improves_the_loss_and_saves_what_it_trained(tmp_path, name, options):
     train_file, output = tmp_path / "pairs.jsonl", tmp_path / "output"

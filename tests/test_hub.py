@@ -91,6 +91,7 @@ def run(script, address, home, *arguments, **environment):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_what_is_pushed_comes_back_in_a_fresh_process(hub, folders, tmp_path):
     address, root = hub
     publisher, user = tmp_path / "publisher", tmp_path / "user"

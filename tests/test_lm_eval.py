@@ -23,6 +23,7 @@ def run(*words, home):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_answers_a_local_task(tmp_path):
     run("examples/lm_eval/export.py", CHECKPOINT, tmp_path / "model", home=tmp_path / "home")
     arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True,max_length=96,dtype=float32"

@@ -75,6 +75,7 @@ def test_the_scan_and_its_gradients_equal_the_plain_recurrence(length, chunk, mo
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_triton_scan_and_its_gradients_equal_the_plain_ones():
     """On a CPU by Triton's interpreter, which has to be chosen before the kernels are defined."""
     pytest.importorskip("triton")

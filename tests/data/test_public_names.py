@@ -14,6 +14,7 @@ def test_every_public_name_is_there():
         _ = data.nonsense
 
 
+@pytest.mark.slow
 def test_the_package_imports_no_file_that_is_also_a_command():
     # `python -m modeling_yan.data.stories` would warn about it.
     done = subprocess.run([sys.executable, "-c", PRINT_IMPORTED], capture_output=True, text=True, check=True)

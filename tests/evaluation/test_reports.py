@@ -55,6 +55,7 @@ def lines_of(folder):
     return [json.loads(line) for line in text.split("\n") if line]
 
 
+@pytest.mark.slow
 def test_the_command_measures_yan_and_compares_a_baseline_with_it(rows, checkpoint, gpt2_folder, tmp_path):
     data = tmp_path / "pairs.jsonl.gz"
     write_rows(data, rows)
@@ -146,6 +147,7 @@ def test_with_oracle_length_no_row_gets_more_tokens_than_its_reference(yan, toke
     assert told == 2 * [(length, length, lengths.count(length)) for length in sorted(set(lengths))]
 
 
+@pytest.mark.slow
 def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, tokenizer, rows, checkpoint, tmp_path):
     calls, generate = [], yan.generate
     yan.generate = lambda **options: calls.append(options) or generate(**options)

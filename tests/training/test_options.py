@@ -63,6 +63,7 @@ class TestTheSameResult:
         for name, value in runs.weights(plain.output_dir).items():
             torch.testing.assert_close(runs.weights(saving.output_dir)[name], value, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_compiled(self, arguments, runs, fresh):
         plain = arguments(stage="flow", max_steps=2)
         pretrain(plain)

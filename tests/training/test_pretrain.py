@@ -24,6 +24,7 @@ PAIRS = [{"source": f"{name} is here. Where?", "target": "here"} for name in ("M
 
 
 class TestScript:
+    @pytest.mark.slow
     def test_both_stages_lead_from_a_preset_to_text(self, arguments, variant, data, tmp_path, runs, command_line):
         # Stage one goes through the launcher in one variant, and without it in the other.
         launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]

@@ -101,6 +101,7 @@ class TestResuming:
 
 
 class TestFullDisk:
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [20_000, 200_000])
     def test_the_last_good_checkpoint_stays(self, interrupted, runs, tmp_path, limit):
         """Files may not grow beyond `limit` bytes, as if the disk were full: some writer fails for real."""
