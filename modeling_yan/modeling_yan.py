@@ -404,6 +404,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         self.post_init()
         self.apply_freeze_switches()
 
+    def _apply(self, *args, **kwargs):
+        """Recordings go, and with them the memory of the weights that they were made with, when the model is moved."""
+        self._recordings = None
+        return super()._apply(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; the freeze switches are applied anew, because loading replaces the parameters."""

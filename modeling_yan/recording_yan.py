@@ -18,7 +18,8 @@ class ModelParts:
     """The modules, weights and hooks that a model has, and whether they are still the same.
 
     A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does, but
-    knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved.
+    knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved. Their memory is kept
+    until the next comparison.
     """
 
     def __init__(self, model: nn.Module):
@@ -29,6 +30,7 @@ class ModelParts:
         self.members = self._current_members()
         tensors = [member for member in self.members if torch.is_tensor(member)]
         self.tensors = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter)]
+        self.storages = [tensor.untyped_storage() for tensor in self.tensors]  # kept, as what is recorded reads them
         self.state = self._current_state()
         is_plain = len(self.tensors) == len(tensors) and not any(map(self._hides_state, self.modules[1:]))
         self.can_be_recorded = is_plain and {tensor.device for tensor in tensors} == {model.device}
@@ -140,13 +142,19 @@ class Recordings:
             about: What the function does, apart from the model, and the shapes and types of the tensors.
         """
         with self.lock, torch.cuda.device(model.device):
+            key = self._key(model, tensors, about)
+            known = self.calls.get(key)
+            # the model is compared while the GPU computes: results of a model that has changed are thrown away
+            results = None if known is None else self._run(known, tensors)
             if self.parts is None or not self.parts.are_the_same():
                 self._begin_anew(model)
+                known = None
             if not self.parts.can_be_recorded:
                 return function(*tensors)
-            self.is_done.wait()  # the last call may have been made in another stream
-            results = self._recording_of(model, function, tensors, about)(*tensors)
-            self.is_done.record()
+            if known is None:
+                known = self._record(function, tensors, key)
+                results = self._run(known, tensors)
+            self.calls.move_to_end(key)
             return results
 
     def _begin_anew(self, model):
@@ -156,20 +164,26 @@ class Recordings:
         self.parts, self.pool = ModelParts(model), torch.cuda.graph_pool_handle()
         self.stream, self.is_done = torch.cuda.Stream(), torch.cuda.Event()
 
-    def _recording_of(self, model, function, tensors, about) -> Callable:
+    @staticmethod
+    def _key(model, tensors, about) -> Hashable:
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-        key = about, shapes, model.config._attn_implementation, autocast, precision
-        recording = self.calls.get(key)
-        if recording is None:
-            try:
-                recording = Recording(function, tensors, self.pool, self.stream)
-            except RuntimeError as error:
-                logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
-                recording, self.pool = function, torch.cuda.graph_pool_handle()
-            self.calls[key] = recording
-            if len(self.calls) > MAX_RECORDINGS:
-                self.calls.popitem(last=False)
-        self.calls.move_to_end(key)
+        return about, shapes, model.config._attn_implementation, autocast, precision
+
+    def _run(self, recording, tensors):
+        self.is_done.wait()  # the last call may have been made in another stream
+        results = recording(*tensors)
+        self.is_done.record()
+        return results
+
+    def _record(self, function, tensors, key) -> Callable:
+        try:
+            recording = Recording(function, tensors, self.pool, self.stream)
+        except RuntimeError as error:
+            logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
+            recording, self.pool = function, torch.cuda.graph_pool_handle()
+        self.calls[key] = recording
+        if len(self.calls) > MAX_RECORDINGS:
+            self.calls.popitem(last=False)
         return recording
