@@ -1,6 +1,7 @@
 """What only a GPU can show; on a machine without one everything here is skipped."""
 
 import copy
+import gc
 import itertools
 import json
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, layers_yan, mamba_yan, recording_yan
+from modeling_yan import YanForFlowGeneration, generation_yan, layers_yan, mamba_yan, recording_yan
 from modeling_yan.experts_yan import static_grouped_linear
 from modeling_yan.generation_yan import CanvasPlan, write_canvas
 
@@ -143,6 +144,17 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(changed))
     assert torch.equal(first, kept)
     check_recorded(copy.deepcopy(model), prompts)
+
+
+def test_a_model_that_leaves_the_gpu_leaves_no_memory_there(model, prompts):
+    before = torch.cuda.memory_allocated()
+    check_recorded(model.cuda(), prompts.cuda())
+    model.cpu()
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    generation_yan._shared_noise.cache_clear()
+    assert torch.cuda.memory_allocated() - before < 2**16
+    check_recorded(model.cuda(), prompts.cuda())
 
 
 def test_a_recording_outlives_the_memory_that_others_free(make_model, prompts):
