@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -41,9 +42,8 @@ def merge_repeated(graph: torch.fx.Graph):
 
 
 @cache
-def merging_settings() -> dict:
-    """Settings of inductor with which it merges what is repeated."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # slow to import
+def _merging_pass():
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Merging(CustomGraphPass):
         def __call__(self, graph):
@@ -52,7 +52,14 @@ def merging_settings() -> dict:
         def uuid(self):
             return get_hash_for_files((__file__,))
 
-    return {"post_grad_custom_pre_pass": Merging()}
+    return Merging()
+
+
+def merging() -> AbstractContextManager:
+    """Within it inductor merges what is repeated in a program that it compiles."""
+    from torch._inductor import config  # slow to import
+
+    return config.patch(post_grad_custom_pre_pass=_merging_pass())
 
 
 def opaque_operator(function: Callable, fake: Callable) -> Callable:

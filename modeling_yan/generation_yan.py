@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .compilation_yan import merging_settings
+from .compilation_yan import merging
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
 from .layers_yan import count_positions
@@ -271,7 +271,7 @@ class YanGenerationMixin(GenerationMixin):
         before = prompt.repeat_interleave(options.num_return_sequences, 0)[:, : None if options.return_prompt else 0]
         sequences = torch.cat([before, written], dim=1)
         # the device is asked last, when nothing is left to launch
-        sequences = sequences[:, : before.shape[1] + int(num_tokens.max())]
+        sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
     def adjust_generation_fn(self, *args, **kwargs):
@@ -412,7 +412,7 @@ class YanGenerationMixin(GenerationMixin):
         settings = _compiler_settings(compile_config)
 
         def write(*tensors):
-            with torch._dynamo.config.patch(**TRACER_SETTINGS), torch._inductor.config.patch(**merging_settings()):
+            with torch._dynamo.config.patch(**TRACER_SETTINGS), merging():
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
         tensors = context, context_mask, x_0, expert_numbers

@@ -115,6 +115,24 @@ def test_chance_and_updates_are_not_merged():
     assert graph(torch.zeros(5)).unique().numel() == 5
 
 
+@pytest.mark.compiler
+@only_attention
+def test_steps_of_compiled_generation_share_what_they_repeat(lively_model, monkeypatch):
+    saved, merge = [], compilation_yan.merge_repeated
+
+    def count(graph):
+        before = len(graph.nodes)
+        merge(graph)
+        saved.append(before - len(graph.nodes))
+
+    monkeypatch.setattr(compilation_yan, "merge_repeated", count)
+    model, (ids, mask, _) = lively_model(), batch()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        actual = model.generate(ids, attention_mask=mask, compile_generation=True)
+    assert torch.equal(actual, model.generate(ids, attention_mask=mask))
+    assert saved[0] > 0
+
+
 # --- the whole model
 
 

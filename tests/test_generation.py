@@ -252,6 +252,13 @@ class TestEndOfText:
         assert tokens.shape[1] == CANVAS + 4
         assert (tokens == EOS).nonzero()[:, 1].tolist() == [CANVAS + 3] * len(prompts)
 
+    @pytest.mark.parametrize("return_prompt", [True, False])
+    def test_what_is_cut_to_the_longest_text_can_be_viewed_as_any_tensor(self, model, prompts, return_prompt):
+        end_rows_at(model, torch.tensor([0, 1, 2, 1, 0, 3]))
+        sequences = model.generate(prompts, return_prompt=return_prompt)
+        assert sequences.shape[1] == 4 + 7 * return_prompt
+        assert len(sequences.view(-1)) == sequences.numel()
+
     def test_min_length_counts_the_prompt(self, model, prompts):
         write_eos_at(model, *range(CANVAS))
         assert torch.equal(model.generate(prompts, min_length=7 + 3), model.generate(prompts, min_new_tokens=3))
