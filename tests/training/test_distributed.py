@@ -75,7 +75,12 @@ def test_sharded_training(make_model, runs, sharding, tmp_path):
     make_model().save_pretrained(tmp_path / "start")
     launch = LAUNCHERS["torchrun"].split()
     script = Path(__file__).with_name("shard_model.py")
-    result = runs.command(*launch, script, tmp_path / "start", tmp_path / "end", home=tmp_path)
+    command = [*launch, script, tmp_path / "start", tmp_path / "end"]
+    result = runs.command(*command, home=tmp_path, check=False)
+    if "(SIGABRT)" in result.stderr or "(SIGSEGV)" in result.stderr:
+        # torch's shards on gloo: once in some twenty runs a process finds its heap damaged, which no Python code does
+        result = runs.command(*command, home=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["world"] == 2
     for whole, local in report["shapes"].values():
