@@ -56,10 +56,10 @@ def _merging_pass():
 
 
 def merging() -> AbstractContextManager:
-    """Within it inductor merges what is repeated in a program that it compiles."""
+    """Within it inductor merges what is repeated in a program that it compiles, unless it has a pass of the user's."""
     from torch._inductor import config  # slow to import
 
-    return config.patch(post_grad_custom_pre_pass=_merging_pass())
+    return config.patch(post_grad_custom_pre_pass=config.post_grad_custom_pre_pass or _merging_pass())
 
 
 def opaque_operator(function: Callable, fake: Callable) -> Callable:

@@ -115,6 +115,15 @@ def test_chance_and_updates_are_not_merged():
     assert graph(torch.zeros(5)).unique().numel() == 5
 
 
+def test_a_pass_of_the_user_s_stays():
+    with compilation_yan.merging():
+        own = torch._inductor.config.post_grad_custom_pre_pass
+    assert own is not None
+    assert torch._inductor.config.post_grad_custom_pre_pass is None
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=own.uuid), compilation_yan.merging():
+        assert torch._inductor.config.post_grad_custom_pre_pass == own.uuid
+
+
 @pytest.mark.compiler
 @only_attention
 def test_steps_of_compiled_generation_share_what_they_repeat(lively_model, monkeypatch):
