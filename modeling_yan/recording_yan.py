@@ -18,8 +18,8 @@ class ModelParts:
     """The modules, weights and hooks that a model has, and whether they are still the same.
 
     A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does, but
-    knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved. Their memory is kept
-    until the next comparison.
+    knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved. The memory of the
+    weights as they were is kept until a comparison has found that out.
     """
 
     def __init__(self, model: nn.Module):

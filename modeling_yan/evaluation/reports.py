@@ -111,13 +111,13 @@ def evaluate_task(
     return report
 
 
-def check_metrics(metrics: Sequence[str], encoder=None):
+def check_metrics(metrics: Sequence[str]):
     """Compute each metric of one short text, so that what is missing is missed before anything is trained.
 
     Raises:
         ImportError, OSError, TypeError: A library or a model that a metric needs is not there, or too old.
     """
-    _functions(metrics, encoder, None, [])
+    _functions(metrics, None, None, [])
 
 
 def compare_runs(own: Mapping, others: Mapping) -> dict[str, Any]:
