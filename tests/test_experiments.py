@@ -11,11 +11,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import CONVOLVED, INPUTS, count_parameters, make_baseline
-from modeling_yan.data import write_rows
+from modeling_yan.data import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "examples" / "checkpoints" / "yan-transformer-tiny"
@@ -361,3 +361,26 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUTS):
         record = json.loads((folders / "out" / "training" / name / "learning_rates.json").read_text())
         assert record["chosen"] in (1e-3, 3e-3)
+
+
+def test_a_teacher_writes_the_targets_of_some_tasks(load_script, folders, tokenizer):
+    """Longer sources first and last, so that answers which lost their row would show."""
+    rows = [{**row, "task": "where" if number % 3 else "other"} for number, row in enumerate(ROWS)]
+    write_rows(folders / "tasks.jsonl", rows)
+    words = ["--model", folders / "decoder", "--data", folders / "tasks.jsonl", "--tasks", "where", "--batch_size", 3]
+    words += ["--max_new_tokens", 4, "--output", folders / "distilled.jsonl.gz"]
+    distill = load_script("distill")
+    distill.main(list(map(str, words)))
+    model = AutoModelForCausalLM.from_pretrained(folders / "decoder").eval()
+    distilled = read_rows(folders / "distilled.jsonl.gz")
+    for old, new in zip(rows, distilled, strict=True):
+        if old["task"] == "other":
+            assert new == old
+            continue
+        prompt = tokenizer(old["source"], return_tensors="pt")["input_ids"]
+        written = model.generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
+        answer = tokenizer.decode(written, skip_special_tokens=True)
+        assert new == ({**old, "target": answer, "reference": old["target"]} if answer else old)
+    assert len({row["target"] for row in distilled if "reference" in row}) > 1
+    with pytest.raises(SystemExit):
+        distill.main([*map(str, words), "--tasks", "when"])
