@@ -132,11 +132,12 @@ class AutoencoderCollator:
 
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. A source that begins with more mask tokens than the target has its answer slot there (a
-    BOS before it does not matter): the target, filled up with EOS, is learned in its place; with `source_mask_ratio`
-    such a share of the tokens behind it is hidden, each in its place, and learned too. A source that is its target but
-    for mask tokens is a cloze: what they hide is learned in their places. Of another pair only the target and one EOS
-    are learned, the rest is -100: copying the source would drown the few tokens of the answer in the mean loss.
+    answer from the source. A source that begins with mask tokens, at least as many as the target has tokens, has its
+    answer slot there (a BOS before it does not matter): the target, filled up with EOS, is learned in its place; with
+    `source_mask_ratio` such a share of the tokens behind it is hidden, each in its place, and learned too. A source
+    that is its target but for mask tokens is a cloze: what they hide is learned in their places. Of another pair only
+    the target and one EOS are learned, the rest is -100: copying the source would drown the few tokens of the answer
+    in the mean loss.
     Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a window is taken at
     random; a source keeps the end that fits, or the start if its answer slot is there; `num_truncated` counts both (in
     each worker of a data loader for itself). L is the longest row with one EOS, rounded up to a multiple of
@@ -243,7 +244,7 @@ class AutoencoderCollator:
         return is_cloze
 
     def _find_slots(self, sources: Sequence[Ids], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) start and end of the mask tokens that begin a source; equal if too few for the text and one EOS."""
+        """(B,) start and end of the mask tokens that begin a source; equal if too few for the text."""
         heads = _flatten([ids[: self.max_length] for ids in sources])
         heads = _pad(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
         begins = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if token is not None]
@@ -251,7 +252,7 @@ class AutoencoderCollator:
         is_slot = heads == self.tokenizer.mask_token_id
         is_slot[:, 0] |= starts
         ends = np.logical_and.accumulate(is_slot, axis=1).sum(1)
-        return starts.astype(np.int64), np.where(ends - starts > lengths, ends, starts)
+        return starts.astype(np.int64), np.where(ends - starts >= lengths, ends, starts)
 
     def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
         """The part of every source that fits, beside its text unless that has its slot there."""

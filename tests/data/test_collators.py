@@ -194,10 +194,12 @@ def test_autoencoder_learns_hidden_tokens_of_the_source_behind_the_slot(tokenize
     assert share.item() == pytest.approx(0.25, abs=0.02)
 
 
-def test_a_slot_too_short_for_its_answer_is_none(tokenizer):
-    mask = tokenizer.mask_token_id
-    batch = AutoencoderCollator(tokenizer, 16, target_mask_ratio=0)([{"source": [mask, mask], "target": [10, 11]}])
-    assert batch["labels"][0].tolist() == [-100, -100, 10, 11, 2, -100, -100, -100]
+def test_an_answer_may_fill_its_slot_and_not_go_beyond_it(tokenizer):
+    """An answer of as many tokens as the slot was learned behind it once, and then never found in it."""
+    slot, ignored = [tokenizer.mask_token_id] * 2, [-100] * 3
+    rows = [{"source": [*slot, 20], "target": [10, 11, 12][:length]} for length in (1, 2, 3)]
+    labels = AutoencoderCollator(tokenizer, 16, target_mask_ratio=0)(rows)["labels"].tolist()
+    assert labels == [[10, 2, *ignored, *ignored], [10, 11, *ignored, *ignored], [*ignored, 10, 11, 12, 2, -100]]
 
 
 def test_autoencoder_mixes_texts_and_pairs_each_with_its_ratio(tokenizer):
@@ -369,7 +371,7 @@ class TestAgainstLoops:
         end = start
         while end < len(source_end) and source_end[end] == MASK:
             end += 1
-        if end - start > len(text):
+        if end - start >= max(1, len(text)):
             answer = text + [eos] * (end - start - len(text))
             return source_end, [-100] * start + answer + [-100] * (limit - end)
         source = source[max(0, len(source) - (limit - len(text))) :]
