@@ -364,8 +364,13 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
 
 
 def test_a_teacher_writes_the_targets_of_some_tasks(load_script, folders, tokenizer):
-    """Longer sources first and last, so that answers which lost their row would show."""
-    rows = [{**row, "task": "where" if number % 3 else "other"} for number, row in enumerate(ROWS)]
+    """Sources of different lengths in one batch, and a tokenizer that pads on the right."""
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folders / "decoder")
+    rows = [
+        {**row, "source": row["source"] + " Mary went." * (number % 4), "task": "where" if number % 3 else "other"}
+        for number, row in enumerate(ROWS)
+    ]
     write_rows(folders / "tasks.jsonl", rows)
     words = ["--model", folders / "decoder", "--data", folders / "tasks.jsonl", "--tasks", "where", "--batch_size", 3]
     words += ["--max_new_tokens", 4, "--output", folders / "distilled.jsonl.gz"]
@@ -382,5 +387,7 @@ def test_a_teacher_writes_the_targets_of_some_tasks(load_script, folders, tokeni
         answer = tokenizer.decode(written, skip_special_tokens=True)
         assert new == ({**old, "target": answer, "reference": old["target"]} if answer else old)
     assert len({row["target"] for row in distilled if "reference" in row}) > 1
-    with pytest.raises(SystemExit):
-        distill.main([*map(str, words), "--tasks", "when"])
+    write_rows(folders / "texts.jsonl", [{"text": "Mary went."}])
+    for wrong in (["--tasks", "when"], ["--data", str(folders / "texts.jsonl")]):
+        with pytest.raises(SystemExit):
+            distill.main([*map(str, words), *wrong])

@@ -31,13 +31,14 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", required=True, help="a .jsonl or .jsonl.gz")
     options = parser.parse_args(arguments)
     rows = read_rows(options.data)
+    if not all("target" in row for row in rows):
+        parser.error(f"--data {options.data}: must have rows with source and target, not with text")
     chosen = [row for row in rows if options.tasks is None or row.get("task") in options.tasks]
     if not chosen:
         tasks = sorted({str(row.get("task")) for row in rows})
         parser.error(f"--tasks {' '.join(options.tasks)}: the rows have {', '.join(tasks)}")
     chosen.sort(key=lambda row: len(row["source"]))  # rows of one batch are of one length
     model, tokenizer = load_for_generation(options.model, options.device), AutoTokenizer.from_pretrained(options.model)
-    tokenizer.padding_side = "left"
     sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
     answers = generate_answers(model, tokenizer, [row["source"] for row in chosen], do_sample=False, **sizes)
     num_written = num_equal = 0

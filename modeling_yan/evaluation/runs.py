@@ -117,7 +117,6 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
         ValueError: A prompt that is too long for the model.
     """
     prompts = [options.template.replace("{source}", source) for source in sources]
-    _prepare_tokenizer(tokenizer)
     lengths = [max(1, len(ids)) for ids in tokenizer(list(references), add_special_tokens=False)["input_ids"]]
     _check_prompts(model, tokenizer, prompts, max(options.max_new_tokens, *lengths))
     generate_timed(model, tokenizer, prompts[: options.batch_size], options.batch_size, max_new_tokens=1)  # warm-up
@@ -200,15 +199,11 @@ def _by_length(model, generate, lengths) -> Generated:
     return result
 
 
-def _prepare_tokenizer(tokenizer):
-    """Pad on the left, where a causal model needs it; YAN takes either side."""
-    tokenizer.padding_side = "left"
+def _tokenize(tokenizer, texts):
+    """Prompts as tensors, padded on the left, where a causal model needs it; YAN takes either side."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _tokenize(tokenizer, texts):
-    batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
     batch.pop("token_type_ids", None)  # `generate` refuses what the model's forward doesn't take
     return batch
 
