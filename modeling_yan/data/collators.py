@@ -137,11 +137,10 @@ class AutoencoderCollator:
     `source_mask_ratio` such a share of the tokens behind it is hidden, each in its place, and learned too. A source
     that is its target but for mask tokens is a cloze: what they hide is learned in their places. Of another pair only
     the target and one EOS are learned, the rest is -100: copying the source would drown the few tokens of the answer
-    in the mean loss.
-    Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a window is taken at
-    random; a source keeps the end that fits, or the start if its answer slot is there; `num_truncated` counts both (in
-    each worker of a data loader for itself). L is the longest row with one EOS, rounded up to a multiple of
-    `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+    in the mean loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a
+    window is taken at random; a source keeps the end that fits, or the start if its answer slot is there;
+    `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with one EOS,
+    rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
 
     Batches follow `seed`, or the `generator` of a call. Sources are encoded as a prompt is, with the special tokens
     that the tokenizer adds to one, and texts and targets without.
