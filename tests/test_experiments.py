@@ -299,6 +299,30 @@ def test_a_chart_shows_the_tables_of_other_scripts(load_script, tmp_path):
         chart.main([str(tmp_path / "stories"), "--figures", "tokens_per_second", "--output", str(tmp_path / "x.png")])
 
 
+def test_a_chart_shows_the_table_of_a_page(load_script, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\n## Empty\n\nWords | only.\n\n## Measured\n\n"
+        "| | stories: exact match | ROUGE-L | p |\n|---|---|---|---|\n"
+        "| a very long name of the `decoder` | 0.5 | 0.25 (0.2 to 0.375) | |\n"
+        "| difference | +0.4 (+0.3 to +0.5) | -0.1 | 0.01 (paired) |\n"
+        "| **YAN** | **0.9** (0.75 to 1.0) | | 1 |\n\n| another | table |\n|---|---|\n| x | 0.7 |\n"
+    )
+    chart = load_script("chart")
+    decoder = "a very long name of the decoder"
+    assert chart.read_section(page, "Measured") == [
+        ("stories", "exact match", {decoder: {"mean": 0.5}, "YAN": {"mean": 0.9, "low": 0.75, "high": 1.0}}),
+        ("ROUGE-L", "ROUGE-L", {decoder: {"mean": 0.25, "low": 0.2, "high": 0.375}}),
+    ]
+    chart.main([str(page), "--section", "Measured", "--output", str(tmp_path / "chart.png")])
+    assert is_png(tmp_path / "chart.png")
+    with pytest.raises(ValueError, match="section 'Missing' must be one of Empty, Measured"):
+        chart.read_section(page, "Missing")
+    with pytest.raises(ValueError, match="section 'Empty' has no table of figures"):
+        chart.read_section(page, "Empty")
+
+
 def test_a_finished_first_stage_and_an_unknown_baseline_are_refused(load_script, capsys):
     mixers = ROOT / "configuration" / "recipes" / "experiments" / "mixers.yaml"
     words = "--tokenizer t --train_file a --validation_file b --test_file c --output_dir d".split()
