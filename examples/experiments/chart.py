@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None):
         if len(options.figures) not in (1, len(options.tables)):
             parser.error(f"figures={options.figures}: must be 1 or {len(options.tables)}, as many as tables")
         figures = options.figures * (len(options.tables) if len(options.figures) == 1 else 1)
-        panels = [(path.name, name, read_bars(path, name, options.length)) for path, name in zip(options.tables, figures)]
+        panels = [
+            (path.name, name, read_bars(path, name, options.length)) for path, name in zip(options.tables, figures)
+        ]
     draw(panels, options.output)
 
 
