@@ -24,7 +24,7 @@ from modeling_yan import YanConfig
 from modeling_yan.baselines import CONVOLVED, INPUTS, match_size
 from modeling_yan.data import read_rows
 from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, check_metrics, evaluate_files
-from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate
+from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate, words_with_recipe
 
 NUM_EXPERTS = {"yan": None, "flow_matching": 1}
 
@@ -93,7 +93,7 @@ def parse_options(arguments):
     parser.add_argument("--num_diffusion_steps", type=int, default=16)
     parser.add_argument("--eval_batch_size", type=int, default=32, help="of the tables")
     parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words_with_recipe(parser, arguments))
     if options.baseline not in options.models:
         parser.error(f"baseline={options.baseline}: must be among the models, {', '.join(options.models)}")
     return options

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.training import words_with_recipe
 
 SHARES = (0.3, 0.3, 0.4)
 FIRST_TOKEN = 4  # those before it are special
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--num_texts", type=int, default=100, help="texts written for each prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON and the figure")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words_with_recipe(parser, arguments))
     torch.set_num_threads(options.threads)
     answers, table = answers_of(options.num_prompts), {}
     for name, fields in ARMS.items():

@@ -1,6 +1,6 @@
 """Two-stage pre-training, and the training of baselines, through Accelerate."""
 
-from .arguments import PretrainingArguments, parse_arguments
+from .arguments import PretrainingArguments, parse_arguments, words_with_recipe
 from .loop import pretrain
 from .sweep import choose_learning_rate, pretrain_with_best_rate
 from .vocabulary import fit_to_tokenizer
@@ -12,4 +12,5 @@ __all__ = [
     "parse_arguments",
     "pretrain",
     "pretrain_with_best_rate",
+    "words_with_recipe",
 ]

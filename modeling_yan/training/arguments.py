@@ -1,7 +1,9 @@
 """The settings of a pre-training run: a dataclass, the command line, and recipe files in YAML."""
 
+import sys
+from argparse import Action, ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -134,33 +136,42 @@ class PretrainingArguments:
             raise ValueError(f"tasks={self.tasks}: every entry must be TASK=WEIGHT") from None
 
 
-def read_recipe(path: str) -> dict:
-    """The settings of a recipe, a YAML file from names of `PretrainingArguments` to values.
+def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[str]:
+    """The words of a command line, and before them those of its recipe, which they override.
+
+    Adds `--recipe FILE` to the parser: a YAML file from names of options to values, a list for an option of several
+    values, true or false for a switch.
+
+    Args:
+        words: `sys.argv` without the program's name if None.
 
     Raises:
         FileNotFoundError: There is no such file. ValueError: It is no mapping, or has a name that does not exist.
     """
+    known = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    parser.add_argument("--recipe", help="a YAML file of options, such as one in configuration/recipes")
+    words = list(sys.argv[1:] if words is None else words)
+    if "--recipe" not in words[:-1]:
+        return words
+    path = words[words.index("--recipe") + 1]
     recipe = yaml.safe_load(Path(path).read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe maps names to values, this one holds {type(recipe).__name__}")
-    known = [entry.name for entry in fields(PretrainingArguments)]
     unknown = sorted(set(recipe) - set(known))
     if unknown:
         raise ValueError(f"{path}: no such setting as {', '.join(unknown)}; there are {', '.join(known)}")
-    return recipe
+    return [word for name, value in recipe.items() for word in _as_words(known[name], value)] + words
+
+
+def _as_words(action: Action, value) -> list[str]:
+    option = f"--{action.dest}"
+    if action.nargs == 0:
+        return [option] if value else []
+    return [option, *map(str, value if isinstance(value, list) else [value])]
 
 
 def parse_arguments(words: Sequence[str]) -> PretrainingArguments:
     """Settings from the words of a command line; `--recipe FILE` gives those that the command line leaves out."""
     parser = HfArgumentParser(PretrainingArguments)
-    parser.add_argument("--recipe", help="a YAML file of settings, such as configuration/recipes/tiny-flow.yaml")
-    words = list(words)
-    if "--recipe" in words[:-1]:
-        recipe = read_recipe(words[words.index("--recipe") + 1])
-        words = [word for name, value in recipe.items() for word in _as_words(name, value)] + words
-    arguments, _ = parser.parse_args_into_dataclasses(words)
+    arguments, _ = parser.parse_args_into_dataclasses(words_with_recipe(parser, words))
     return arguments
-
-
-def _as_words(name, value) -> list[str]:
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -1,11 +1,11 @@
 """Settings from the command line, from recipes, and what is refused."""
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
-from modeling_yan.training import PretrainingArguments, parse_arguments
-from modeling_yan.training.arguments import read_recipe
+from modeling_yan.training import PretrainingArguments, parse_arguments, words_with_recipe
 
 READY = sorted((Path(__file__).parents[2] / "configuration" / "recipes").glob("*.yaml"))
 REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_dir", "o"]
@@ -45,17 +45,29 @@ class TestRecipes:
         assert arguments.stage == path.stem.split("-")[1]
         assert arguments.config == "stage-one" or (READY[0].parents[2] / arguments.config / "config.json").exists()
 
+    def test_any_parser_takes_a_recipe(self, recipe):
+        parser = ArgumentParser()
+        parser.add_argument("name")
+        parser.add_argument("--steps", type=int, nargs="+")
+        parser.add_argument("--rate", type=float)
+        for switch in ("--fast", "--slow"):
+            parser.add_argument(switch, action="store_true")
+        path = recipe("steps: [1, 2]\nrate: 1e-3\nfast: true\nslow: false\n")
+        options = parser.parse_args(words_with_recipe(parser, ["x", "--recipe", path, "--steps", "3"]))
+        expected = {"name": "x", "steps": [3], "rate": 1e-3, "fast": True, "slow": False}
+        assert vars(options) == {**expected, "recipe": path}
+
     def test_a_setting_that_does_not_exist(self, recipe):
         with pytest.raises(ValueError, match=r"recipe\.yaml: no such setting as learning_rat; there are stage"):
-            read_recipe(recipe("learning_rat: 1\n"))
+            parse_arguments([*REQUIRED, "--recipe", recipe("learning_rat: 1\n")])
 
     def test_a_recipe_that_is_no_mapping(self, recipe):
         with pytest.raises(ValueError, match="maps names to values, this one holds list"):
-            read_recipe(recipe("- 1\n"))
+            parse_arguments([*REQUIRED, "--recipe", recipe("- 1\n")])
 
     def test_a_recipe_that_is_not_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
-            read_recipe(str(tmp_path / "none.yaml"))
+            parse_arguments([*REQUIRED, "--recipe", str(tmp_path / "none.yaml")])
 
 
 class TestValues:
