@@ -20,7 +20,7 @@ from .embeddings import (
     semantic_distances,
 )
 from .likelihood import generative_perplexity, load_judge
-from .metrics import exact_match_scores, rouge_scores, token_f1_scores
+from .metrics import accuracy_scores, exact_match_scores, rouge_scores, token_f1_scores
 from .runs import DETERMINISTIC, Run, RunOptions, run_model
 from .statistics import (
     mcnemar_exact,
@@ -36,6 +36,7 @@ ROW_METRICS: dict[str, Callable[..., dict[str, list[float]]]] = {
         "exact_match": exact_match_scores(texts, wanted),
         "normalized_exact_match": exact_match_scores(texts, wanted, normalize=True),
     },
+    "accuracy": lambda texts, wanted: {"accuracy": accuracy_scores(texts, wanted)},
     "token_f1": lambda texts, wanted: {"token_f1": token_f1_scores(texts, wanted)},
     "rouge": rouge_scores,
     "repetition": lambda texts, _: {"repetition_rate": repetition_rates(texts)},
@@ -47,8 +48,8 @@ SET_METRICS: dict[str, Callable[..., dict[str, float]]] = {
     "distinct": lambda texts, _: {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)},
 }
 ENCODER_METRICS = ("bert_score", "semantic_distance", "mauve")
-DEFAULT_METRICS = (*ROW_METRICS, *SET_METRICS)
-METRIC_NAMES = (*DEFAULT_METRICS, *ENCODER_METRICS)
+METRIC_NAMES = (*ROW_METRICS, *SET_METRICS, *ENCODER_METRICS)
+DEFAULT_METRICS = tuple(name for name in METRIC_NAMES if name not in ("accuracy", *ENCODER_METRICS))
 
 Row = Mapping[str, Any]
 

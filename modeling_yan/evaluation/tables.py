@@ -114,7 +114,7 @@ def table_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def format_table(reports: Mapping[str, Mapping[str, Any]], figures: Sequence[str] = TABLE_FIGURES) -> str:
-    """The table in Markdown: means with their 95% intervals, and exact match minus the baseline's.
+    """The table in Markdown: mean, ± deviation over seeds, 95% interval over rows; exact match minus the baseline's.
 
     Rows are grouped by length, so that a model stands beside the others that knew as much as it did.
     """
@@ -138,9 +138,10 @@ def _count(number) -> str:
 def _figure(figure) -> str:
     if figure is None:
         return ""
-    interval = f" ({figure['low']:.3f} to {figure['high']:.3f})" if "low" in figure else ""
     digits = 0 if figure["mean"] >= 100 and math.isfinite(figure["mean"]) else 3
-    return f"{figure['mean']:.{digits}f}{interval}"
+    spread = f" ± {figure['std']:.{digits}f}" if figure.get("std") is not None else ""
+    interval = f" ({figure['low']:.3f} to {figure['high']:.3f})" if "low" in figure else ""
+    return f"{figure['mean']:.{digits}f}{spread}{interval}"
 
 
 def _test(test) -> str:

