@@ -13,13 +13,14 @@ words are left out.
 
 import argparse
 import json
+import math
 import re
-from math import nan
 from pathlib import Path
 
 MEASURED = re.compile(r"(\d+\.\d+)(?: \((\d+\.\d+) to (\d+\.\d+)\))?")
 MARKUP = str.maketrans("", "", "*`")
 LONGEST_LABEL = 24
+WIDEST = 20  # inches of panels side by side
 
 
 def read_bars(folder: Path, figure: str, length: str) -> dict[str, dict[str, float]]:
@@ -63,7 +64,7 @@ def read_section(page: Path, section: str) -> list[tuple[str, str, dict[str, dic
 
 
 def draw(panels: list[tuple[str, str, dict[str, dict[str, float]]]], path: Path):
-    """Panels of title, figure and bars, side by side; a model has the same colour in all of them."""
+    """Panels of title, figure and bars, as many side by side as have room; a model has one colour in all of them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,11 +73,16 @@ def draw(panels: list[tuple[str, str, dict[str, dict[str, float]]]], path: Path)
     models = list(dict.fromkeys(model for _, _, bars in panels for model in bars))
     colors = {model: pyplot.get_cmap("tab10")(index % 10) for index, model in enumerate(models)}
     labelled, handles = max(map(len, models)) <= LONGEST_LABEL, {}  # longer names stand in a legend
-    size = (1.2 + (0.8 + 0.55 * len(models)) * len(panels), 3.8)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, name, bars) in zip(axes[0], panels):
+    width = 0.8 + 0.55 * len(models)  # of a panel, in inches
+    lines = math.ceil(width * len(panels) / WIDEST)
+    columns = math.ceil(len(panels) / lines)
+    size = (1.2 + width * columns, 3.8 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, name, bars) in zip(axes.flat, panels):
         means = [bar["mean"] for bar in bars.values()]
-        errors = [[abs(bar.get(end, nan) - bar["mean"]) for bar in bars.values()] for end in ("low", "high")]
+        errors = [[abs(bar.get(end, math.nan) - bar["mean"]) for bar in bars.values()] for end in ("low", "high")]
         drawn = axis.bar(list(bars), means, yerr=errors, capsize=3, color=[colors[model] for model in bars])
         handles.update(zip(bars, drawn))
         axis.tick_params(axis="x", rotation=60, labelbottom=labelled)
