@@ -151,9 +151,11 @@ def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> li
     known = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     parser.add_argument("--recipe", help="a YAML file of options, such as one in configuration/recipes")
     words = list(sys.argv[1:] if words is None else words)
-    if "--recipe" not in words[:-1]:
+    before = ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--recipe")
+    path = before.parse_known_args(words)[0].recipe
+    if path is None:
         return words
-    path = words[words.index("--recipe") + 1]
     recipe = yaml.safe_load(Path(path).read_text())
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe maps names to values, this one holds {type(recipe).__name__}")

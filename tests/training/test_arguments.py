@@ -45,6 +45,9 @@ class TestRecipes:
         assert arguments.stage == path.stem.split("-")[1]
         assert arguments.config == "stage-one" or (READY[0].parents[2] / arguments.config / "config.json").exists()
 
+    def test_an_equals_sign_may_stand_before_the_file(self, recipe):
+        assert parse_arguments([*REQUIRED, f"--recipe={recipe('max_steps: 7')}"]) == make(max_steps=7)
+
     def test_any_parser_takes_a_recipe(self, recipe):
         parser = ArgumentParser()
         parser.add_argument("name")
