@@ -40,7 +40,7 @@ class Setting:
 
 EXPERIMENTS = {
     "experts": [{"num_experts": count} for count in (1, 2, 4, 8)],
-    "sigma": [{"sigma": sigma} for sigma in (0.01, 0.1, 1.0, 10.0, 100.0)],
+    "sigma": [{"sigma": sigma} for sigma in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)],
     "choice": [{"choice": choice} for choice in ("sample", "argmax", "mixture")],
 }
 LABELS = {"num_experts": "K = ", "sigma": "sigma = ", "choice": ""}
