@@ -151,9 +151,9 @@ def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> li
     known = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     parser.add_argument("--recipe", help="a YAML file of options, such as one in configuration/recipes")
     words = list(sys.argv[1:] if words is None else words)
-    before = ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--recipe")
-    path = before.parse_known_args(words)[0].recipe
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)  # finds the file, wherever and however it is named
+    finder.add_argument("--recipe")
+    path = finder.parse_known_args(words)[0].recipe
     if path is None:
         return words
     recipe = yaml.safe_load(Path(path).read_text())
