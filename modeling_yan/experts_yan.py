@@ -4,12 +4,14 @@ Letters: B batch, L canvas length, D hidden size, K experts.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
+from .experts_triton_yan import has_kernels_for, triton_heads
 from .layers_yan import YanFeedForward
 
 
@@ -77,18 +79,16 @@ grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def static_grouped_linear(tokens, sizes, weights, biases) -> torch.Tensor:
-    """The same for CUDA graphs, in which no size may depend on the data.
-
-    One grouped product where torch has it (bfloat16 on a GPU). Elsewhere every token meets all K layers and keeps one.
-    """
-    ends = sizes.cumsum(0)
-    expert = torch.searchsorted(ends, torch.arange(tokens.shape[0], device=tokens.device), right=True)
-    if tokens.is_cuda and tokens.dtype == weights[0].dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        products = F.grouped_mm(tokens, torch.stack(weights).transpose(1, 2), offs=ends.int())
-        return products + torch.stack(biases)[expert]
+    """The same for CUDA graphs, in which no size may depend on the data: every token meets all K layers."""
+    place = torch.arange(tokens.shape[0], device=tokens.device)
+    expert = torch.searchsorted(sizes.cumsum(0), place, right=True)
     products = torch.stack([F.linear(tokens, *layer) for layer in zip(weights, biases, strict=True)])
     index = expert.view(1, -1, 1).expand(1, -1, products.shape[-1])
     return products.gather(0, index).squeeze(0)
+
+
+# the heads of 16-bit models on a GPU
+sparse_heads = opaque_operator(triton_heads, lambda states, *others: torch.empty_like(states))
 
 
 @dataclass
@@ -141,28 +141,28 @@ class YanExperts(nn.Module):
         if isinstance(groups, torch.Tensor):
             index = groups[..., None, None].expand(*groups.shape, 1, states.shape[-1])
             return self(states).gather(-2, index).squeeze(-2)
-        tokens = select_rows(states.flatten(0, 1), groups.order)
-        outputs = self._grouped_output(tokens, groups.sizes)
+        flat = states.flatten(0, 1)
+        is_recordable = flat.is_cuda and not torch.is_grad_enabled()  # sizes on the host would halt a GPU
+        # an adapter's layers have to be called, at the price of a graph break
+        weights = self._weights() if is_recordable or uses_operators() else None
+        if weights is not None and is_recordable and has_kernels_for(flat, *chain(*weights)):
+            return sparse_heads(flat, groups.order, groups.sizes, *weights).view_as(states)
+        tokens = select_rows(flat, groups.order)
+        if weights is None:
+            parts = tokens.split(groups.sizes.tolist())
+            outputs = torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
+        else:
+            product = static_grouped_linear if is_recordable else grouped_linear
+            hidden = self.heads[0].act_fn(product(tokens, groups.sizes, *weights[:2]))
+            outputs = product(hidden, groups.sizes, *weights[2:])
         return select_rows(outputs, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
 
-    def _grouped_output(self, tokens, sizes):
-        product = self._grouped_product(tokens)
-        if product is None:
-            parts = tokens.split(sizes.tolist())
-            return torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
-        ups, downs = ([getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj"))
-        hidden = product(tokens, sizes, [up.weight for up in ups], [up.bias for up in ups])
-        hidden = self.heads[0].act_fn(hidden)
-        return product(hidden, sizes, [down.weight for down in downs], [down.bias for down in downs])
-
-    def _grouped_product(self, tokens):
-        """The function that computes the heads' layers together, where there has to be one, else None."""
-        layers = [layer for head in self.heads for layer in (head.up_proj, head.down_proj)]
-        if any(type(layer) is not nn.Linear for layer in layers):
-            return None  # an adapter's layers have to be called, at the price of a graph break
-        if tokens.is_cuda and not torch.is_grad_enabled():
-            return static_grouped_linear  # sizes on the host would halt a GPU
-        return grouped_linear if uses_operators() else None
+    def _weights(self):
+        """Weights and biases of the heads' first layers and of their second; None if a layer is more than these."""
+        layers = [[getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj")]
+        if any(type(layer) is not nn.Linear for layer in chain(*layers)):
+            return None
+        return [[getattr(layer, name) for layer in each] for each in layers for name in ("weight", "bias")]
 
     def mixture_of(self, states, log_gate):
         """Gate-weighted mean output (B, L, D) of all heads."""

@@ -409,9 +409,9 @@ class YanGenerationMixin(GenerationMixin):
         if length < bucket:
             context_mask = torch.ones_like(context) if context_mask is None else context_mask
             context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
-        settings = _compiler_settings(compile_config)
 
         def write(*tensors):
+            settings = _compiler_settings(compile_config)
             with torch._dynamo.config.patch(**TRACER_SETTINGS), merging():
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
@@ -419,7 +419,7 @@ class YanGenerationMixin(GenerationMixin):
         if context.device.type != "cuda":
             return Canvas(**write(*tensors))
         self._recordings = self._recordings or Recordings()
-        return Canvas(**self._recordings.call(self, write, tensors, (plan, repr(settings))))
+        return Canvas(**self._recordings.call(self, write, tensors, (plan, repr(compile_config))))
 
     def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""

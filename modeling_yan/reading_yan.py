@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from .compilation_yan import uses_operators
+
 END_CHOICES = ("likeliest", "first")
 
 
@@ -36,6 +38,9 @@ def best_text(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.LongTensor
 
 def _best_of_others(logits, eos):
     """Highest logit (B, L) and its token id of those that are no EOS; the vocabulary is not copied."""
+    if uses_operators():  # one pass, which the compiler does not write to memory either; parts are not aligned
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.masked_fill(torch.stack([ids == token for token in eos]).any(0), -torch.inf).max(-1)
     bounds = pairwise((-1, *sorted(set(eos)), logits.shape[-1]))
     starts = {low + 1: logits[..., low + 1 : high].max(-1) for low, high in bounds if high - low > 1}
     best, part = torch.stack([part.values for part in starts.values()]).max(0)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, generation_yan, layers_yan, mamba_yan, recording_yan
-from modeling_yan.experts_yan import static_grouped_linear
+from modeling_yan import YanForFlowGeneration, experts_yan, generation_yan, layers_yan, mamba_yan, recording_yan
+from modeling_yan.experts_yan import YanExperts
 from modeling_yan.generation_yan import CanvasPlan, write_canvas
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -240,16 +240,27 @@ def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
     assert set(joined) == {True, False}  # recorded, plain
 
 
-def test_the_grouped_product_equals_one_layer_after_the_other():
-    torch.manual_seed(0)
-    sizes = torch.tensor([5, 0, 17, 42], device="cuda")
-    tokens = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16)
-    weights = [torch.randn(48, 32, device="cuda", dtype=torch.bfloat16) / 6 for _ in sizes]
-    biases = [torch.randn(48, device="cuda", dtype=torch.bfloat16) for _ in sizes]
-    actual = static_grouped_linear(tokens, sizes, weights, biases)
-    parts = tokens.double().split(sizes.tolist())
-    expected = [part @ w.double().T + b.double() for part, w, b in zip(parts, weights, biases, strict=True)]
-    torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_of_the_experts_equal_all_heads_and_a_choice(make_config, dtype, monkeypatch):
+    config = make_config(num_experts=4, hidden_size=64, intermediate_size=256)
+    experts, called = YanExperts(config).to("cuda", dtype), []
+    sparse_heads = experts_yan.sparse_heads
+    monkeypatch.setattr(experts_yan, "sparse_heads", lambda *args: called.append(1) or sparse_heads(*args))
+    states, chosen = torch.randn(3, 50, 64, device="cuda", dtype=dtype), torch.randint(0, 3, (3, 50), device="cuda")
+    with torch.no_grad():
+        actual = experts.output_of(states, experts.group(chosen))
+        index = chosen[..., None, None].expand(3, 50, 1, 64)
+        expected = experts.double()(states.double()).gather(2, index).squeeze(2)
+    assert called
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_with_its_gelu_equals_the_two(dtype):
+    states, layer = torch.randn(3, 40, 64, device="cuda", dtype=dtype), torch.nn.Linear(64, 256).to("cuda", dtype)
+    actual = layers_yan._gelu_operator(states, layer.weight, layer.bias)
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(states.double(), *layer.double().parameters()))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.skipif(mamba_yan.selective_scan_fn is None, reason="needs mamba-ssm")

@@ -24,6 +24,7 @@ VARIANTS = ("transformer", "mamba")
 YAN_STEPS = (1, 2, 3, 4)
 NAIVE_STEPS = 3
 DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
+EAGER = "-eager"  # ends the name of a model that is not compiled where it is otherwise
 TRANSITION_RANK = 32  # of the presets that have chains
 
 
@@ -116,7 +117,7 @@ def write_by_unmasking(model, prompt, length, num_steps):
 def optional_contenders(with_compiled: bool, with_int8: bool, with_packed: bool) -> list[Contender]:
     """YAN at three steps as one compiled program, on a GPU also recorded without a compiler, and in forms for a CPU.
 
-    The decoder, too, has its weights packed.
+    The decoder, too, has its weights packed. Masked diffusion, whose steps a GPU compiles, is also there as it is.
     """
     compiled = partial(write_with_yan, num_steps=NAIVE_STEPS, compile_generation=True)
     recorded = partial(compiled, compile_config=CompileConfig(backend="eager"))
@@ -124,6 +125,9 @@ def optional_contenders(with_compiled: bool, with_int8: bool, with_packed: bool)
     contenders = [
         Contender(f"yan-{v}-3-{name}", f"yan-{v}", write) for v in VARIANTS for name, write in writers.items()
     ]
+    if with_compiled:
+        name, write = f"masked_diffusion{EAGER}", partial(write_by_unmasking, num_steps=None)
+        contenders.append(Contender(f"{name}-T", name, write, growth=2))
     plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
     forms = (["int8"] if with_int8 else []) + (["packed"] if with_packed else [])
     contenders += [Contender(f"yan-{v}-3-{form}", f"yan-{v}-{form}", plain) for v in VARIANTS for form in forms]
@@ -206,7 +210,7 @@ class Models:
             for parameter in model.flow.modulation.proj.parameters():  # they start at zero, trained ones are not
                 nn.init.normal_(parameter, std=0.02)
         else:
-            model = make_baseline(name, self.config("transformer"))
+            model = make_baseline(name.removesuffix(EAGER), self.config("transformer"))
         if name == "masked_diffusion" and self.device.type == "cuda":  # decoders are compiled by transformers
             model.canvas_logits = compiled_step(model.canvas_logits)
         return model.to(self.device, self.dtype).eval()

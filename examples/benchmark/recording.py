@@ -4,7 +4,8 @@
     python examples/benchmark/recording.py --backend eager
 
 The rest of a call is the host's: options, checks of the prompt and of the model, and the cutting of the text.
-`--kernels` also prints the kernels that take longest.
+The floor is the sum of the parts' floors, by the machine's bandwidth and rate in the same process. `--kernels` also
+prints the kernels that take longest.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 from contenders import VARIANTS, Models, random_prompt, write_with_yan
-from timing import machine_description, seconds_of, summary, write_json
+from costs import part_costs
+from timing import machine_description, machine_limits, seconds_of, summary, write_json
 from transformers.generation.configuration_utils import CompileConfig
 
 NUM_STEPS = 3
@@ -70,10 +72,15 @@ def main(arguments=None):
         print(
             f"{name:>8} {1000 * result['median']:8.3f} ms ({1000 * result['low']:.3f} to {1000 * result['high']:.3f})"
         )
+    limits = machine_limits(device, models.dtype)
+    sizes = options.batch_size, options.prompt_length, options.length, NUM_STEPS, models.dtype.itemsize
+    floor = sum(cost.floor_s(**limits) for cost in part_costs(models.config(options.variant), *sizes).values())
+    print(f"   floor {1000 * floor:8.3f} ms; the replay takes {results['replay']['median'] / floor:.2f} times as long")
     share = (call() == plain).float().mean().item()
     print(f"{share:.3f} of the tokens are those of the plain call")
     about = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(device), "settings": about, "seconds": results, "same_tokens": share}
+    content = {"machine": {**machine_description(device), **limits}, "settings": about, "seconds": results}
+    content |= {"floor": floor, "same_tokens": share}
     write_json(options.output, content)
     if options.kernels:
         print_kernels(call, options.kernels)

@@ -124,6 +124,7 @@ def test_optional_contenders_come_when_asked_for():
         *(f"yan-{variant}-3-{kind}" for variant in variants for kind in kinds),
         "yan-mamba-3-merged-packed",
         "decoder-packed",
+        "masked_diffusion-eager-T",
     }
 
 
