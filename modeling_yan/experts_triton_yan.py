@@ -8,6 +8,8 @@ memory; weights are read where they lie. How many programs there are depends on 
 recorded as a CUDA graph: those beyond the last tile do nothing.
 """
 
+import math
+
 import torch
 
 try:
@@ -16,13 +18,15 @@ try:
 except ImportError:
     triton = None
 
-FEWEST_ROWS, MOST_ROWS = 16, 128  # of a tile, whose other side is COLUMNS and whose products add up INNER at a time
-COLUMNS, INNER = 128, 64
-STAGES = 4  # tiles that are on their way from memory
+FEWEST_ROWS, MOST_ROWS = 16, 128  # of a tile, half of what a head has on average: few of them are not full
+MOST_COLUMNS, FEW_COLUMNS = 128, 64
+INNER = 64  # products that are added up at a time
 
 
 if triton is not None:
-    SQRT_HALF = tl.constexpr(0.5**0.5)
+    # gelu(x) = x / (1 + 2^(x (a + b x^2))), the tanh form
+    GELU_A = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2))
+    GELU_B = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715)
 
     @triton.jit
     def _layer_kernel(
@@ -64,7 +68,7 @@ if triton is not None:
             bias = tl.load(bias_ptr + bias_offset + columns, mask=is_column, other=0.0)
             result = total + bias[None, :].to(tl.float32)
             if IS_FIRST:
-                result = 0.5 * result * (1 + tl.erf(result * SQRT_HALF))
+                result = result / (1 + tl.exp2(result * (GELU_A + GELU_B * result * result)))
             outputs = outputs_ptr + write[:, None] * width_out + columns[None, :]
             tl.store(outputs, result.to(outputs_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
@@ -84,12 +88,15 @@ def _layer(inputs, order, sizes, weights, biases, is_first: bool):
     weights, biases = ([tensor.contiguous() for tensor in tensors] for tensors in (weights, biases))
     width_out, width_in = weights[0].shape
     outputs = inputs.new_empty(len(inputs), width_out)
-    rows = min(max(triton.next_power_of_2(len(inputs) // len(weights)), FEWEST_ROWS), MOST_ROWS)
-    grid = triton.cdiv(len(inputs), rows) + len(weights) - 1, triton.cdiv(width_out, COLUMNS)
+    rows = min(max(triton.next_power_of_2(len(inputs) // len(weights)) // 2, FEWEST_ROWS), MOST_ROWS)
+    # the second layer is narrow, so that few tokens would not fill the GPU, and its products are long
+    columns = MOST_COLUMNS if is_first or rows == MOST_ROWS else FEW_COLUMNS
+    stages = (3 if rows == MOST_ROWS else 4) + (0 if is_first else 1)
+    grid = triton.cdiv(len(inputs), rows) + len(weights) - 1, triton.cdiv(width_out, columns)
     _layer_kernel[grid](
         inputs, outputs, order, sizes, weights[0], biases[0], _offsets(weights), _offsets(biases), width_in, width_out,
         NUM_EXPERTS=len(weights), IS_FIRST=is_first,
-        ROWS=rows, COLUMNS=COLUMNS, INNER=INNER, num_warps=8 if rows == MOST_ROWS else 4, num_stages=STAGES,
+        ROWS=rows, COLUMNS=columns, INNER=INNER, num_warps=8 if rows == MOST_ROWS else 4, num_stages=stages,
     )  # fmt: skip
     return outputs
 
@@ -103,7 +110,7 @@ def triton_heads(
     downs: list[torch.Tensor],
     down_biases: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Output (T, D) of each token's own head: W_down gelu(W_up x + b_up) + b_down.
+    """Output (T, D) of each token's own head: W_down gelu(W_up x + b_up) + b_down, GELU in its tanh form.
 
     Args:
         states: (T, D). order, sizes: As in `YanTokenGroups`.

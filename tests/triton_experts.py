@@ -14,7 +14,8 @@ from modeling_yan.experts_triton_yan import triton_heads
 # T, D, F and the share of each expert: none, one and several tiles of them, whole and not
 CASES = [(1, 8, 16, (0, 1)), (40, 24, 40, (0.1, 0, 0.9)), (64, 64, 32, (0.5, 0.5)), (50, 96, 80, (0.3, 0.3, 0, 0.4))]
 LARGE_CASES = [(512, 768, 3072, (0.25,) * 4), (512, 768, 3072, (0, 1, 0, 0)), (5000, 768, 1536, (0.7, 0.2, 0.1))]
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest output
+# of the largest output, beside what the tanh form of GELU differs by
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def compare(num_tokens, hidden_size, width, shares, dtype, device):
@@ -37,8 +38,10 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = CASES if device == "cpu" else [*CASES, *LARGE_CASES]
     if device == "cpu":
-        experts_triton_yan.COLUMNS = experts_triton_yan.INNER = 32  # so small layers take more tiles
-    dtypes = [dtype for dtype in TOLERANCES if device == "cuda" or dtype != torch.bfloat16]  # wrong in the interpreter
+        # so small layers take more tiles
+        experts_triton_yan.MOST_COLUMNS, experts_triton_yan.FEW_COLUMNS, experts_triton_yan.INNER = 32, 16, 32
+    # the interpreter's bfloat16 is wrong, and a GPU has kernels for 16 bits alone
+    dtypes = [torch.float32, torch.float16] if device == "cpu" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:
         for case in cases:
             compare(*case, dtype, device)
