@@ -40,8 +40,13 @@ def chosen(content: dict, patterns: list[str]) -> dict:
 
 
 def joined(contents: list[dict]) -> dict:
-    """The cells and parts of all contents, with the first one's settings."""
-    return {**contents[0], **{name: [entry for c in contents for entry in c[name]] for name in ("cells", "parts")}}
+    """The cells and parts of all contents, with the first one's settings; of what is in several, the first one's."""
+    kept = {"cells": {}, "parts": {}}
+    for content in contents:
+        for name, entries in kept.items():
+            for entry in content[name]:
+                entries.setdefault((entry["model"], entry["batch"], entry["length"]), entry)
+    return {**contents[0], **{name: list(entries.values()) for name, entries in kept.items()}}
 
 
 def series(cells: list[dict], axis: str, **fixed) -> dict[str, list[dict]]:
@@ -126,12 +131,19 @@ def draw_speed_ups(content: dict, ax):
     ax.tick_params(axis="y", labelsize=8)
 
 
+def parts_of_one_size(content: dict) -> list[dict]:
+    """The parts at the smallest batch size and, of the lengths that most models were measured at, that next to 128."""
+    batch = min(entry["batch"] for entry in content["parts"])
+    models = {}
+    for entry in content["parts"]:
+        if entry["batch"] == batch:
+            models.setdefault(entry["length"], []).append(entry)
+    return models[min(models, key=lambda length: (-len(models[length]), abs(length - 128)))]
+
+
 def draw_roofline(content: dict, ax):
-    """Measured seconds of YAN's parts beside the floor that bandwidth and peak set, at the cell nearest to 128."""
-    nearest = {}
-    for entry in sorted(content["parts"], key=lambda e: (e["batch"], abs(e["length"] - 128)), reverse=True):
-        nearest[entry["model"]] = entry
-    bars = [(entry, part) for entry in nearest.values() for part in PARTS]
+    """Measured seconds of YAN's parts beside the floor that bandwidth and peak set, at one batch size and length."""
+    bars = [(entry, part) for entry in parts_of_one_size(content) for part in PARTS]
     places = range(len(bars))
     seconds = [entry[part]["seconds"]["median"] for entry, part in bars]
     floors = [entry[part]["floor"] for entry, part in bars]

@@ -57,3 +57,24 @@ def test_skipped_cells_are_no_points(content):
     lines = figures.series(figures.measured(content), "batch", length=128)
     assert [c["batch"] for c in lines["decoder"]] == [1]
     assert [c["batch"] for c in lines["yan-transformer-3"]] == [1, 4]
+
+
+def test_of_what_is_in_several_files_the_first_one_s_counts(content):
+    again = {**content, "cells": [cell("decoder", 128, 1, 9.0), cell("decoder", 512, 1, 20.0)], "parts": []}
+    times = {
+        c["length"]: c["seconds"]["median"]
+        for c in figures.series(figures.measured(figures.joined([content, again])), "length", batch=1)["decoder"]
+    }
+    assert times == {32: 0.64, 128: 2.56, 512: 20.0}
+
+
+def test_parts_beside_one_another_are_of_one_size(content):
+    (part,) = content["parts"]
+    others = [("yan-transformer", 1, 512), ("yan-mamba", 1, 512), ("yan-mamba", 4, 128), ("yan-mamba", 1, 64)]
+    content["parts"] += [{**part, "model": model, "batch": batch, "length": length} for model, batch, length in others]
+    assert [(e["model"], e["length"]) for e in figures.parts_of_one_size(content)] == [
+        ("yan-transformer", 512),
+        ("yan-mamba", 512),
+    ]
+    content["parts"].pop(2)
+    assert [(e["model"], e["length"]) for e in figures.parts_of_one_size(content)] == [("yan-transformer", 128)]
