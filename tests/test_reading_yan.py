@@ -3,7 +3,14 @@
 import pytest
 import torch
 
+from modeling_yan import reading_yan
 from modeling_yan.reading_yan import best_text
+
+
+@pytest.fixture(params=["plain", "compiled"], autouse=True)
+def _form(request, monkeypatch):
+    """A compiler gets another form of the search for the highest logits."""
+    monkeypatch.setattr(reading_yan, "uses_operators", lambda: request.param == "compiled")
 
 
 def by_trying(logits, eos):
