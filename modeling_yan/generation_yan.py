@@ -5,7 +5,7 @@ K experts, N solver steps.
 """
 
 from collections.abc import Callable
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
@@ -239,8 +239,9 @@ class YanGenerationMixin(GenerationMixin):
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
         options, asked, given = self._options_of_call(generation_config, kwargs)
-        if options.seed is None:
-            options.seed = _draw_seed(generator) if options.do_sample else 0
+        seed = options.seed
+        if seed is None:
+            seed = _draw_seed(generator) if options.do_sample else 0
         prompt, context, context_mask = self._prepare_prompt(inputs, options, **given)
         max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
@@ -250,7 +251,7 @@ class YanGenerationMixin(GenerationMixin):
         finished, kept, canvases = None, [], []
         while True:
             forbidden = min_new_tokens - written.shape[1]
-            canvas = self._write_canvas(context, context_mask, options, len(canvases), forbidden, streamer)
+            canvas = self._write_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
             tokens, num_kept, finished = _cut_at_eos(tokens, finished, options)
@@ -301,7 +302,7 @@ class YanGenerationMixin(GenerationMixin):
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
         else:
             _, options, asked = self._last_call
-        return copy(options), asked, prompt
+        return options, asked, prompt
 
     def _resolve_options(self, generation_config, kwargs):
         """Keyword, then passed config, then the model's config, then the defaults."""
@@ -366,7 +367,9 @@ class YanGenerationMixin(GenerationMixin):
         if attention_mask.shape != ids.shape:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
         # on the host, where a check costs less than a launch
-        fewest, most = (int(number) for number in _count_valid(attention_mask.cpu() != 0))
+        host_mask, fewest, most = attention_mask.cpu(), ids.shape[1], ids.shape[1]
+        if not host_mask.all():
+            fewest, most = (int(number) for number in _count_valid(host_mask != 0))
         low, high = (int(number) for number in ids.cpu().aminmax())
         self._check_range(low, high)
         self._check_length(max(most, 1), "the prompt")
@@ -379,12 +382,12 @@ class YanGenerationMixin(GenerationMixin):
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
 
-    def _write_canvas(self, context, context_mask, options, index, num_without_eos, streamer) -> Canvas:
+    def _write_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
         """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
         plan = _plan(options, index, num_without_eos, self.config.self_conditioning)
         # without sampling, all rows share their noise
         num_noises = plan.repeats * len(context) if options.do_sample else 1
-        shape, seed, device = (num_noises, options.canvas_length), options.seed + index, context.device
+        shape, seed, device = (num_noises, options.canvas_length), seed + index, context.device
         if options.do_sample:
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:

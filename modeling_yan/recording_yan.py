@@ -139,9 +139,10 @@ class Recordings:
         """`function(*tensors)`, as a recording, which is made where there is none yet.
 
         Args:
+            tensors: Its arguments, the first of them on the model's GPU.
             about: What the function does, apart from the model, and the shapes and types of the tensors.
         """
-        with self.lock, torch.cuda.device(model.device):
+        with self.lock, torch.cuda.device_of(tensors[0]):
             key = self._key(model, tensors, about)
             known = self.calls.get(key)
             # the model is compared while the GPU computes: results of a model that has changed are thrown away
