@@ -1,10 +1,5 @@
 """One expert per token: the same numbers as computing all of them, at the cost of one, chosen as the gate says."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -65,16 +60,6 @@ def test_the_form_with_static_sizes_equals_the_sparse_one(num_used):
     parts = zip(tokens.split(sizes.tolist()), weights, biases, strict=True)
     expected = torch.cat([torch.nn.functional.linear(*part) for part in parts])
     torch.testing.assert_close(static_grouped_linear(tokens, sizes, weights, biases), expected)
-
-
-@pytest.mark.slow
-def test_the_kernels_equal_one_head_after_the_other():
-    """On a CPU by Triton's interpreter, which has to be chosen before the kernels are defined."""
-    pytest.importorskip("triton")
-    environment = os.environ if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("triton_experts.py"))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "comparisons on" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("num_used", [1, 3, 4])

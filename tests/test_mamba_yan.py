@@ -1,10 +1,5 @@
 """The Mamba mixer against transformers' own, its scan against the plain recurrence, and its cost against length."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -73,16 +68,6 @@ def test_the_scan_and_its_gradients_equal_the_plain_recurrence(length, chunk, mo
     expected = output_and_gradients(naive_scan, arguments, weight)
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_triton_scan_and_its_gradients_equal_the_plain_ones():
-    """On a CPU by Triton's interpreter, which has to be chosen before the kernels are defined."""
-    pytest.importorskip("triton")
-    environment = os.environ if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("triton_scan.py"))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "comparisons on" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 37])

@@ -140,7 +140,7 @@ def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> li
     """The words of a command line, and before them those of its recipe, which they override.
 
     Adds `--recipe FILE` to the parser: a YAML file from names of options to values, a list for an option of several
-    values, true or false for a switch.
+    values, true or false for a switch. Options can no longer be abbreviated.
 
     Args:
         words: `sys.argv` without the program's name if None.
@@ -150,6 +150,7 @@ def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> li
     """
     known = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     parser.add_argument("--recipe", help="a YAML file of options, such as one in configuration/recipes")
+    parser.allow_abbrev = False  # an abbreviated --recipe would be read and not applied
     words = list(sys.argv[1:] if words is None else words)
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # finds the file, wherever and however it is named
     finder.add_argument("--recipe")

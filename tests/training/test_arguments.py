@@ -48,6 +48,11 @@ class TestRecipes:
     def test_an_equals_sign_may_stand_before_the_file(self, recipe):
         assert parse_arguments([*REQUIRED, f"--recipe={recipe('max_steps: 7')}"]) == make(max_steps=7)
 
+    def test_an_abbreviation_is_refused_and_not_passed_over(self, recipe, capsys):
+        for word in ("--rec", "--max_st"):
+            with pytest.raises((SystemExit, ValueError)):
+                parse_arguments([*REQUIRED, word, recipe("max_steps: 7") if word == "--rec" else "7"])
+
     def test_any_parser_takes_a_recipe(self, recipe):
         parser = ArgumentParser()
         parser.add_argument("name")
