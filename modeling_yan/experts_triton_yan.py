@@ -73,10 +73,11 @@ if triton is not None:
             tl.store(outputs, result.to(outputs_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def has_kernels_for(*tensors: torch.Tensor) -> bool:
-    """Whether they are of one 16-bit type and on a GPU: in float32 there are no matrix units to take."""
-    is_narrow = {tensor.dtype for tensor in tensors} in ({torch.bfloat16}, {torch.float16})
-    return is_narrow and triton is not None and all(tensor.is_cuda for tensor in tensors)
+def has_kernels_for(device: torch.device) -> bool:
+    """Whether it is a GPU whose matrix units know both 16-bit types: Ampere or later."""
+    if triton is None or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _offsets(tensors):
@@ -91,7 +92,7 @@ def _layer(inputs, order, sizes, weights, biases, is_first: bool):
     rows = min(max(triton.next_power_of_2(len(inputs) // len(weights)) // 2, FEWEST_ROWS), MOST_ROWS)
     # the second layer is narrow, so that few tokens would not fill the GPU, and its products are long
     columns = MOST_COLUMNS if is_first or rows == MOST_ROWS else FEW_COLUMNS
-    stages = (3 if rows == MOST_ROWS else 4) + (0 if is_first else 1)
+    stages = 3 if rows == MOST_ROWS else 4 if is_first else 5  # at most 96 KB, which small GPUs have, too
     grid = triton.cdiv(len(inputs), rows) + len(weights) - 1, triton.cdiv(width_out, columns)
     _layer_kernel[grid](
         inputs, outputs, order, sizes, weights[0], biases[0], _offsets(weights), _offsets(biases), width_in, width_out,
@@ -113,7 +114,7 @@ def triton_heads(
     """Output (T, D) of each token's own head: W_down gelu(W_up x + b_up) + b_down, GELU in its tanh form.
 
     Args:
-        states: (T, D). order, sizes: As in `YanTokenGroups`.
+        states: (T, D), 16-bit: float32 tiles would not fit into registers. order, sizes: As in `YanTokenGroups`.
         ups, up_biases, downs, down_biases: K weights (F, D), biases (F,), weights (D, F) and biases (D,).
     """
     with torch.cuda.device_of(states):

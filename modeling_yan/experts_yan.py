@@ -32,6 +32,11 @@ class YanGate(nn.Module):
         return F.log_softmax(logits.float() / self.temperature, dim=-1)
 
 
+def _are_narrow(*tensors: torch.Tensor) -> bool:
+    """Whether they are of one 16-bit type."""
+    return {tensor.dtype for tensor in tensors} in ({torch.bfloat16}, {torch.float16})
+
+
 def _grouped_linear(
     tokens: torch.Tensor, sizes: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]
 ) -> torch.Tensor:
@@ -87,8 +92,25 @@ def static_grouped_linear(tokens, sizes, weights, biases) -> torch.Tensor:
     return products.gather(0, index).squeeze(0)
 
 
-# the heads of 16-bit models on a GPU
-sparse_heads = opaque_operator(triton_heads, lambda states, *others: torch.empty_like(states))
+def _sparse_heads(
+    states: torch.Tensor,
+    order: torch.Tensor,
+    sizes: torch.Tensor,
+    ups: list[torch.Tensor],
+    up_biases: list[torch.Tensor],
+    downs: list[torch.Tensor],
+    down_biases: list[torch.Tensor],
+) -> torch.Tensor:
+    if has_kernels_for(states.device):
+        return triton_heads(states, order, sizes, ups, up_biases, downs, down_biases)
+    hidden = F.gelu(static_grouped_linear(states[order], sizes, ups, up_biases))
+    outputs = static_grouped_linear(hidden, sizes, downs, down_biases)
+    return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+
+# The heads of 16-bit models on a GPU, in one operator because what a GPU knows is no question for a compiler: output
+# (T, D) for tokens (T, D), as of `triton_heads`.
+sparse_heads = opaque_operator(_sparse_heads, lambda states, *others: torch.empty_like(states))
 
 
 @dataclass
@@ -135,7 +157,10 @@ class YanExperts(nn.Module):
         return YanTokenGroups(order, place, sizes)
 
     def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
-        """Output (B, L, D) of each token's own head. No other head is computed, but in an exported program."""
+        """Output (B, L, D) of each token's own head.
+
+        No other head is computed, but in exported programs and, outside of training, on a GPU in float32.
+        """
         if groups is None:
             return self.heads[0](states)
         if isinstance(groups, torch.Tensor):
@@ -145,7 +170,7 @@ class YanExperts(nn.Module):
         is_recordable = flat.is_cuda and not torch.is_grad_enabled()  # sizes on the host would halt a GPU
         # an adapter's layers have to be called, at the price of a graph break
         weights = self._weights() if is_recordable or uses_operators() else None
-        if weights is not None and is_recordable and has_kernels_for(flat, *chain(*weights)):
+        if weights is not None and is_recordable and _are_narrow(flat, *chain(*weights)):
             return sparse_heads(flat, groups.order, groups.sizes, *weights).view_as(states)
         tokens = select_rows(flat, groups.order)
         if weights is None:

@@ -333,10 +333,21 @@ def grouped_arguments():
     return [tokens, sizes, [w.requires_grad_() for w in weights], [b.requires_grad_() for b in biases]]
 
 
+def heads_arguments():
+    shapes = (5, 3), (5,), (3, 5), (3,)
+    layers = [[torch.randn(shape) for _ in range(2)] for shape in shapes]
+    return [torch.randn(6, 3), torch.tensor([4, 0, 1, 5, 2, 3]), torch.tensor([2, 4]), *layers]
+
+
 @pytest.mark.parametrize(
     ("operator", "make_arguments"),
-    [(mamba_yan._scan_operator, scan_arguments), (experts_yan.grouped_linear, grouped_arguments)],
-    ids=["scan", "grouped_linear"],
+    [
+        (mamba_yan._scan_operator, scan_arguments),
+        (experts_yan.grouped_linear, grouped_arguments),
+        (experts_yan.sparse_heads, heads_arguments),
+        (layers_yan._gelu_operator, lambda: [torch.randn(2, 6, 3), torch.randn(5, 3), torch.randn(5)]),
+    ],
+    ids=["scan", "grouped_linear", "sparse_heads", "gelu_linear"],
 )
 def test_the_operators_keep_the_rules_of_torch(operator, make_arguments):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

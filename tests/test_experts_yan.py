@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts, static_grouped_linear
+from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts, sparse_heads, static_grouped_linear
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 
@@ -60,6 +60,15 @@ def test_the_form_with_static_sizes_equals_the_sparse_one(num_used):
     parts = zip(tokens.split(sizes.tolist()), weights, biases, strict=True)
     expected = torch.cat([torch.nn.functional.linear(*part) for part in parts])
     torch.testing.assert_close(static_grouped_linear(tokens, sizes, weights, biases), expected)
+
+
+@pytest.mark.parametrize("num_used", [1, 3, 4])
+def test_where_there_are_no_kernels_the_operator_computes_all_heads(experts, num_used):
+    states, chosen = torch.randn(3, 5, 32), torch.arange(15).flip(0).view(3, 5) % num_used
+    groups = experts.group(chosen)
+    with torch.no_grad():
+        actual = sparse_heads(states.flatten(0, 1), groups.order, groups.sizes, *experts._weights())
+    torch.testing.assert_close(actual.view_as(states), gather_chosen(experts, states, chosen))
 
 
 @pytest.mark.parametrize("num_used", [1, 3, 4])
