@@ -9,8 +9,10 @@ recorded as a CUDA graph: those beyond the last tile do nothing.
 """
 
 import math
+from functools import cache
 
 import torch
+from transformers.utils import logging
 
 try:
     import triton
@@ -18,7 +20,8 @@ try:
 except ImportError:
     triton = None
 
-FEWEST_ROWS, MOST_ROWS = 16, 128  # of a tile, half of what a head has on average: few of them are not full
+logger = logging.get_logger(__name__)
+FEWEST_ROWS, MOST_ROWS = 16, 128  # of a tile, half to all of what a head has on average: few of them are not full
 MOST_COLUMNS, FEW_COLUMNS = 128, 64
 INNER = 64  # products that are added up at a time
 
@@ -73,11 +76,21 @@ if triton is not None:
             tl.store(outputs, result.to(outputs_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
+@cache
 def has_kernels_for(device: torch.device) -> bool:
-    """Whether it is a GPU whose matrix units know both 16-bit types: Ampere or later."""
+    """Whether it is a GPU whose matrix units know both 16-bit types, Ampere or later, for which Triton can compile."""
     if triton is None or device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    row = torch.zeros(1, 16, dtype=torch.bfloat16, device=device)
+    order, sizes = torch.zeros(1, dtype=torch.long, device=device), torch.ones(1, dtype=torch.long, device=device)
+    try:
+        triton_heads(row, order, sizes, [row], [row[0, :1]], [row.T], [row[0]])
+    except Exception as error:  # of many kinds: no compiler for C, no headers of Python, no room for its cache
+        logger.warning_once(f"Triton cannot compile, so all experts are computed, which is slower: {error}")
+        return False
+    return True
 
 
 def _offsets(tensors):

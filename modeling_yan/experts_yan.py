@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
 from .experts_triton_yan import has_kernels_for, triton_heads
-from .layers_yan import YanFeedForward
+from .layers_yan import YanFeedForward, is_plain
 
 
 class YanGate(nn.Module):
@@ -33,8 +33,9 @@ class YanGate(nn.Module):
 
 
 def _are_narrow(*tensors: torch.Tensor) -> bool:
-    """Whether they are of one 16-bit type."""
-    return {tensor.dtype for tensor in tensors} in ({torch.bfloat16}, {torch.float16})
+    """Whether they are of one 16-bit type, and on one device."""
+    is_narrow = {tensor.dtype for tensor in tensors} in ({torch.bfloat16}, {torch.float16})
+    return is_narrow and all(tensor.device == tensors[0].device for tensor in tensors)
 
 
 def _grouped_linear(
@@ -110,7 +111,7 @@ def _sparse_heads(
 
 # The heads of 16-bit models on a GPU, in one operator because what a GPU knows is no question for a compiler: output
 # (T, D) for tokens (T, D), as of `triton_heads`.
-sparse_heads = opaque_operator(_sparse_heads, lambda states, *others: torch.empty_like(states))
+sparse_heads = opaque_operator(_sparse_heads, lambda states, *others: states.new_empty(states.shape))
 
 
 @dataclass
@@ -150,16 +151,17 @@ class YanExperts(nn.Module):
             return chosen
         chosen = chosen.flatten()
         # sorted by counting: a token's place is the number of those of earlier experts, and of earlier ones of its own
-        counts = (chosen.unsqueeze(-1) == torch.arange(len(self.heads), device=chosen.device)).cumsum(0)
-        sizes = counts[-1]
-        place = (counts + sizes.cumsum(0) - sizes).gather(1, chosen.unsqueeze(-1)).squeeze(-1) - 1
+        counts = (torch.arange(len(self.heads), device=chosen.device).unsqueeze(-1) == chosen).cumsum(1)
+        sizes = counts[:, -1]
+        place = (counts + (sizes.cumsum(0) - sizes).unsqueeze(-1)).gather(0, chosen.unsqueeze(0)).squeeze(0) - 1
         order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
         return YanTokenGroups(order, place, sizes)
 
     def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
         """Output (B, L, D) of each token's own head.
 
-        No other head is computed, but in exported programs and, outside of training, on a GPU in float32.
+        No other head is computed, but in exported programs and, outside of training, on a GPU that has no kernels for
+        it: in float32 or under autocast, before Ampere, or without Triton.
         """
         if groups is None:
             return self.heads[0](states)
@@ -168,7 +170,7 @@ class YanExperts(nn.Module):
             return self(states).gather(-2, index).squeeze(-2)
         flat = states.flatten(0, 1)
         is_recordable = flat.is_cuda and not torch.is_grad_enabled()  # sizes on the host would halt a GPU
-        # an adapter's layers have to be called, at the price of a graph break
+        # layers with an adapter or a hook have to be called, at the price of a graph break
         weights = self._weights() if is_recordable or uses_operators() else None
         if weights is not None and is_recordable and _are_narrow(flat, *chain(*weights)):
             return sparse_heads(flat, groups.order, groups.sizes, *weights).view_as(states)
@@ -185,7 +187,7 @@ class YanExperts(nn.Module):
     def _weights(self):
         """Weights and biases of the heads' first layers and of their second; None if a layer is more than these."""
         layers = [[getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj")]
-        if any(type(layer) is not nn.Linear for layer in chain(*layers)):
+        if not all(map(is_plain, chain(*layers))):
             return None
         return [[getattr(layer, name) for layer in each] for each in layers for name in ("weight", "bias")]
 

@@ -89,10 +89,10 @@ def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
     """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
     if len(layers) < 2 or not states.is_cuda or not uses_operators() or torch.is_grad_enabled():
         return False
-    return all(_is_plain(layer) and layer.weight.device == states.device for layer in layers)
+    return all(is_plain(layer) and layer.weight.device == states.device for layer in layers)
 
 
-def _is_plain(layer) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether it is nothing but a product: not a layer with an adapter or a hook, or with a quantized weight."""
     is_linear = type(layer) in (nn.Linear, YanAlignedLinear, YanIdentityLinear)
     is_patched = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
@@ -238,12 +238,13 @@ _gelu_operator = opaque_operator(
 
 
 def fuses_gelu(layer: nn.Linear, states: torch.Tensor) -> bool:
-    """Whether the product itself computes the GELU behind the layer: in compiled generation of 16-bit models on a GPU.
+    """Whether the product itself computes the GELU behind the layer: compiled, in 16 bits on a GPU, without gradients.
 
     It takes the tanh form, which differs by less than 0.0005.
     """
-    is_narrow = states.is_cuda and states.dtype == layer.weight.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and uses_operators() and not torch.is_grad_enabled() and _is_plain(layer)
+    if not states.is_cuda or not uses_operators() or torch.is_grad_enabled() or not is_plain(layer):
+        return False
+    return states.dtype == layer.weight.dtype in (torch.bfloat16, torch.float16)
 
 
 class YanFeedForward(nn.Module):

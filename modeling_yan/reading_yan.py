@@ -37,8 +37,11 @@ def best_text(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.LongTensor
 
 
 def _best_of_others(logits, eos):
-    """Highest logit (B, L) and its token id of those that are no EOS; the vocabulary is not copied."""
-    if uses_operators():  # one pass, which the compiler does not write to memory either; parts are not aligned
+    """Highest logit (B, L) and its token id of those that are no EOS.
+
+    The vocabulary is not copied, unless what is traced here is then run without a compiler.
+    """
+    if uses_operators():  # a compiler does not write what it only looks through once, and reads all of it aligned
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return logits.masked_fill(torch.stack([ids == token for token in eos]).any(0), -torch.inf).max(-1)
     bounds = pairwise((-1, *sorted(set(eos)), logits.shape[-1]))

@@ -345,9 +345,10 @@ def heads_arguments():
         (mamba_yan._scan_operator, scan_arguments),
         (experts_yan.grouped_linear, grouped_arguments),
         (experts_yan.sparse_heads, heads_arguments),
+        (experts_yan.sparse_heads, lambda: [torch.randn(3, 6).T, *heads_arguments()[1:]]),
         (layers_yan._gelu_operator, lambda: [torch.randn(2, 6, 3), torch.randn(5, 3), torch.randn(5)]),
     ],
-    ids=["scan", "grouped_linear", "sparse_heads", "gelu_linear"],
+    ids=["scan", "grouped_linear", "sparse_heads", "transposed", "gelu_linear"],
 )
 def test_the_operators_keep_the_rules_of_torch(operator, make_arguments):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

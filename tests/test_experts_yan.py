@@ -1,8 +1,11 @@
 """One expert per token: the same numbers as computing all of them, at the cost of one, chosen as the gate says."""
 
+import contextlib
+
 import pytest
 import torch
 
+from modeling_yan import experts_yan
 from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts, sparse_heads, static_grouped_linear
 from modeling_yan.flow_matching_yan import hashed_uniform
 
@@ -69,6 +72,36 @@ def test_where_there_are_no_kernels_the_operator_computes_all_heads(experts, num
     with torch.no_grad():
         actual = sparse_heads(states.flatten(0, 1), groups.order, groups.sizes, *experts._weights())
     torch.testing.assert_close(actual.view_as(states), gather_chosen(experts, states, chosen))
+
+
+class SeeminglyOnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("change", "has_kernels"),
+    [
+        (lambda experts: experts, True),
+        (lambda experts: experts.half(), True),
+        (lambda experts: experts.float(), False),
+        (lambda experts: experts.heads[1].down_proj.float(), False),
+        (lambda experts: experts.heads[1].up_proj.register_forward_hook(lambda *args: None), False),
+        (lambda experts: setattr(experts.heads[0].up_proj, "forward", lambda x: x), False),
+        (lambda experts: torch.set_grad_enabled(True), False),
+    ],
+    ids=["bfloat16", "float16", "float32", "mixed", "hook", "patched", "training"],
+)
+def test_only_plain_16_bit_heads_on_a_gpu_have_kernels(make_config, monkeypatch, change, has_kernels):
+    called = []
+    monkeypatch.setattr(experts_yan, "sparse_heads", lambda states, *args: called.append(1) or states)
+    experts = YanExperts(make_config(num_experts=4)).to(torch.bfloat16)
+    states, chosen = torch.randn(2, 3, 32), torch.zeros(2, 3, dtype=torch.long)
+    with torch.no_grad():
+        change(experts)
+        states = states.to(experts.heads[0].up_proj.weight.dtype).as_subclass(SeeminglyOnGpu)
+        with contextlib.suppress(RuntimeError):  # types that do not fit
+            experts.output_of(states, experts.group(chosen))
+    assert bool(called) == has_kernels
 
 
 @pytest.mark.parametrize("num_used", [1, 3, 4])

@@ -1,12 +1,14 @@
 """Attention against torch's own, positions under padding, and blocks that start as plain pre-norm blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
-from modeling_yan import YanModel
+from modeling_yan import YanModel, layers_yan
 from modeling_yan.layers_yan import YanAttention, YanShortConvolution, YanTimeEmbedding, count_positions, modulate
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -226,3 +228,28 @@ def test_hidden_dropout_acts_in_training_only(make_model):
     assert torch.equal(layer(states), layer(states))
     layer.train()
     assert not torch.equal(layer(states), layer(states))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_fused"),
+    [
+        (lambda layer: None, True),
+        (lambda layer: layer.half(), True),
+        (lambda layer: layer.float(), False),
+        (lambda layer: layer.register_forward_hook(lambda *args: None), False),
+        (lambda layer: setattr(layer, "forward", lambda x: x), False),
+        (lambda layer: (delattr(layer, "weight"), setattr(layer, "__class__", nn.Identity)), False),  # as if packed
+        (lambda layer: torch.set_grad_enabled(True), False),
+    ],
+    ids=["bfloat16", "float16", "float32", "hook", "patched", "other", "training"],
+)
+def test_a_product_computes_its_gelu_in_compiled_16_bit_layers_on_a_gpu(monkeypatch, change, is_fused):
+    layer = nn.Linear(4, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        change(layer)
+        states = SimpleNamespace(is_cuda=True, dtype=getattr(layer, "weight", torch.empty(0)).dtype)
+        for compiles in (False, True):
+            monkeypatch.setattr(layers_yan, "uses_operators", lambda compiles=compiles: compiles)
+            assert layers_yan.fuses_gelu(layer, states) == (is_fused and compiles)
+        states.is_cuda = False
+        assert not layers_yan.fuses_gelu(layer, states)

@@ -12,7 +12,10 @@ from modeling_yan import experts_triton_yan
 from modeling_yan.experts_triton_yan import triton_heads
 
 # T, D, F and the share of each expert: none, one and several tiles of them, whole and not
-CASES = [(1, 8, 16, (0, 1)), (40, 24, 40, (0.1, 0, 0.9)), (64, 64, 32, (0.5, 0.5)), (50, 96, 80, (0.3, 0.3, 0, 0.4))]
+CASES = [
+    *((1, 16, 1, (1,)), (1, 8, 16, (0, 1)), (40, 24, 40, (0.1, 0, 0.9))),
+    *((64, 64, 32, (0.5, 0.5)), (150, 24, 40, (0.5, 0.5)), (50, 96, 80, (0.3, 0.3, 0, 0.4))),
+]
 LARGE_CASES = [(512, 768, 3072, (0.25,) * 4), (512, 768, 3072, (0, 1, 0, 0)), (5000, 768, 1536, (0.7, 0.2, 0.1))]
 # of the largest output, beside what the tanh form of GELU differs by
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -38,8 +41,9 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = CASES if device == "cpu" else [*CASES, *LARGE_CASES]
     if device == "cpu":
-        # so small layers take more tiles
+        # so small layers take more tiles, and tiles of the largest kind
         experts_triton_yan.MOST_COLUMNS, experts_triton_yan.FEW_COLUMNS, experts_triton_yan.INNER = 32, 16, 32
+        experts_triton_yan.MOST_ROWS = 32
     # the interpreter's bfloat16 is wrong, and a GPU has kernels for 16 bits alone
     dtypes = [torch.float32, torch.float16] if device == "cpu" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:

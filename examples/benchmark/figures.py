@@ -40,12 +40,14 @@ def chosen(content: dict, patterns: list[str]) -> dict:
 
 
 def joined(contents: list[dict]) -> dict:
-    """The cells and parts of all contents, with the first one's settings; of what is in several, the first one's."""
+    """The cells and parts of all contents, with the first one's settings; of what several have, the first one's."""
     kept = {"cells": {}, "parts": {}}
     for content in contents:
         for name, entries in kept.items():
             for entry in content[name]:
-                entries.setdefault((entry["model"], entry["batch"], entry["length"]), entry)
+                key = entry["model"], entry["batch"], entry["length"]
+                if key not in entries or "skipped" in entries[key]:
+                    entries[key] = entry
     return {**contents[0], **{name: list(entries.values()) for name, entries in kept.items()}}
 
 
