@@ -45,7 +45,12 @@ def parse_arguments(arguments=None):
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if not given")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds after the warm-up")
     parser.add_argument("--budget_s", type=float, default=60, help="most seconds of measurement of a model in a cell")
-    parser.add_argument("--compiled", action="store_true", help="also YAN at 3 steps as one compiled program")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="also YAN at 3 steps as one compiled program (on a GPU recorded with and without a "
+        "compiler), and masked diffusion that is not compiled",
+    )
     parser.add_argument("--int8", action="store_true", help="also YAN at 3 steps with int8 weights, on a CPU")
     parser.add_argument("--packed", action="store_true", help="also YAN and the decoder with packed weights, on a CPU")
     parser.add_argument("--wait_for", type=Path, help="measure, after the warm-up, only once this file exists")
