@@ -84,9 +84,9 @@ def has_kernels_for(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     row = torch.zeros(1, 16, dtype=torch.bfloat16, device=device)
-    order, sizes = torch.zeros(1, dtype=torch.long, device=device), torch.ones(1, dtype=torch.long, device=device)
+    order = row.new_zeros(1, dtype=torch.long)
     try:
-        triton_heads(row, order, sizes, [row], [row[0, :1]], [row.T], [row[0]])
+        triton_heads(row, order, order + 1, [row], [row[0, :1]], [row.T], [row[0]])
     except Exception as error:  # of many kinds: no compiler for C, no headers of Python, no room for its cache
         logger.warning_once(f"Triton cannot compile, so all experts are computed, which is slower: {error}")
         return False
@@ -115,20 +115,12 @@ def _layer(inputs, order, sizes, weights, biases, is_first: bool):
     return outputs
 
 
-def triton_heads(
-    states: torch.Tensor,
-    order: torch.Tensor,
-    sizes: torch.Tensor,
-    ups: list[torch.Tensor],
-    up_biases: list[torch.Tensor],
-    downs: list[torch.Tensor],
-    down_biases: list[torch.Tensor],
-) -> torch.Tensor:
+def triton_heads(states, order, sizes, ups, up_biases, downs, down_biases) -> torch.Tensor:
     """Output (T, D) of each token's own head: W_down gelu(W_up x + b_up) + b_down, GELU in its tanh form.
 
     Args:
         states: (T, D), 16-bit: float32 tiles would not fit into registers. order, sizes: As in `YanTokenGroups`.
-        ups, up_biases, downs, down_biases: K weights (F, D), biases (F,), weights (D, F) and biases (D,).
+        ups, up_biases, downs, down_biases: Lists of K weights (F, D), biases (F,), weights (D, F) and biases (D,).
     """
     with torch.cuda.device_of(states):
         hidden = _layer(states.contiguous(), order, sizes, ups, up_biases, is_first=True)

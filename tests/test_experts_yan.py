@@ -1,11 +1,12 @@
 """One expert per token: the same numbers as computing all of them, at the cost of one, chosen as the gate says."""
 
 import contextlib
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from modeling_yan import experts_yan
+from modeling_yan import experts_triton_yan, experts_yan
 from modeling_yan.experts_yan import YanExperts, YanGate, choose_experts, sparse_heads, static_grouped_linear
 from modeling_yan.flow_matching_yan import hashed_uniform
 
@@ -72,6 +73,26 @@ def test_where_there_are_no_kernels_the_operator_computes_all_heads(experts, num
     with torch.no_grad():
         actual = sparse_heads(states.flatten(0, 1), groups.order, groups.sizes, *experts._weights())
     torch.testing.assert_close(actual.view_as(states), gather_chosen(experts, states, chosen))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "error", "has_kernels"),
+    [
+        ("cuda", (8, 0), None, True),
+        ("cuda", (9, 0), RuntimeError("no C compiler"), False),
+        ("cuda", (7, 5), None, False),
+        ("cpu", (9, 0), None, False),
+    ],
+)
+def test_a_device_has_kernels_if_it_is_new_enough_and_triton_works(
+    monkeypatch, device, capability, error, has_kernels
+):
+    zeros = torch.zeros
+    monkeypatch.setattr(experts_triton_yan, "triton", object())
+    monkeypatch.setattr(experts_triton_yan, "triton_heads", Mock(side_effect=error))
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device, **kwargs: zeros(*sizes, **kwargs))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert experts_triton_yan.has_kernels_for.__wrapped__(torch.device(device)) == has_kernels
 
 
 class SeeminglyOnGpu(torch.Tensor):
