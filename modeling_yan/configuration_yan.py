@@ -11,19 +11,20 @@ logger = logging.get_logger(__name__)
 CHOICES = {
     "encoder_mixer": ("attention", "mamba"),
     "flow_mixer": ("attention", "mamba"),
-    "expert_scope": ("token", "sequence"),
-    "train_expert_choice": ("argmax", "sample", "mixture", "likeliest"),
+    "expert_scope": ("token", "sequence", "chain"),
+    "train_expert_choice": ("argmax", "sample", "mixture", "likeliest", "posterior"),
+    "prediction_type": ("velocity", "endpoint"),
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
     "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
     "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
     "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range "
-    "transition_candidates"
+    "transition_candidates gate_rank"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "time_step_floor latent_noise nll_weight mse_weight ce_weight gate_entropy_weight gate_weight load_balance_weight "
-    "mmd_weight latent_norm_weight transition_weight"
+    "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight gate_entropy_weight gate_weight "
+    "load_balance_weight mmd_weight latent_norm_weight transition_weight"
 ).split()
 PROBABILITY_FIELDS = (
     "hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio expert_exploration"
@@ -66,11 +67,17 @@ class YanConfig(PreTrainedConfig):
         transition_candidates: Likeliest tokens of each place that take part in the chain.
         detach_transitions: Whether the loss of the chain trains its scores alone and not the rest of the model.
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
-            all its tokens, which then agree on one of several possible texts.
+            all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
+            depends on the expert of the token before it: a hidden Markov model with K^L paths.
+        gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`.
+        prediction_type: What an expert's head predicts: `"velocity"`, where the token goes in the unit of time that
+            begins now, or `"endpoint"`, where it is at t = 1. The names are those of the flow's target.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
             `"argmax"`, the gate-weighted `"mixture"` of all, or the one that makes the target's tokens `"likeliest"`:
             the experts then share the possible targets out among them (with `expert_scope="sequence"`, whole texts),
-            and the gate learns from `gate_loss` how probable each of them is.
+            and the gate learns from `gate_loss` how probable each of them is. `"posterior"` maximises the likelihood
+            of the target's tokens, summed over all experts (`text_loss`), and goes on with experts drawn from their
+            posterior; a model with `expert_scope="chain"` needs it.
         expert_exploration: Share of these choices that are drawn evenly instead, so that every expert learns about
             every prompt.
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
@@ -79,9 +86,9 @@ class YanConfig(PreTrainedConfig):
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        nll_weight, mse_weight, ce_weight, transition_weight, gate_entropy_weight, gate_weight, load_balance_weight,
-        mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and squared error count per
-            latent dimension, so that one set of weights serves every width.
+        nll_weight, mse_weight, ce_weight, text_weight, transition_weight, gate_entropy_weight, gate_weight,
+        load_balance_weight, mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and
+            squared error count per latent dimension, so that one set of weights serves every width.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
@@ -94,6 +101,7 @@ class YanConfig(PreTrainedConfig):
         "nll_loss_per_dim",
         "mse_loss",
         "ce_loss",
+        "text_loss",
         "transition_loss",
         "gate_entropy",
         "gate_loss",
@@ -152,6 +160,8 @@ class YanConfig(PreTrainedConfig):
     transition_candidates: int = 16
     detach_transitions: bool = True
     expert_scope: str = "token"
+    gate_rank: int = 64
+    prediction_type: str = "velocity"
     train_expert_choice: str = "sample"
     expert_exploration: float | int = 0.15
     mask_ratio: float | int = 0.15
@@ -166,6 +176,7 @@ class YanConfig(PreTrainedConfig):
     nll_weight: float | int = 1.0
     mse_weight: float | int = 1.0
     ce_weight: float | int = 1.0
+    text_weight: float | int = 1.0
     transition_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
     gate_weight: float | int = 1.0
@@ -222,6 +233,8 @@ class YanConfig(PreTrainedConfig):
     def _check_choices(self):
         for name, choices in CHOICES.items():
             self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
+        if self.expert_scope == "chain":
+            self._require("train_expert_choice", "posterior".__eq__, "'posterior' with expert_scope='chain'")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         width = "None or greater than 0"

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .chains_yan import best_ending, best_path, chain_marginals, draw_path, log_partition
 from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
 from .experts_triton_yan import has_kernels_for, triton_heads
-from .layers_yan import YanFeedForward, is_plain
+from .layers_yan import YanFeedForward, YanZeroLinear, is_plain
 
 
 class YanGate(nn.Module):
@@ -30,6 +31,102 @@ class YanGate(nn.Module):
         features = torch.cat([states, context.unsqueeze(1).expand(-1, states.shape[1], -1)], dim=-1)
         logits = self.expert_proj(F.gelu(self.hidden_proj(features)))
         return F.log_softmax(logits.float() / self.temperature, dim=-1)
+
+
+class YanGateTransitions(nn.Module):
+    """How well the experts of neighbouring tokens go together, from what each of them would write."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.from_proj = nn.Linear(config.hidden_size, config.gate_rank)
+        self.to_proj = YanZeroLinear(config.hidden_size, config.gate_rank)
+
+    def forward(self, ends, log_gate):
+        """log pi (B, L - 1, K, K) of each token's expert given that of the token before it, in float32.
+
+        Args:
+            ends: What the experts' heads predict, (B, L, K, D). log_gate: (B, L, K), the gate without neighbours.
+        """
+        states = self.norm(ends)
+        scores = self.from_proj(states[:, :-1]) @ self.to_proj(states[:, 1:]).transpose(-1, -2)
+        return F.log_softmax(scores.float() * self.from_proj.out_features**-0.5 + log_gate[:, 1:].unsqueeze(2), dim=-1)
+
+
+@dataclass
+class YanExpertPrior:
+    """What the gate says of the experts of a batch of texts, before they are seen.
+
+    Args:
+        scope: `expert_scope` of the config.
+        log_gate: log pi_k (B, L, K): of every token, of every sequence (the same for all tokens), or of a chain's
+            first token.
+        log_transitions: Of a chain, (B, L - 1, K, K); else None.
+    """
+
+    scope: str
+    log_gate: torch.Tensor
+    log_transitions: torch.Tensor | None = None
+
+    def log_evidence(self, log_likelihood: torch.Tensor) -> torch.Tensor:
+        """log p(y) (B,) of texts, summed over all experts, from log p_k(y) (B, L, K) of their tokens."""
+        if self.scope == "chain":
+            return log_partition(self._emissions(log_likelihood), self.log_transitions)
+        if self.scope == "sequence":
+            return (log_likelihood.sum(1) + self.log_gate[:, 0]).logsumexp(-1)
+        return (log_likelihood + self.log_gate).logsumexp(-1).sum(1)
+
+    def marginals(self) -> torch.Tensor:
+        """log pi_k (B, L, K) of every token by itself."""
+        if self.scope == "chain":
+            return chain_marginals(self.log_gate[:, 0], self.log_transitions)
+        return self.log_gate
+
+    def choose(self, choice: str, numbers: torch.Tensor | None = None) -> torch.LongTensor | None:
+        """One expert per token (B, L), or None for the "mixture".
+
+        Args:
+            choice: As in `choose_experts`; "ranked" is for no chain. numbers: The same; of a sequence those of its
+                first token decide.
+        """
+        if choice == "mixture" or self.scope == "token":
+            return choose_experts(self.log_gate, choice, numbers)
+        if self.scope == "sequence":
+            first = None if numbers is None else numbers[:, :1]
+            return choose_experts(self.log_gate[:, :1], choice, first).expand(self.log_gate.shape[:2])
+        if choice == "argmax":
+            return self.best_chain(torch.zeros_like(self.log_gate))
+        if choice == "sample":
+            numbers = torch.rand_like(self.log_gate) if numbers is None else numbers
+            return draw_path(self.log_gate[:, 0], self.log_transitions, numbers)
+        raise ValueError(f"expert_choice={choice!r}: must be argmax, sample or mixture with expert_scope='chain'")
+
+    def best_chain(self, tokens, fill=None, length_penalty: float = 1.0) -> torch.LongTensor:
+        """The experts (B, L) of a chain that are the most probable together with what they write.
+
+        Args:
+            tokens: Log-probability (B, L, K) of each expert's best token. fill: The same of its best EOS, if there is
+                one; the text's length is then chosen by `best_ending`, and behind it there is nothing but EOS.
+        """
+        tokens = self._emissions(tokens.float())
+        if fill is not None:
+            fill = self._emissions(fill.float())
+            length = best_ending(tokens, fill, self.log_transitions, length_penalty)
+            is_fill = torch.arange(tokens.shape[1], device=tokens.device) >= length.unsqueeze(1)
+            tokens = torch.where(is_fill.unsqueeze(-1), fill, tokens)
+        return best_path(tokens, self.log_transitions)
+
+    def tempered(self, temperature: float) -> "YanExpertPrior":
+        """The prior with its logits divided by a temperature of at least 0."""
+        gate, *transitions = (
+            None if logs is None else (logs / max(temperature, 1e-4)).log_softmax(-1)
+            for logs in (self.log_gate, self.log_transitions)
+        )
+        return YanExpertPrior(self.scope, gate, *transitions)
+
+    def _emissions(self, scores):
+        """Scores (B, L, K) in which the first token has its prior, as the functions of chains want them."""
+        return torch.cat([scores[:, :1] + self.log_gate[:, :1], scores[:, 1:]], dim=1)
 
 
 def _are_narrow(*tensors: torch.Tensor) -> bool:

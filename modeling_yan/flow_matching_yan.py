@@ -208,6 +208,11 @@ def solve_flow(
     return x
 
 
+def extrapolate(before: torch.Tensor, after: torch.Tensor, step: int, num_steps: int) -> torch.Tensor:
+    """Where the velocity of Euler step number `step` of `num_steps`, from `before` to `after`, leads at t = 1."""
+    return before + (after - before) * (num_steps - step + 1)
+
+
 def token_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(y) (B, L) in float32 of each of the tokens `targets` (B, L) under `logits` (B, L, V)."""
     return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .experts_yan import YanExperts, YanGate, choose_experts
+from .experts_yan import YanExpertPrior, YanExperts, YanGate, YanGateTransitions
 from .flow_matching_yan import solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, attention_mask_for, linear_each
 
@@ -82,6 +81,7 @@ class YanFlow(nn.Module):
         self.settled_tokens = YanSettledTokens(config) if config.self_conditioning else None
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
+        self.gate_transitions = YanGateTransitions(config) if config.expert_scope == "chain" else None
 
     def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1) -> YanCondition:
         """Prepare the encoded prompt for any number of velocity calls.
@@ -123,12 +123,17 @@ class YanFlow(nn.Module):
         return self.norm(states)
 
     def velocities(self, states, x):
-        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
+        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D) and t = 0.
 
         A head predicts where its token goes and x is subtracted: the trunk, no wider than the latents, would
         otherwise have to carry the noise through every layer beside everything else.
         """
         return self.experts(states) - x.unsqueeze(-2)
+
+    def velocity_to(self, predicted, x, time: float):
+        """Velocity at the point x and a time below 1 of tokens of which a head has `predicted` where they go."""
+        remaining = 1 - time if self.config.prediction_type == "endpoint" else 1
+        return (predicted - x) / remaining
 
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
@@ -137,21 +142,20 @@ class YanFlow(nn.Module):
         log_gate = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
         return log_gate.expand(-1, states.shape[1], -1)
 
-    def choose_experts(self, log_gate, choice: str, numbers=None):
-        """As `choose_experts`; if a sequence has one expert, its first token's numbers decide."""
-        if self.config.expert_scope == "token" or choice == "mixture":
-            return choose_experts(log_gate, choice, numbers)
-        first = None if numbers is None else numbers[:, :1]
-        return choose_experts(log_gate[:, :1], choice, first).expand(log_gate.shape[:2])
+    def prior(self, states, modulation: YanModulation, condition: YanCondition, ends=None) -> YanExpertPrior:
+        """The gate of all tokens; `ends` (B, L, K, D), what the heads predict, are needed for a chain."""
+        log_gate = self.log_gate(states, modulation, condition)
+        transitions = None if self.gate_transitions is None else self.gate_transitions(ends, log_gate)
+        return YanExpertPrior(self.config.expert_scope, log_gate, transitions)
 
 
 class YanVelocity:
-    """Velocity field of one solve: every token is moved by the expert that the gate chose for it at t = 0.
+    """Velocity field of one solve: every token is moved by the expert that was chosen for it at t = 0.
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
     `solver_times(num_steps, solver)`. Between the calls `settled` may be set to what the trunk sees of settled tokens.
-    If `posterior` is set to a function from where the experts lead (B, L, K, D) to their probabilities (B, L, K) given
-    the target, the most probable are chosen, and a share `expert_exploration` of them is drawn evenly.
+    If `choose` is set to a function of where the experts lead (B, L, K, D) and of their `YanExpertPrior`, it chooses
+    the experts (B, L), and may leave their posterior in `probabilities`. Experts are drawn at `temperature`.
     """
 
     def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_numbers=None):
@@ -161,28 +165,40 @@ class YanVelocity:
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.log_gate = self.experts = self.groups = self.settled = self.posterior = self.probabilities = None
-        self.num_trunk_passes = 0
+        self.prior = self.experts = self.groups = self.settled = self.choose = self.probabilities = None
+        self.num_trunk_passes, self.temperature = 0, 1.0
+
+    @property
+    def log_gate(self):
+        """The gate (B, L, K) of every token by itself, at t = 0; None before the first call."""
+        return None if self.prior is None else self.prior.marginals()
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
         index = self.index_of_time[time]
         modulation = self.modulation[index : index + 1]
         states = self.flow.trunk(x, self.positions, modulation, self.condition, self.settled)
         self.num_trunk_passes += 1
-        if self.log_gate is None:
-            self.log_gate = self.flow.log_gate(states, modulation, self.condition)
-            self.experts = self._choose(states)
-            self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
-        if self.experts is None:
-            return self.flow.experts.mixture_of(states, self.log_gate) - x
-        return self.flow.experts.output_of(states, self.groups) - x
+        predicted = self._choose(states, modulation) if self.prior is None else self._predict(states)
+        return self.flow.velocity_to(predicted, x, time)
 
-    def _choose(self, states):
-        if self.posterior is None:
-            return self.flow.choose_experts(self.log_gate, self.expert_choice, self.expert_numbers)
-        with torch.no_grad():
-            self.probabilities = self.posterior(self.flow.experts(states))
-        share = self.flow.config.expert_exploration
-        num_experts = self.probabilities.shape[-1]
-        likeliest = F.one_hot(self.probabilities.argmax(-1), num_experts)
-        return self.flow.choose_experts(((1 - share) * likeliest + share / num_experts).log(), "sample")
+    def _predict(self, states):
+        """What each token's own head predicts, (B, L, D)."""
+        if self.experts is None:
+            return self.flow.experts.mixture_of(states, self.log_gate)
+        return self.flow.experts.output_of(states, self.groups)
+
+    def _choose(self, states, modulation):
+        """The experts of the whole solve, and what they predict at t = 0."""
+        needs_ends = self.choose is not None or self.flow.gate_transitions is not None
+        ends = self.flow.experts(states) if needs_ends else None
+        self.prior = self.flow.prior(states, modulation, self.condition, ends)
+        if self.temperature != 1 and self.expert_choice == "sample":
+            self.prior = self.prior.tempered(self.temperature)
+        if self.choose is None:
+            self.experts = self.prior.choose(self.expert_choice, self.expert_numbers)
+        else:
+            self.experts = self.choose(ends, self.prior)
+        self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
+        if ends is None or self.experts is None:
+            return self._predict(states)
+        return ends.gather(2, self.experts[..., None, None].expand(-1, -1, 1, ends.shape[-1])).squeeze(2)

@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 
 from .compilation_yan import merging
 from .experts_yan import EXPERT_CHOICES
-from .flow_matching_yan import SOLVERS, hashed_normal, hashed_uniform, solve_flow
+from .flow_matching_yan import SOLVERS, extrapolate, hashed_normal, hashed_uniform, solve_flow
 from .layers_yan import count_positions
-from .reading_yan import END_CHOICES
+from .reading_yan import END_CHOICES, best_of_text_and_fill
 from .recording_yan import Recordings
 from .trainer_yan import open_options
 
@@ -50,7 +50,7 @@ OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (0,)),
     **dict.fromkeys(
         "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
@@ -75,7 +75,8 @@ class YanGenerationConfig(GenerationConfig):
         expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
             "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
             which writes different texts without `do_sample` (their number is then a keyword of `generate`: a config
-            has to be one of transformers', too); "argmax" if None.
+            has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
+            `train_expert_choice="posterior"`.
         canvas_length: Tokens written at once; the model's if None.
         commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
             at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
@@ -93,7 +94,10 @@ class YanGenerationConfig(GenerationConfig):
             is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
             tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
             compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
-        temperature: Scales the start noise when `do_sample` is set; at least 0.
+        temperature: With `do_sample` it scales the start noise, and divides the gate's logits where experts are
+            drawn; at least 0.
+        length_penalty: Of a model with `expert_scope="chain"`, without `do_sample`: of the best texts of all lengths
+            the one is written whose log-probability, divided by its length to this power, is the highest; 1 if None.
     """
 
     def __init__(self, **kwargs):
@@ -167,7 +171,9 @@ class CanvasPlan:
     """What does not change the tensors that a canvas is written from, but what is done with them.
 
     Args:
-        num_flow_steps, solver, expert_choice, end_choice, use_transitions: As in `YanGenerationConfig`.
+        num_flow_steps, solver, expert_choice, end_choice, use_transitions, length_penalty: As in
+            `YanGenerationConfig`.
+        expert_temperature: Of a drawn expert.
         repeats: Sequences R per row of context.
         commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
@@ -185,6 +191,8 @@ class CanvasPlan:
     commit_threshold: float | None = None
     end_choice: str = "likeliest"
     use_transitions: bool = True
+    length_penalty: float = 1.0
+    expert_temperature: float = 1.0
 
 
 @dataclass
@@ -315,7 +323,7 @@ class YanGenerationMixin(GenerationMixin):
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
             "solver": "euler",
-            "expert_choice": "argmax",
+            "expert_choice": self._default_expert_choice(options),
             "canvas_length": self.config.canvas_length,
             "commit_threshold": COMMIT_THRESHOLD,
             "end_choice": "likeliest",
@@ -329,6 +337,7 @@ class YanGenerationMixin(GenerationMixin):
         _check_flow_fields(options)
         self._check_length(options.canvas_length, "the canvas")
         self._check_num_sequences(options)
+        self._check_fit(options)
         if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
             allowed = f"[0, vocab_size={self.config.vocab_size})"
             raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
@@ -336,6 +345,20 @@ class YanGenerationMixin(GenerationMixin):
         if model_kwargs:
             raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
         return options
+
+    def _default_expert_choice(self, options):
+        """Experts that were trained as a distribution are drawn from it where anything is drawn."""
+        return "sample" if options.do_sample and self.config.train_expert_choice == "posterior" else "argmax"
+
+    def _check_fit(self, options):
+        """Raise ValueError for an option that this model can't honour."""
+        is_chain = self.config.expert_scope == "chain"
+        if is_chain and options.expert_choice == "ranked":
+            raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
+        if not is_chain and options.length_penalty not in (None, 1):
+            raise ValueError(f"length_penalty={options.length_penalty}: must be 1 without expert_scope='chain'")
+        if self.config.prediction_type == "endpoint" and options.solver != "euler":
+            raise ValueError(f"solver={options.solver!r}: must be 'euler' with prediction_type='endpoint'")
 
     def _check_num_sequences(self, options):
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
@@ -430,6 +453,16 @@ class YanGenerationMixin(GenerationMixin):
         eos = plan.eos if plan.end_choice == "likeliest" else ()
         return torch.cat([self.most_likely(*part, eos, plan.use_transitions) for part in parts])
 
+    def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
+        """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
+        eos = plan.eos if plan.end_choice == "likeliest" else ()
+        scores = []
+        for end in ends.unbind(2):  # one by one, or the logits would be K vocabularies wide
+            parts = [best_of_text_and_fill(self._allowed_logits(part, plan), eos) for part in self._split_rows(end)]
+            scores.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
+        return prior.best_chain(tokens, *fill, length_penalty=plan.length_penalty)
+
     def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
         """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""
         parts = [self._most_likely(part, plan) for part in self._split_rows(latents)]
@@ -489,6 +522,9 @@ def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: Canvas
     velocity = model.velocity_field(
         condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )
+    velocity.temperature = plan.expert_temperature
+    if plan.expert_choice == "argmax" and model.config.expert_scope == "chain":
+        velocity.choose = lambda ends, prior: model.best_chain(ends, prior, plan)
     path = [x_0]
 
     def record(step, x):
@@ -496,7 +532,7 @@ def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: Canvas
         can_commit = plan.commit_threshold is not None and step < plan.num_flow_steps
         if streamer is None and not can_commit:
             return
-        draft = _extrapolate(*path[-2:], step, plan.num_flow_steps)
+        draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
         if streamer is not None:
             streamer.put_draft(model.read_off(draft, plan).cpu())
         if can_commit:
@@ -546,6 +582,8 @@ def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
         commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
         end_choice=options.end_choice,
         use_transitions=options.use_transitions,
+        length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
+        expert_temperature=options.temperature if options.do_sample else 1.0,
     )
 
 
@@ -599,11 +637,6 @@ def _left_align(ids, mask, fewest: int, most: int):
         order = (1 - mask).argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order)[:, :most], mask.gather(1, order)[:, :most]
     return ids, mask if fewest < most else None
-
-
-def _extrapolate(before, after, step, num_steps):
-    """Where the last step's velocity would lead at t = 1."""
-    return before + (after - before) * (num_steps - step + 1)
 
 
 def _eos_ids(options):

@@ -19,22 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
-from .flow_matching_yan import (
-    as_one_token,
-    gate_entropy,
-    gaussian_mmd,
-    hashed_normal,
-    hashed_uniform,
-    interpolate,
-    load_balance,
-    masked_mean,
-    mixture_nll,
-    sample_times,
-    solve_flow,
-    text_posterior,
-    token_cross_entropy,
-    token_log_likelihood,
-)
+from .flow_matching_yan import hashed_normal, token_cross_entropy
 from .flow_yan import YanCondition, YanFlow, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
@@ -49,6 +34,7 @@ from .layers_yan import (
     count_positions,
 )
 from .mamba_yan import YanMamba
+from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .reading_yan import best_text
 from .trainer_yan import refuse_causal_batch, token_output
 from .transitions_yan import YanTransitions
@@ -94,7 +80,10 @@ class YanFlowOutput(ModelOutput):
         nll_loss: Negative log-likelihood of the target velocity, nats per token.
         nll_loss_per_dim: The same divided by D, comparable across widths.
         mse_loss: Squared error of the solved latents, per token and dimension.
-        ce_loss: Cross-entropy of the decoded solved latents, nats per token.
+        ce_loss: Cross-entropy of the decoded solved latents, nats per token; with `train_expert_choice="posterior"`
+            the mean over the solver's steps, each with the end point that it leads to.
+        text_loss: Negative log-likelihood of the target's tokens where the first step leads, summed over all experts,
+            nats per token, with `train_expert_choice="posterior"`.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
         gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
@@ -110,6 +99,7 @@ class YanFlowOutput(ModelOutput):
     nll_loss_per_dim: torch.Tensor | None = None
     mse_loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
     transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
     gate_loss: torch.Tensor | None = None
@@ -353,42 +343,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
-def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
-    """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
-    terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
-    if model.config.mmd_weight > 0:
-        tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
-        if len(tokens):
-            terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
-    return terms
-
-
-def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
-    """Sum of the terms `x_loss`, each with the config's `x_weight`."""
-    return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
-
-
-@dataclass
-class SettledTarget:
-    """The part of a batch's target that training shows to the flow, in place of what generation settles on.
-
-    Args:
-        model: A `YanForFlowGeneration`. canvas: Token ids (B, L). is_settled: Which of them are shown (B, L).
-        since: Time (B,) from which on they are; 1 for never.
-    """
-
-    model: "YanForFlowGeneration"
-    canvas: torch.LongTensor
-    is_settled: torch.Tensor
-    since: torch.Tensor
-
-    def seen_at(self, time: torch.Tensor | float) -> torch.Tensor:
-        """What the trunk sees (B, L, D) at a time, a number or one a row (B,)."""
-        is_shown = (self.since <= time) & (self.since < 1)
-        return self.model.settle(self.canvas, self.is_settled & is_shown.unsqueeze(1))
-
-
-class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
+class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationMixin):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
@@ -506,36 +461,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         """What the flow sees (B, L, D) of the token ids (B, L) of a canvas that are settled, a mask (B, L)."""
         return self.flow.settled_tokens(self.model.embeddings.word_embeddings(tokens), is_settled)
 
-    def _solve(self, x_0, condition, num_flow_steps: int, settled: "SettledTarget | None" = None, canvas=None):
-        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there.
-
-        In training, experts are chosen by `train_expert_choice`, which may ask for the target ids `canvas` (B, L).
-        """
-        choice = self.config.train_expert_choice if self.training and canvas is not None else "argmax"
-        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
-        if choice == "likeliest":
-            velocity.posterior = lambda ends: self._text_posterior(ends, canvas)
-
-        def show(step, x):
-            velocity.settled = settled.seen_at(step / num_flow_steps)
-
-        return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
-
-    def _text_posterior(self, ends, canvas):
-        """Posterior (B, L, K) of the experts that lead to `ends` (B, L, K, D), given the target ids."""
-        # one by one: the logits of all experts at once would be K vocabularies wide
-        experts = [token_log_likelihood(self.decode(end), canvas) for end in ends.unbind(-2)]
-        return text_posterior(torch.stack(experts, dim=-1), self.config.expert_scope)
-
-    def _draw_settled(self, canvas, num_flow_steps: int) -> "SettledTarget | None":
-        """In training, a random part of each target, shown from the end of a random solver step on."""
-        if not (self.training and self.config.self_conditioning):
-            return None
-        share = torch.rand(len(canvas), 1, device=canvas.device)
-        is_settled = torch.rand(canvas.shape, device=canvas.device) < share
-        first_step = torch.randint(1, num_flow_steps + 1, (len(canvas),), device=canvas.device)
-        return SettledTarget(self, canvas, is_settled, first_step / num_flow_steps)
-
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D)."""
         return self.lm_head(self.decoder(latents))
@@ -587,54 +512,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanGenerationMixin):
         is_constant = self.config.detach_target_latents
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
             return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
-
-    def _draw_path(self, x_1):
-        """Start points and times of a training batch; fixed ones in evaluation mode."""
-        if self.training:
-            x_0 = self.config.init_noise * torch.randn_like(x_1)
-            return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
-        return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
-
-    def _nll(self, target, velocities, log_gate):
-        """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
-        sigma, length = self.config.flow_sigma, target.shape[1]
-        if self.config.expert_scope == "token":
-            return mixture_nll(target, velocities, log_gate, sigma)
-        return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
-
-    def _objective(self, canvas, condition, num_flow_steps):
-        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
-        config = self.config
-        x_1 = self._encode_target(canvas)
-        x_0, time = self._draw_path(x_1)
-        modulation = self.flow.modulation(time)
-        positions = self._positions(canvas.shape[1])
-        x_t = interpolate(x_0, x_1, time)
-        settled = self._draw_settled(canvas, num_flow_steps)
-        seen = None if settled is None else settled.seen_at(time)
-        states = self.flow.trunk(x_t, positions, modulation, condition, seen)
-        log_gate = self.flow.log_gate(states, modulation, condition)
-        nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
-        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, canvas)
-        logits = self.decode(x_1_hat)
-        terms = {
-            "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
-            "ce_loss": token_cross_entropy(logits, canvas),
-            "load_balance_loss": load_balance(log_gate),
-        }
-        if velocity.probabilities is not None:
-            terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
-        if self.transitions is not None:
-            embedding = self.model.embeddings.word_embeddings
-            terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
-        if x_1.requires_grad:
-            terms |= latent_regularisers(self, x_1)
-        entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
-        loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
-        terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
-        self._keep_terms(terms)
-        expert_usage = log_gate.exp().mean((0, 1)).detach()
-        return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
 
 
 __all__ = [

@@ -3,22 +3,20 @@
 A text written at once mixes what it may say: each token is the likeliest in its own place, and two names become one
 that is none. A linear-chain conditional random field over the decoder's logits, with scores of low rank for pairs of
 neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends on the
-latent of the first of the two. Only the likeliest candidates of a place have such scores. Sums and maxima over all
-paths are taken by halves, in log2(L) rounds, instead of token by token.
+latent of the first of the two. Only the likeliest candidates of a place have such scores.
 
 Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .chains_yan import IMPOSSIBLE, best_path, log_partition, path_score
 from .compilation_yan import select_rows
 from .layers_yan import YanZeroLinear
-
-IMPOSSIBLE = -1e4  # finite, because sums of infinities have no gradient
 
 
 class YanTransitions(nn.Module):
@@ -88,58 +86,3 @@ class YanTransitions(nn.Module):
             transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
         path = best_path(emissions.float(), transitions)
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
-
-
-def path_score(emissions: torch.Tensor, transitions: torch.Tensor, path: torch.LongTensor) -> torch.Tensor:
-    """Score (B,) of one path (B, L): its emissions (B, L, C) and transitions (B, L - 1, C, C), summed."""
-    steps = transitions.flatten(2).gather(2, (path[:, :-1] * emissions.shape[-1] + path[:, 1:]).unsqueeze(-1))
-    return emissions.gather(2, path.unsqueeze(-1)).sum((1, 2)) + steps.sum((1, 2))
-
-
-def log_partition(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
-    """Logarithm (B,) of the sum of exp(score) over all C^L paths; arguments as in `path_score`."""
-    if emissions.shape[1] == 1:
-        return emissions[:, 0].logsumexp(-1)
-    (whole,), _ = _join(_segments(emissions, transitions), lambda sums: (sums.logsumexp(-2), None))
-    return whole.flatten(1).logsumexp(-1)
-
-
-def best_path(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.LongTensor:
-    """The path (B, L) of the highest score; arguments as in `path_score`."""
-    _, length, num_candidates = emissions.shape
-    if length == 1:
-        return emissions.argmax(-1)
-    (whole,), middles = _join(_segments(emissions, transitions), lambda sums: sums.max(-2))
-    best = whole.flatten(1).argmax(-1, keepdim=True)
-    ends = torch.cat([best // num_candidates, best % num_candidates], dim=1)
-    for middle in reversed(middles):  # between any two known tokens, the one that joined their segments
-        pairs = ends[:, :-1] * num_candidates + ends[:, 1:]
-        between = middle.flatten(2).gather(2, pairs.unsqueeze(-1)).squeeze(-1)
-        ends = torch.cat([torch.stack([ends[:, :-1], between], -1).flatten(1), ends[:, -1:]], dim=1)
-    return ends[:, :length]
-
-
-def _segments(emissions, transitions):
-    """Scores (B, N, C, C) of the ways from each token to the next, their number N filled up to a power of two.
-
-    A segment has the emission of the token that it leads to, the first one that of its origin, too. The filling leads
-    from every candidate to itself for nothing.
-    """
-    segments = transitions + emissions[:, 1:].unsqueeze(2)
-    segments = torch.cat([segments[:, :1] + emissions[:, 0, None, :, None], segments[:, 1:]], dim=1)
-    missing = 2 ** (segments.shape[1] - 1).bit_length() - segments.shape[1]
-    stay = IMPOSSIBLE * (1 - torch.eye(emissions.shape[-1], device=emissions.device))
-    return torch.cat([segments, stay.expand(len(segments), missing, -1, -1)], dim=1)
-
-
-def _join(segments, combine: Callable):
-    """Join neighbouring segments until one is left; returns it (1, B, C, C) and the second results of `combine`.
-
-    `combine` reduces the sums (B, N, C, C, C) of origin, middle and end over the middle.
-    """
-    middles = []
-    while segments.shape[1] > 1:
-        left, right = segments[:, ::2], segments[:, 1::2]
-        segments, middle = combine(left.unsqueeze(-1) + right.unsqueeze(-3))
-        middles.append(middle)
-    return segments.transpose(0, 1), middles

@@ -1,0 +1,124 @@
+"""Linear chains: sums, maxima and draws over all paths through states with scores for neighbours.
+
+Two things of YAN are chains. The experts of neighbouring tokens are one if `expert_scope="chain"`: a hidden Markov
+model. The candidates of neighbouring tokens are one if `transition_rank` is above 0: a conditional random field. Sums
+and maxima over all paths are taken by halves, in log2(L) rounds, instead of token by token.
+
+Letters of the shape comments: B batch, L length, C states of a token.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+IMPOSSIBLE = -1e4  # finite, because sums of infinities have no gradient
+
+
+def path_score(emissions: torch.Tensor, transitions: torch.Tensor, path: torch.LongTensor) -> torch.Tensor:
+    """Score (B,) of one path (B, L): its emissions (B, L, C) and transitions (B, L - 1, C, C), summed."""
+    steps = transitions.flatten(2).gather(2, (path[:, :-1] * emissions.shape[-1] + path[:, 1:]).unsqueeze(-1))
+    return emissions.gather(2, path.unsqueeze(-1)).sum((1, 2)) + steps.sum((1, 2))
+
+
+def log_partition(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
+    """Logarithm (B,) of the sum of exp(score) over all C^L paths; arguments as in `path_score`."""
+    if emissions.shape[1] == 1:
+        return emissions[:, 0].logsumexp(-1)
+    (whole,), _ = _join(_segments(emissions, transitions), lambda sums: (sums.logsumexp(-2), None))
+    return whole.flatten(1).logsumexp(-1)
+
+
+def best_path(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.LongTensor:
+    """The path (B, L) of the highest score; arguments as in `path_score`."""
+    _, length, num_states = emissions.shape
+    if length == 1:
+        return emissions.argmax(-1)
+    (whole,), middles = _join(_segments(emissions, transitions), lambda sums: sums.max(-2))
+    best = whole.flatten(1).argmax(-1, keepdim=True)
+    ends = torch.cat([best // num_states, best % num_states], dim=1)
+    for middle in reversed(middles):  # between any two known states, the one that joined their segments
+        pairs = ends[:, :-1] * num_states + ends[:, 1:]
+        between = middle.flatten(2).gather(2, pairs.unsqueeze(-1)).squeeze(-1)
+        ends = torch.cat([torch.stack([ends[:, :-1], between], -1).flatten(1), ends[:, -1:]], dim=1)
+    return ends[:, :length]
+
+
+def best_ending(
+    tokens: torch.Tensor, fill: torch.Tensor, transitions: torch.Tensor, length_penalty: float = 1.0
+) -> torch.LongTensor:
+    """Number of tokens (B,), 0 to L, of the best path that goes from text to fill once and stays there.
+
+    Of the best paths of all lengths n it is the one with the highest score / (n + 1)^length_penalty. The score alone
+    would be that of the shortest text: every token that is not certain costs something (arXiv 2210.05193, section 3).
+
+    Args:
+        tokens: Emissions (B, L, C) of a state while the text goes on, its prior included for the first token.
+        fill: The same of a state behind the text. transitions: (B, L - 1, C, C).
+    """
+    behind = [fill[:, -1]]
+    for step in reversed(range(transitions.shape[1])):
+        behind.append(fill[:, step] + (transitions[:, step] + behind[-1].unsqueeze(1)).amax(-1))
+    behind.reverse()
+    before, scores = None, [behind[0].amax(-1)]
+    for step in range(tokens.shape[1]):
+        came = 0 if before is None else (before.unsqueeze(-1) + transitions[:, step - 1]).amax(-2)
+        if step:
+            scores.append((came + behind[step]).amax(-1))
+        before = came + tokens[:, step]
+    scores = torch.stack([*scores, before.amax(-1)], dim=1)
+    return (scores / torch.arange(1, scores.shape[1] + 1, device=scores.device) ** length_penalty).argmax(1)
+
+
+def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
+    """A path (B, L) drawn from a Markov chain, a pure function of uniform numbers in (0, 1).
+
+    Every state of every token draws its successor by the Gumbel-max trick; then these functions are composed.
+
+    Args:
+        log_first: Log-probabilities (B, C) of the first token's states.
+        log_transitions: Log-probabilities (B, L - 1, C, C) of each token's states, given that of the token before it.
+        uniform: (B or 1, L, C).
+    """
+    gumbel = -torch.log(-torch.log(uniform.float().clamp(min=1e-20)))
+    first = (log_first + gumbel[:, 0]).argmax(-1, keepdim=True)
+    after = (log_transitions + gumbel[:, 1:].unsqueeze(-2)).argmax(-1)  # (B, L - 1, C)
+    reach = 1
+    while reach < after.shape[1]:  # after[:, i] now leads over `reach` tokens, where there are so many
+        composed = after[:, reach:].gather(-1, after[:, :-reach])
+        after = torch.cat([after[:, :reach], composed], dim=1)
+        reach *= 2
+    return torch.cat([first, after.gather(-1, first.unsqueeze(1).expand(-1, after.shape[1], -1)).squeeze(-1)], dim=1)
+
+
+def chain_marginals(log_first: torch.Tensor, log_transitions: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, L, C) of each token's states in a Markov chain; arguments as in `draw_path`."""
+    marginals = [log_first]
+    for step in log_transitions.unbind(1):
+        marginals.append((marginals[-1].unsqueeze(-1) + step).logsumexp(-2))
+    return torch.stack(marginals, dim=1)
+
+
+def _segments(emissions, transitions):
+    """Scores (B, N, C, C) of the ways from each token to the next, their number N filled up to a power of two.
+
+    A segment has the emission of the token that it leads to, the first one that of its origin, too. The filling leads
+    from every state to itself for nothing.
+    """
+    segments = transitions + emissions[:, 1:].unsqueeze(2)
+    segments = torch.cat([segments[:, :1] + emissions[:, 0, None, :, None], segments[:, 1:]], dim=1)
+    missing = 2 ** (segments.shape[1] - 1).bit_length() - segments.shape[1]
+    stay = IMPOSSIBLE * (1 - torch.eye(emissions.shape[-1], device=emissions.device))
+    return torch.cat([segments, stay.expand(len(segments), missing, -1, -1)], dim=1)
+
+
+def _join(segments, combine: Callable):
+    """Join neighbouring segments until one is left; returns it (1, B, C, C) and the second results of `combine`.
+
+    `combine` reduces the sums (B, N, C, C, C) of origin, middle and end over the middle.
+    """
+    middles = []
+    while segments.shape[1] > 1:
+        left, right = segments[:, ::2], segments[:, 1::2]
+        segments, middle = combine(left.unsqueeze(-1) + right.unsqueeze(-3))
+        middles.append(middle)
+    return segments.transpose(0, 1), middles

@@ -1,0 +1,198 @@
+"""What YAN is trained on: the objective of the paper, and the likelihood of whole texts (arXiv 2604.15009, section 3).
+
+Letters of the shape comments: B batch, L canvas length, D hidden size, K experts, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .experts_yan import YanExpertPrior
+from .flow_matching_yan import (
+    as_one_token,
+    extrapolate,
+    gate_entropy,
+    gaussian_mmd,
+    hashed_uniform,
+    interpolate,
+    load_balance,
+    masked_mean,
+    mixture_nll,
+    sample_times,
+    solve_flow,
+    text_posterior,
+    token_cross_entropy,
+    token_log_likelihood,
+)
+
+
+def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
+    """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
+    terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
+    if model.config.mmd_weight > 0:
+        tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
+        if len(tokens):
+            terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
+    return terms
+
+
+def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Sum of the terms `x_loss`, each with the config's `x_weight`."""
+    return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
+
+
+@dataclass
+class SettledTarget:
+    """The part of a batch's target that training shows to the flow, in place of what generation settles on.
+
+    Args:
+        model: A `YanForFlowGeneration`. canvas: Token ids (B, L). is_settled: Which of them are shown (B, L).
+        since: Time (B,) from which on they are; 1 for never.
+    """
+
+    model: "YanObjectiveMixin"
+    canvas: torch.LongTensor
+    is_settled: torch.Tensor
+    since: torch.Tensor
+
+    def seen_at(self, time: torch.Tensor | float) -> torch.Tensor:
+        """What the trunk sees (B, L, D) at a time, a number or one a row (B,)."""
+        is_shown = (self.since <= time) & (self.since < 1)
+        return self.model.settle(self.canvas, self.is_settled & is_shown.unsqueeze(1))
+
+
+class YanObjectiveMixin:
+    """The loss terms of `YanForFlowGeneration`."""
+
+    def _solve(self, x_0, condition, num_flow_steps: int, settled: SettledTarget | None = None, canvas=None):
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there.
+
+        In training, experts are chosen by `train_expert_choice`, which may ask for the target ids `canvas` (B, L).
+        """
+        choice = self.config.train_expert_choice if self.training and canvas is not None else "argmax"
+        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
+        if choice == "likeliest":
+            velocity.choose = lambda ends, prior: self._choose_likeliest(ends, prior, canvas, velocity)
+
+        def show(step, x):
+            velocity.settled = settled.seen_at(step / num_flow_steps)
+
+        return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
+
+    @torch.no_grad()
+    def _expert_log_likelihood(self, ends, canvas):
+        """log p_k(y) (B, L, K) of the target ids where each expert leads, `ends` (B, L, K, D)."""
+        # one by one: the logits of all experts at once would be K vocabularies wide
+        return torch.stack([token_log_likelihood(self.decode(end), canvas) for end in ends.unbind(-2)], dim=-1)
+
+    def _choose_likeliest(self, ends, prior, canvas, velocity):
+        """The experts that make the target the most probable; a share `expert_exploration` is drawn evenly."""
+        scope, share = self.config.expert_scope, self.config.expert_exploration
+        velocity.probabilities = text_posterior(self._expert_log_likelihood(ends, canvas), scope)
+        num_experts = velocity.probabilities.shape[-1]
+        likeliest = F.one_hot(velocity.probabilities.argmax(-1), num_experts)
+        log_choice = ((1 - share) * likeliest + share / num_experts).log()
+        return YanExpertPrior(scope, log_choice).choose("sample")
+
+    def _draw_settled(self, canvas, num_flow_steps: int) -> SettledTarget | None:
+        """In training, a random part of each target, shown from the end of a random solver step on."""
+        if not (self.training and self.config.self_conditioning):
+            return None
+        share = torch.rand(len(canvas), 1, device=canvas.device)
+        is_settled = torch.rand(canvas.shape, device=canvas.device) < share
+        first_step = torch.randint(1, num_flow_steps + 1, (len(canvas),), device=canvas.device)
+        return SettledTarget(self, canvas, is_settled, first_step / num_flow_steps)
+
+    def _draw_path(self, x_1):
+        """Start points and times of a training batch; fixed ones in evaluation mode."""
+        if self.training:
+            x_0 = self.config.init_noise * torch.randn_like(x_1)
+            return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
+        return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
+
+    def _nll(self, target, velocities, log_gate):
+        """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
+        sigma, length = self.config.flow_sigma, target.shape[1]
+        if self.config.expert_scope == "token":
+            return mixture_nll(target, velocities, log_gate, sigma)
+        return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
+
+    def _objective(self, canvas, condition, num_flow_steps):
+        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
+        config = self.config
+        if config.train_expert_choice == "posterior":
+            return self._text_objective(canvas, condition, num_flow_steps)
+        x_1 = self._encode_target(canvas)
+        x_0, time = self._draw_path(x_1)
+        modulation = self.flow.modulation(time)
+        positions = self._positions(canvas.shape[1])
+        x_t = interpolate(x_0, x_1, time)
+        settled = self._draw_settled(canvas, num_flow_steps)
+        seen = None if settled is None else settled.seen_at(time)
+        states = self.flow.trunk(x_t, positions, modulation, condition, seen)
+        log_gate = self.flow.log_gate(states, modulation, condition)
+        nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
+        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, canvas)
+        logits = self.decode(x_1_hat)
+        terms = {
+            "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
+            "ce_loss": token_cross_entropy(logits, canvas),
+            "load_balance_loss": load_balance(log_gate),
+        }
+        if velocity.probabilities is not None:
+            terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
+        if self.transitions is not None:
+            embedding = self.model.embeddings.word_embeddings
+            terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
+        if x_1.requires_grad:
+            terms |= latent_regularisers(self, x_1)
+        entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
+        loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
+        terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
+        self._keep_terms(terms)
+        expert_usage = log_gate.exp().mean((0, 1)).detach()
+        return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
+
+    def _text_objective(self, canvas, condition, num_flow_steps):
+        """The same for `train_expert_choice="posterior"`: the likelihood of the text, summed over its experts.
+
+        -log sum_k pi(k) prod_i p(y_i | D(x1_hat_k)), over the experts k of all tokens
+
+        Where would each expert lead, and how probable does that make the target's tokens? The gate learns to make the
+        sum as large as it can be (`text_loss`). Each step of the solver learns to lead to the target (`ce_loss`), with
+        experts drawn from their posterior.
+        """
+        config, terms = self.config, {}
+
+        def choose(ends, prior):
+            log_likelihood = self._expert_log_likelihood(ends, canvas)
+            terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / canvas.numel()
+            scope = "sequence" if config.expert_scope == "sequence" else "token"
+            posterior = YanExpertPrior(scope, text_posterior(log_likelihood, scope).clamp(min=1e-20).log())
+            terms["expert_usage"] = posterior.log_gate.exp().mean((0, 1))
+            return posterior.choose("sample" if self.training else "argmax")
+
+        x_1 = self._encode_target(canvas) if config.mse_weight else None
+        x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
+        velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
+        velocity.choose, ends, path = choose, [], [x_0]
+
+        def collect(step, x):
+            ends.append(extrapolate(path[-1], x, step, num_flow_steps))
+            path.append(x)
+
+        x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
+        all_logits = [self.decode(end) for end in ends]
+        terms["ce_loss"] = sum(token_cross_entropy(logits, canvas) for logits in all_logits) / num_flow_steps
+        if x_1 is not None:
+            terms["mse_loss"] = sum((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
+            if x_1.requires_grad:
+                terms |= latent_regularisers(self, x_1)
+        if self.transitions is not None:
+            embedding = self.model.embeddings.word_embeddings
+            terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
+        usage = terms.pop("expert_usage")
+        loss = weighted_sum(config, terms)
+        self._keep_terms(terms)
+        return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
