@@ -69,6 +69,16 @@ def best_ending(
     return (scores / torch.arange(1, scores.shape[1] + 1, device=scores.device) ** length_penalty).argmax(1)
 
 
+def state_posterior(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
+    """Probability (B, L, C) of each token's states among all paths; arguments as in `path_score`.
+
+    It is the gradient of `log_partition` with respect to the emissions.
+    """
+    with torch.enable_grad():
+        emissions = emissions.detach().requires_grad_(True)
+        return torch.autograd.grad(log_partition(emissions, transitions.detach()).sum(), emissions)[0]
+
+
 def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
     """A path (B, L) drawn from a Markov chain, a pure function of uniform numbers in (0, 1).
 

@@ -13,7 +13,7 @@ CHOICES = {
     "flow_mixer": ("attention", "mamba"),
     "expert_scope": ("token", "sequence", "chain"),
     "train_expert_choice": ("argmax", "sample", "mixture", "likeliest", "posterior"),
-    "prediction_type": ("velocity", "endpoint"),
+    "start_point": ("noise", "draft"),
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
@@ -23,8 +23,8 @@ POSITIVE_FIELDS = (
     "transition_candidates gate_rank"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight gate_entropy_weight gate_weight "
-    "load_balance_weight mmd_weight latent_norm_weight transition_weight"
+    "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
+    "gate_weight load_balance_weight mmd_weight latent_norm_weight transition_weight"
 ).split()
 PROBABILITY_FIELDS = (
     "hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio expert_exploration"
@@ -48,15 +48,20 @@ class YanConfig(PreTrainedConfig):
         attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens, odd; 0 for none. It
             lets a token know its neighbours, which attention to learned positions is slow to find.
         cross_attention_layers: Flow layers (0-based) that attend to the encoded prompt; all of them if None.
-        max_position_embeddings: Longest prompt and longest canvas, in tokens.
+        max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens.
         state_size, conv_kernel, expand, time_step_rank, time_step_min, time_step_max, time_step_floor, use_bias,
         use_conv_bias: As in transformers' `MambaConfig`; `time_step_rank` is `ceil(hidden_size / 16)` if None.
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
-        init_noise: Standard deviation of the start point x0.
+        start_point: Where the flow starts: from `"noise"` alone, as in the paper, or from the encoder's `"draft"` in
+            the answer slots with noise added, which needs `num_answer_slots` of at least `canvas_length`
+            (data-dependent coupling, arXiv 2310.03725).
+        init_noise: Standard deviation of the noise in the start point x0.
         latent_noise: Upper end of the uniform noise level that training adds to encoder latents, per sequence.
         time_alpha, time_beta: Training times are drawn from Beta(time_alpha, time_beta).
+        num_answer_slots: Mask tokens that the model puts before every prompt by itself. The encoder writes a first
+            draft of the answer in their places; with `canvas_length` of them it can be read off without a flow.
         canvas_length: Tokens written at once. A target that ends earlier is filled with EOS up to here.
         num_flow_steps: Default number of solver steps.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
@@ -70,8 +75,6 @@ class YanConfig(PreTrainedConfig):
             all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
             depends on the expert of the token before it: a hidden Markov model with K^L paths.
         gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`.
-        prediction_type: What an expert's head predicts: `"velocity"`, where the token goes in the unit of time that
-            begins now, or `"endpoint"`, where it is at t = 1. The names are those of the flow's target.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
             `"argmax"`, the gate-weighted `"mixture"` of all, or the one that makes the target's tokens `"likeliest"`:
             the experts then share the possible targets out among them (with `expert_scope="sequence"`, whole texts),
@@ -86,9 +89,9 @@ class YanConfig(PreTrainedConfig):
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        nll_weight, mse_weight, ce_weight, text_weight, transition_weight, gate_entropy_weight, gate_weight,
-        load_balance_weight, mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0. Likelihood and
-            squared error count per latent dimension, so that one set of weights serves every width.
+        nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight, gate_entropy_weight,
+        gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0.
+            Likelihood and squared error count per latent dimension, so that one set of weights serves every width.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
@@ -102,6 +105,7 @@ class YanConfig(PreTrainedConfig):
         "mse_loss",
         "ce_loss",
         "text_loss",
+        "draft_loss",
         "transition_loss",
         "gate_entropy",
         "gate_loss",
@@ -147,10 +151,12 @@ class YanConfig(PreTrainedConfig):
     num_experts: int = 4
     flow_sigma: float | int = 1.0
     gate_temperature: float | int = 1.0
+    start_point: str = "noise"
     init_noise: float | int = 1.0
     latent_noise: float | int = 0.0
     time_alpha: float | int = 1.0
     time_beta: float | int = 1.0
+    num_answer_slots: int = 0
     canvas_length: int = 128
     num_flow_steps: int = 3
     min_train_flow_steps: int = 1
@@ -161,7 +167,6 @@ class YanConfig(PreTrainedConfig):
     detach_transitions: bool = True
     expert_scope: str = "token"
     gate_rank: int = 64
-    prediction_type: str = "velocity"
     train_expert_choice: str = "sample"
     expert_exploration: float | int = 0.15
     mask_ratio: float | int = 0.15
@@ -177,6 +182,7 @@ class YanConfig(PreTrainedConfig):
     mse_weight: float | int = 1.0
     ce_weight: float | int = 1.0
     text_weight: float | int = 1.0
+    draft_weight: float | int = 0.5
     transition_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
     gate_weight: float | int = 1.0
@@ -239,6 +245,9 @@ class YanConfig(PreTrainedConfig):
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         width = "None or greater than 0"
         self._require("moe_intermediate_size", lambda value: value is None or value > 0, width)
+        slots = f"0 to below max_position_embeddings={self.max_position_embeddings}, and 0 without mask_token_id"
+        most = self.max_position_embeddings if self.mask_token_id is not None else 1
+        self._require("num_answer_slots", lambda value: 0 <= value < most, slots)
         self._require("transition_rank", lambda value: value >= 0, "at least 0")
         odd = "0 or a positive odd number"
         self._require("attention_conv_kernel", lambda value: value == 0 or (value > 0 and value % 2), odd)
@@ -250,6 +259,9 @@ class YanConfig(PreTrainedConfig):
             lambda value: value is None or all(0 <= layer < depth for layer in value),
             f"None or layers in [0, num_flow_layers={depth})",
         )
+        if self.start_point == "draft":
+            enough = f"at least canvas_length={self.canvas_length} with start_point='draft'"
+            self._require("num_answer_slots", lambda value: value >= self.canvas_length, enough)
         longest = f"at most max_position_embeddings={self.max_position_embeddings}"
         self._require("canvas_length", lambda value: value <= self.max_position_embeddings, longest)
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
@@ -266,6 +278,11 @@ class YanConfig(PreTrainedConfig):
     def flow_layers_with_cross_attention(self) -> list[int]:
         """The flow layers that attend to the prompt, in order."""
         return sorted(self.cross_attention_layers or range(self.num_flow_layers))
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Longest prompt, in tokens, beside the model's own answer slots."""
+        return self.max_position_embeddings - self.num_answer_slots
 
     @property
     def expert_intermediate_size(self) -> int:

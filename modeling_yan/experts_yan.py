@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .chains_yan import best_ending, best_path, chain_marginals, draw_path, log_partition
+from .chains_yan import best_ending, best_path, chain_marginals, draw_path, log_partition, state_posterior
 from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
 from .experts_triton_yan import has_kernels_for, triton_heads
 from .layers_yan import YanFeedForward, YanZeroLinear, is_plain
@@ -75,6 +75,14 @@ class YanExpertPrior:
         if self.scope == "sequence":
             return (log_likelihood.sum(1) + self.log_gate[:, 0]).logsumexp(-1)
         return (log_likelihood + self.log_gate).logsumexp(-1).sum(1)
+
+    def posterior(self, log_likelihood: torch.Tensor) -> torch.Tensor:
+        """Probability (B, L, K) of each expert of each token, given the text; argument as of `log_evidence`."""
+        if self.scope == "chain":
+            return state_posterior(self._emissions(log_likelihood), self.log_transitions)
+        if self.scope == "sequence":
+            log_likelihood = log_likelihood.sum(1, keepdim=True).expand_as(log_likelihood)
+        return (log_likelihood + self.log_gate).softmax(-1)
 
     def marginals(self) -> torch.Tensor:
         """log pi_k (B, L, K) of every token by itself."""

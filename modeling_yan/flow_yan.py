@@ -20,11 +20,13 @@ class YanCondition:
     Args:
         key_values: Keys and values (B, S, D) of the layers with cross-attention; None for the others.
         attention_mask: In the form of the attention implementation. mean: Mean latent of the valid tokens (B, D).
+        draft: What the encoder has in the model's own answer slots (B, slots, D), if there are any.
     """
 
     key_values: list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]
     attention_mask: torch.Tensor | None
     mean: torch.Tensor
+    draft: torch.Tensor | None = None
 
 
 @dataclass
@@ -123,17 +125,17 @@ class YanFlow(nn.Module):
         return self.norm(states)
 
     def velocities(self, states, x):
-        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D) and t = 0.
+        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D)."""
+        return self.velocity_of(self.experts(states), x.unsqueeze(-2))
 
-        A head predicts where its token goes and x is subtracted: the trunk, no wider than the latents, would
-        otherwise have to carry the noise through every layer beside everything else.
+    def velocity_of(self, predicted, x):
+        """Velocity at the point x of tokens of which a head has `predicted` this.
+
+        From noise, a head predicts where its token goes and x is subtracted: the trunk, no wider than the latents,
+        would otherwise have to carry the noise through every layer beside everything else. From a draft, it predicts
+        the velocity itself, which is nothing where the draft is right.
         """
-        return self.experts(states) - x.unsqueeze(-2)
-
-    def velocity_to(self, predicted, x, time: float):
-        """Velocity at the point x and a time below 1 of tokens of which a head has `predicted` where they go."""
-        remaining = 1 - time if self.config.prediction_type == "endpoint" else 1
-        return (predicted - x) / remaining
+        return predicted if self.config.start_point == "draft" else predicted - x
 
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
@@ -178,8 +180,8 @@ class YanVelocity:
         modulation = self.modulation[index : index + 1]
         states = self.flow.trunk(x, self.positions, modulation, self.condition, self.settled)
         self.num_trunk_passes += 1
-        predicted = self._choose(states, modulation) if self.prior is None else self._predict(states)
-        return self.flow.velocity_to(predicted, x, time)
+        predicted = self._choose(states, modulation, x) if self.prior is None else self._predict(states)
+        return self.flow.velocity_of(predicted, x)
 
     def _predict(self, states):
         """What each token's own head predicts, (B, L, D)."""
@@ -187,10 +189,11 @@ class YanVelocity:
             return self.flow.experts.mixture_of(states, self.log_gate)
         return self.flow.experts.output_of(states, self.groups)
 
-    def _choose(self, states, modulation):
+    def _choose(self, states, modulation, x):
         """The experts of the whole solve, and what they predict at t = 0."""
         needs_ends = self.choose is not None or self.flow.gate_transitions is not None
-        ends = self.flow.experts(states) if needs_ends else None
+        predicted = self.flow.experts(states) if needs_ends else None
+        ends = x.unsqueeze(2) + self.flow.velocity_of(predicted, x.unsqueeze(2)) if needs_ends else None
         self.prior = self.flow.prior(states, modulation, self.condition, ends)
         if self.temperature != 1 and self.expert_choice == "sample":
             self.prior = self.prior.tempered(self.temperature)
@@ -199,6 +202,7 @@ class YanVelocity:
         else:
             self.experts = self.choose(ends, self.prior)
         self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
-        if ends is None or self.experts is None:
+        if predicted is None or self.experts is None:
             return self._predict(states)
-        return ends.gather(2, self.experts[..., None, None].expand(-1, -1, 1, ends.shape[-1])).squeeze(2)
+        index = self.experts[..., None, None].expand(-1, -1, 1, predicted.shape[-1])
+        return predicted.gather(2, index).squeeze(2)

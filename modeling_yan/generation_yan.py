@@ -46,7 +46,8 @@ _programs: dict[str, Callable] = {}
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
 SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
-OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "vocab_size")  # that options depend on
+# that options depend on
+OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size")
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
@@ -70,7 +71,8 @@ class YanGenerationConfig(GenerationConfig):
     `return_dict_in_generate`. Options of autoregressive decoding raise an error in `generate`.
 
     Args:
-        num_flow_steps: Solver steps N per canvas, at least 1; the model's default if None.
+        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 reads off the encoder's draft in its
+            answer slots (`num_answer_slots`), one pass without a flow.
         solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
         expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
             "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
@@ -133,7 +135,7 @@ def _is_number(value):
 
 
 _FIELD_RULES = (
-    ("num_flow_steps", _is_positive_int, "an integer of at least 1"),
+    ("num_flow_steps", lambda value: value == 0 or _is_positive_int(value), "an integer of at least 0"),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
@@ -194,6 +196,12 @@ class CanvasPlan:
     length_penalty: float = 1.0
     expert_temperature: float = 1.0
 
+    @classmethod
+    def of_config(cls, config, num_flow_steps: int, num_without_eos: int = 0, **options) -> "CanvasPlan":
+        """The plan of a canvas that is written without sampling and without further wishes."""
+        eos = () if config.eos_token_id is None else (config.eos_token_id,)
+        return cls(num_flow_steps, "euler", "argmax", 1, (), eos, num_without_eos, False, **options)
+
 
 @dataclass
 class Canvas:
@@ -227,7 +235,7 @@ class YanGenerationMixin(GenerationMixin):
 
         Every canvas of `canvas_length` tokens is written at once in `num_flow_steps` steps. Tokens up to the EOS
         are kept; without one the next canvas follows, conditioned on the prompt and the canvases before it (on their
-        last `max_position_embeddings` tokens), until `max_new_tokens` is reached. With `do_sample=False` the result
+        last `max_prompt_length` tokens), until `max_new_tokens` is reached. With `do_sample=False` the result
         for a prompt does not depend on the rest of the batch or on the side of its padding.
 
         Args:
@@ -352,13 +360,15 @@ class YanGenerationMixin(GenerationMixin):
 
     def _check_fit(self, options):
         """Raise ValueError for an option that this model can't honour."""
+        slots, canvas_length = self.config.num_answer_slots, options.canvas_length
+        if options.num_flow_steps == 0 and slots < canvas_length:
+            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
+            raise ValueError(f"num_flow_steps=0: must be {allowed}")
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
         if not is_chain and options.length_penalty not in (None, 1):
             raise ValueError(f"length_penalty={options.length_penalty}: must be 1 without expert_scope='chain'")
-        if self.config.prediction_type == "endpoint" and options.solver != "euler":
-            raise ValueError(f"solver={options.solver!r}: must be 'euler' with prediction_type='endpoint'")
 
     def _check_num_sequences(self, options):
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
@@ -395,7 +405,7 @@ class YanGenerationMixin(GenerationMixin):
             fewest, most = (int(number) for number in _count_valid(host_mask != 0))
         low, high = (int(number) for number in ids.cpu().aminmax())
         self._check_range(low, high)
-        self._check_length(max(most, 1), "the prompt")
+        self._check_length(max(most, 1), "the prompt", self.config.num_answer_slots)
         if fewest > 0:
             return ids, *_left_align(ids, attention_mask, fewest, most)
         if options.bos_token_id is None:
@@ -431,7 +441,7 @@ class YanGenerationMixin(GenerationMixin):
     def _write_compiled(self, context, context_mask, x_0, expert_numbers, plan, compile_config) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
-        bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_position_embeddings)
+        bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_prompt_length)
         if length < bucket:
             context_mask = torch.ones_like(context) if context_mask is None else context_mask
             context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
@@ -491,7 +501,7 @@ class YanGenerationMixin(GenerationMixin):
         return logits
 
     def _extend_context(self, context, context_mask, tokens, options):
-        """Context and mask for the next canvas, left-aligned and at most `max_position_embeddings` long."""
+        """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
         repeats = len(tokens) // len(context)
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.
@@ -499,7 +509,7 @@ class YanGenerationMixin(GenerationMixin):
         context_mask = torch.ones_like(context) if context_mask is None else context_mask
         mask = torch.cat([context_mask.repeat_interleave(repeats, 0), is_valid], dim=1)
         positions_from_end = mask.flip(1).cumsum(1).flip(1)
-        mask = mask * (positions_from_end <= self.config.max_position_embeddings)
+        mask = mask * (positions_from_end <= self.config.max_prompt_length)
         return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
@@ -508,17 +518,20 @@ def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: Canvas
 
     Args:
         model: A `YanForFlowGeneration`. context, context_mask: (B, S); the mask may be None if all is valid.
-        x_0: Start noise (B R or 1, L, D). expert_numbers: As `choose_experts` wants them, for B R rows.
+        x_0: Noise of the start (B R or 1, L, D). expert_numbers: As `choose_experts` wants them, for B R rows.
         streamer: Gets drafts, if there is one.
     """
-    positions = count_positions(context, context_mask)
-    latents = model.model(context, context_mask, positions, return_dict=True).last_hidden_state
+    prompt = model.with_answer_slots(context, context_mask, count_positions(context, context_mask))
+    context_mask = prompt["attention_mask"]
+    latents = model.model(**prompt, return_dict=True).last_hidden_state
     if plan.repeats > 1:
         latents = latents.repeat_interleave(plan.repeats, 0)
         context_mask = None if context_mask is None else context_mask.repeat_interleave(plan.repeats, 0)
     length = x_0.shape[1]
+    if plan.num_flow_steps == 0:
+        return Canvas(model.read_off(model.draft(latents, length), plan), 0)
     condition = model.condition(latents, context_mask, length)
-    x_0 = x_0.to(latents.dtype).expand(len(latents), -1, -1)
+    x_0 = model.start(x_0, condition)
     velocity = model.velocity_field(
         condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )
@@ -682,7 +695,7 @@ def _output(sequences, num_tokens, canvases):
     has_experts = canvases[0].experts is not None
     return YanGenerationOutput(
         sequences=sequences,
-        tokens_per_forward=num_tokens / num_passes,
+        tokens_per_forward=num_tokens / max(num_passes, 1),
         num_trunk_passes=num_passes,
         trajectory=tuple(canvas.trajectory for canvas in canvases),
         experts=tuple(canvas.experts for canvas in canvases) if has_experts else None,

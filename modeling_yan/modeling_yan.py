@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
@@ -84,6 +85,7 @@ class YanFlowOutput(ModelOutput):
             the mean over the solver's steps, each with the end point that it leads to.
         text_loss: Negative log-likelihood of the target's tokens where the first step leads, summed over all experts,
             nats per token, with `train_expert_choice="posterior"`.
+        draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where the flow starts from it.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
         gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
@@ -100,6 +102,7 @@ class YanFlowOutput(ModelOutput):
     mse_loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
+    draft_loss: torch.Tensor | None = None
     transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
     gate_loss: torch.Tensor | None = None
@@ -195,10 +198,11 @@ class YanPreTrainedModel(PreTrainedModel):
     def _keep_terms(self, terms: dict[str, torch.Tensor]):
         self.loss_terms = {name: term.detach() for name, term in terms.items()}
 
-    def _check_length(self, length: int, name: str):
+    def _check_length(self, length: int, name: str, num_slots: int = 0):
         longest = self.config.max_position_embeddings
-        if not 0 < length <= longest:
-            raise ValueError(f"{name} has {length} tokens: must be 1 to max_position_embeddings={longest}")
+        if not 0 < length <= longest - num_slots:
+            allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
+            raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
 
     def _check_ids(self, ids: torch.LongTensor):
         if ids.dim() != 2 or ids.is_floating_point():
@@ -414,18 +418,24 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             labels: (B, L) target ids; -100 marks what is no target, on either side. The target is moved to the
                 start of the canvas and followed by EOS up to its end, and the fill is trained on.
             canvas_length: Width of the canvas, `config.canvas_length` if None.
-            num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number.
+            num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
+                labels it may be 0: the encoder's draft in the answer slots, read off without a flow.
 
         Raises:
             ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
+        outputs = self.model(**prompt, **kwargs)
+        attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")
         condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
-        if labels is None:
-            x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
+        if labels is None and num_flow_steps == 0:
+            x_1_hat = self.draft(outputs.last_hidden_state, canvas_length)
+            terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
+        elif labels is None:
+            x_0 = self.start(self.start_noise((1, canvas_length), condition.mean), condition)
             x_1_hat, _ = self._solve(x_0, condition, num_flow_steps)
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
@@ -434,12 +444,50 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
+    def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:
+        """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
+        number = self.config.num_answer_slots
+        if number and input_ids is not None:
+            input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
+        if number and inputs_embeds is not None:
+            slots = self.get_input_embeddings()(inputs_embeds.new_full((1, number), self.config.mask_token_id).long())
+            inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
+        if number and attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (number, 0), value=1)
+        if number and position_ids is not None:
+            slots = torch.arange(number, device=position_ids.device).expand(len(position_ids), -1)
+            position_ids = torch.cat([slots, position_ids + number], dim=1)
+        names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
+
+    def draft(self, latents, canvas_length: int) -> torch.Tensor:
+        """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).
+
+        Raises:
+            ValueError: There are fewer slots than the canvas has tokens.
+        """
+        slots = self.config.num_answer_slots
+        if canvas_length > slots:
+            needed = f"at least canvas_length={canvas_length}, to read or start from the encoder's draft"
+            raise ValueError(f"num_answer_slots={slots}: must be {needed}")
+        return latents[:, :canvas_length]
+
+    def start(self, noise, condition: YanCondition) -> torch.Tensor:
+        """x0 (B, L, D) from noise (B or 1, L, D) and, where the flow starts from it, the encoder's draft."""
+        noise = noise.to(condition.mean.dtype)
+        if self.config.start_point == "draft":
+            return self.draft(condition.draft, noise.shape[1]) + noise
+        return noise.expand(len(condition.mean), -1, -1)
+
     def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
         """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
         if position_ids is None:
             position_ids = count_positions(latents, attention_mask)
         positions = self.model.embeddings.position_embeddings(position_ids)
-        return self.flow.condition(latents, positions, attention_mask, canvas_length)
+        condition = self.flow.condition(latents, positions, attention_mask, canvas_length)
+        if self.config.num_answer_slots:
+            condition.draft = latents[:, : self.config.num_answer_slots]
+        return condition
 
     def _positions(self, canvas_length: int) -> torch.Tensor:
         """Position embeddings (L, D) of a canvas."""

@@ -25,6 +25,9 @@ from .flow_matching_yan import (
     token_cross_entropy,
     token_log_likelihood,
 )
+from .generation_yan import CanvasPlan
+
+PRIOR_TEMPERATURE = 4.0  # of the gate in the posterior that experts are drawn from
 
 
 def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
@@ -74,6 +77,9 @@ class YanObjectiveMixin:
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
         if choice == "likeliest":
             velocity.choose = lambda ends, prior: self._choose_likeliest(ends, prior, canvas, velocity)
+        elif choice == "argmax" and self.config.expert_scope == "chain":
+            plan = CanvasPlan.of_config(self.config, num_flow_steps)
+            velocity.choose = lambda ends, prior: self.best_chain(ends, prior, plan)
 
         def show(step, x):
             velocity.settled = settled.seen_at(step / num_flow_steps)
@@ -124,7 +130,8 @@ class YanObjectiveMixin:
         if config.train_expert_choice == "posterior":
             return self._text_objective(canvas, condition, num_flow_steps)
         x_1 = self._encode_target(canvas)
-        x_0, time = self._draw_path(x_1)
+        noise, time = self._draw_path(x_1)
+        x_0 = self.start(noise, condition)
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1])
         x_t = interpolate(x_0, x_1, time)
@@ -161,7 +168,8 @@ class YanObjectiveMixin:
 
         Where would each expert lead, and how probable does that make the target's tokens? The gate learns to make the
         sum as large as it can be (`text_loss`). Each step of the solver learns to lead to the target (`ce_loss`), with
-        experts drawn from their posterior.
+        experts drawn from their posterior. For that posterior the gate is flattened: an expert that is a little ahead
+        would otherwise get every text, and the others would never learn to write one.
         """
         config, terms = self.config, {}
 
@@ -169,12 +177,14 @@ class YanObjectiveMixin:
             log_likelihood = self._expert_log_likelihood(ends, canvas)
             terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / canvas.numel()
             scope = "sequence" if config.expert_scope == "sequence" else "token"
-            posterior = YanExpertPrior(scope, text_posterior(log_likelihood, scope).clamp(min=1e-20).log())
+            probabilities = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood).detach()
+            posterior = YanExpertPrior(scope, probabilities.clamp(min=1e-20).log())
             terms["expert_usage"] = posterior.log_gate.exp().mean((0, 1))
             return posterior.choose("sample" if self.training else "argmax")
 
         x_1 = self._encode_target(canvas) if config.mse_weight else None
-        x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
+        noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
+        x_0 = self.start(noise, condition)
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
         velocity.choose, ends, path = choose, [], [x_0]
 
@@ -185,6 +195,10 @@ class YanObjectiveMixin:
         x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
         all_logits = [self.decode(end) for end in ends]
         terms["ce_loss"] = sum(token_cross_entropy(logits, canvas) for logits in all_logits) / num_flow_steps
+        if config.start_point == "draft" and not config.freeze_encoder:
+            terms["draft_loss"] = token_cross_entropy(
+                self.decode(self.draft(condition.draft, canvas.shape[1])), canvas
+            )
         if x_1 is not None:
             terms["mse_loss"] = sum((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
             if x_1.requires_grad:

@@ -126,7 +126,7 @@ def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_pat
     [
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"num_flow_steps": 0}, "num_flow_steps=0: must be at least 1"),
-        ({"prompt_length": 49}, "prompt_length=49: must be 1 to max_position_embeddings=48"),
+        ({"prompt_length": 49}, "prompt_length=49: must be 1 to max_prompt_length=48"),
         ({"prompt_length": 7, "canvas_length": 0}, "canvas_length=0: must be 1 to max_position_embeddings=48"),
     ],
 )

@@ -142,6 +142,8 @@ class AutoencoderCollator:
     `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with one EOS,
     rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
 
+    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
+
     Batches follow `seed`, or the `generator` of a call. Sources are encoded as a prompt is, with the special tokens
     that the tokenizer adds to one, and texts and targets without.
     """
@@ -157,6 +159,7 @@ class AutoencoderCollator:
         fixed_width: bool = False,
         multiple_of: int = 8,
         source_mask_ratio: float = 0.0,
+        num_answer_slots: int = 0,
     ):
         _check_masking(mask_ratio, max_span_len)
         _check_masking(target_mask_ratio, max_span_len)
@@ -168,6 +171,7 @@ class AutoencoderCollator:
         self.max_span_len = max_span_len
         self.target_mask_ratio = target_mask_ratio
         self.source_mask_ratio = source_mask_ratio
+        self.num_answer_slots = num_answer_slots
         self.fixed_width = fixed_width
         self.multiple_of = multiple_of
         self.draws = SeededDraws(seed)
@@ -175,7 +179,7 @@ class AutoencoderCollator:
 
     def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
         generator = self.draws() if generator is None else generator
-        rows = encode_rows(self.tokenizer, rows)
+        rows = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
         is_pair = np.array(["target" in row for row in rows])
         texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
         text = _flatten(self._choose_windows(texts, generator))
@@ -190,6 +194,14 @@ class AutoencoderCollator:
             input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
+
+    def _with_slots(self, row: dict[str, Ids]) -> dict[str, Ids]:
+        """The row with the model's own answer slots before its source, and a target no longer than they are."""
+        number = self.num_answer_slots
+        if not number or "target" not in row:
+            return row
+        slots = [self.tokenizer.mask_token_id] * number
+        return {"source": slots + list(row["source"]), "target": row["target"][:number]}
 
     def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
         """At most `max_length` tokens of every text, from a random place."""

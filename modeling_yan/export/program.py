@@ -55,13 +55,14 @@ def export_generation(
     for name, value in (("batch_size", batch_size), ("num_flow_steps", num_flow_steps)):
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
-    for name, value in (("prompt_length", prompt_length), ("canvas_length", canvas_length)):
-        if not 0 < value <= config.max_position_embeddings:
-            allowed = f"max_position_embeddings={config.max_position_embeddings}"
-            raise ValueError(f"{name}={value}: must be 1 to {allowed}")
-    eos = () if config.eos_token_id is None else (config.eos_token_id,)
+    for name, value, limit in (
+        ("prompt_length", prompt_length, "max_prompt_length"),
+        ("canvas_length", canvas_length, "max_position_embeddings"),
+    ):
+        if not 0 < value <= getattr(config, limit):
+            raise ValueError(f"{name}={value}: must be 1 to {limit}={getattr(config, limit)}")
     threshold = COMMIT_THRESHOLD if config.self_conditioning else None
-    plan = CanvasPlan(num_flow_steps, "euler", "argmax", 1, (), eos, min_new_tokens, False, threshold)
+    plan = CanvasPlan.of_config(config, num_flow_steps, min_new_tokens, commit_threshold=threshold)
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():

@@ -86,7 +86,7 @@ class TaskMixture(Dataset):
             task: self._rows[task].groups(partial(self._fill, task), f"{seed} {task}", process_index)
             for task in self.weights
         }
-        self._collator = self._make_collator(min(max_source_length, config.max_position_embeddings))
+        self._collator = self._make_collator(min(max_source_length, config.max_prompt_length))
         self._current: dict[str, tuple[int, list[list[Row]]]] = {}
 
     def __len__(self) -> int:
@@ -175,7 +175,9 @@ class TaskMixture(Dataset):
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
         if self.stage == "autoencoder":
-            options = {name: getattr(config, name) for name in ("mask_ratio", "max_span_len", "source_mask_ratio")}
+            names = ("mask_ratio", "max_span_len", "source_mask_ratio", "num_answer_slots")
+            options = {name: getattr(config, name) for name in names}
+            longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
             return AutoencoderCollator(self.tokenizer, longest, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 

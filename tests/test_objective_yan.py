@@ -1,0 +1,227 @@
+"""The likelihood of texts as an objective: what it is worth, what the gate learns from it, and what is drawn then."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_yan import YanConfig, YanForAutoencoding
+from modeling_yan.chains_yan import chain_marginals
+
+SCOPES = ("token", "sequence", "chain")
+POSTERIOR = {"train_expert_choice": "posterior", "max_train_flow_steps": 1}
+DRAFT = {"num_answer_slots": 8, "start_point": "draft", "init_noise": 0.3}
+ANSWERS = torch.tensor([[10, 11, 12], [10, 13, 14], [15, 16, 17]])
+SHARES = torch.tensor([0.3, 0.3, 0.4])
+
+
+@pytest.fixture
+def make_lively_model(make_model):
+    """Function from overrides to a model without parts that start at zero."""
+
+    def make(**overrides):
+        model = make_model(**{**POSTERIOR, "initializer_range": 0.3, "num_experts": 3, **overrides})
+        for parameter in model.flow.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
+
+
+def first_step(model, ids, length):
+    """Where every expert leads in evaluation mode, and the prior."""
+    prompt = model.with_answer_slots(ids)
+    condition = model.condition(model.model(**prompt).last_hidden_state, canvas_length=length)
+    x_0 = model.start(model.start_noise((len(ids), length), condition.mean), condition)
+    modulation = model.flow.modulation(torch.zeros(1))
+    states = model.flow.trunk(x_0, model._positions(length), modulation, condition)
+    ends = x_0.unsqueeze(2) + model.flow.velocities(states, x_0)
+    return ends, model.flow.prior(states, modulation, condition, ends)
+
+
+@pytest.mark.parametrize("fields", [{}, DRAFT], ids=["noise", "draft"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_texts_likelihood_sums_over_all_experts(make_lively_model, scope, fields):
+    model = make_lively_model(expert_scope=scope, **fields)
+    ids, labels = torch.randint(4, 64, (2, 5)), torch.randint(4, 64, (2, 4))
+    with torch.no_grad():
+        found = model(ids, labels=labels, canvas_length=4, num_flow_steps=1)
+        ends, prior = first_step(model, ids, 4)
+        log_likelihood = model.decode(ends).log_softmax(-1).gather(-1, labels[..., None, None].expand(-1, -1, 3, 1))
+    total = 0
+    for row in range(2):
+        evidence = 0
+        paths = product(range(3), repeat=4) if scope != "sequence" else [(expert,) * 4 for expert in range(3)]
+        for path in paths:
+            joint = sum(log_likelihood[row, token, expert, 0] for token, expert in enumerate(path))
+            joint = joint + prior.log_gate[row, 0, path[0]]
+            for token in range(1, 4):
+                if scope == "token":
+                    joint = joint + prior.log_gate[row, token, path[token]]
+                elif scope == "chain":
+                    joint = joint + prior.log_transitions[row, token - 1, path[token - 1], path[token]]
+            evidence = evidence + joint.exp()
+        total = total - evidence.log() / 8
+    torch.testing.assert_close(found.text_loss, total, rtol=1e-4, atol=1e-5)
+    terms = found.text_loss + found.ce_loss + found.mse_loss
+    if fields:
+        terms = terms + model.config.draft_weight * found.draft_loss
+    torch.testing.assert_close(found.loss, terms)
+    torch.testing.assert_close(found.expert_usage.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_first_term_trains_the_gate_and_the_second_the_chosen_experts(make_lively_model, scope):
+    model = make_lively_model(expert_scope=scope, mse_weight=0.0).train()
+    ids, labels = torch.randint(4, 64, (8, 5)), torch.randint(4, 64, (8, 8))
+    output = model(ids, labels=labels, num_flow_steps=1)
+    output.text_loss.backward(retain_graph=True)
+    assert model.flow.gate.expert_proj.weight.grad.abs().sum() > 0
+    assert model.lm_head.weight.grad is None  # the likelihoods are constants
+    output.ce_loss.backward()
+    assert all(head.down_proj.weight.grad is not None for head in model.flow.experts.heads)
+
+
+def train(make_model, scope, num_updates=500, **fields):
+    sizes = {"num_encoder_layers": 1, "canvas_length": 4, "initializer_range": 0.08, "num_experts": 8}
+    model = make_model(**{**POSTERIOR, **sizes, "expert_scope": scope, "mse_weight": 0.0, **fields}).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
+    for _ in range(num_updates):
+        labels = ANSWERS[torch.multinomial(SHARES, 32, replacement=True)]
+        model(torch.full((32, 1), 5), labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["sequence", "chain"])
+def test_drawn_texts_are_the_answers_as_often_as_they_are_right(make_model, scope):
+    model = train(make_model, scope)
+    options = {"max_new_tokens": 4, "return_prompt": False, "do_sample": True, "num_return_sequences": 2000}
+    for num_flow_steps in (1, 3):
+        texts = model.generate(torch.tensor([[5]]), seed=0, num_flow_steps=num_flow_steps, **options)[:, :3]
+        is_answer = (texts.unsqueeze(1) == ANSWERS).all(-1)
+        assert is_answer.any(-1).float().mean() > 0.95
+        assert (is_answer.float().mean(0) - SHARES).abs().max() < 0.08
+
+
+class TestAnswerSlots:
+    def test_they_are_mask_tokens_before_the_prompt(self, make_lively_model):
+        own, typed = make_lively_model(num_answer_slots=8), make_lively_model()
+        typed.load_state_dict(own.state_dict())
+        ids = torch.randint(4, 64, (3, 6))
+        slots = torch.full((3, 8), own.config.mask_token_id)
+        options = {"return_prompt": False, "num_flow_steps": 2}
+        assert torch.equal(own.generate(ids, **options), typed.generate(torch.cat([slots, ids], 1), **options))
+
+    @pytest.mark.parametrize("left", [True, False])
+    def test_padding_changes_nothing(self, make_lively_model, left):
+        model = make_lively_model(**DRAFT, expert_scope="chain")
+        ids = torch.randint(4, 64, (1, 6))
+        padded, mask = nn.functional.pad(ids, (3, 0) if left else (0, 3)), torch.ones(1, 9, dtype=torch.long)
+        mask[:, slice(0, 3) if left else slice(6, 9)] = 0
+        options = {"return_prompt": False}
+        assert torch.equal(model.generate(ids, **options), model.generate(padded, attention_mask=mask, **options))
+
+    def test_embeddings_and_ids_give_the_same(self, make_lively_model):
+        model, ids = make_lively_model(**DRAFT), torch.randint(4, 64, (2, 6))
+        positions = torch.arange(6).expand(2, -1)
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), position_ids=positions).logits
+        torch.testing.assert_close(model(ids).logits, embedded)
+
+    def test_no_step_reads_off_the_encoders_draft(self, make_lively_model):
+        model, ids = make_lively_model(num_answer_slots=8), torch.randint(4, 64, (2, 6))
+        states = model.model(**model.with_answer_slots(ids)).last_hidden_state
+        torch.testing.assert_close(model(ids, num_flow_steps=0).logits, model.decode(states[:, :8]))
+        output = model.generate(ids, num_flow_steps=0, return_dict_in_generate=True)
+        expected = model.most_likely(model.decode(states[:, :8]), states[:, :8])
+        assert torch.equal(output.sequences[:, 6:], expected[:, : output.sequences.shape[1] - 6])
+        assert output.num_trunk_passes == 0
+
+    def test_there_is_no_draft_without_slots(self, tiny_model):
+        with pytest.raises(ValueError, match="num_flow_steps=0: must be at least 1 with num_answer_slots=0"):
+            tiny_model.generate(torch.tensor([[5, 6]]), num_flow_steps=0)
+
+    def test_they_take_room_from_the_prompt(self, make_model):
+        model = make_model(num_answer_slots=8)
+        assert model.generate(torch.full((1, 40), 5)).shape[1] > 40
+        with pytest.raises(
+            ValueError, match="the prompt has 41 tokens: must be 1 to max_position_embeddings=48 - num_"
+        ):
+            model.generate(torch.full((1, 41), 5))
+
+    def test_a_long_text_keeps_the_end_of_its_prompt(self, make_lively_model):
+        model = make_lively_model(num_answer_slots=8)
+        model.lm_head.bias.data[2] = -1e4  # no EOS
+        assert model.generate(torch.full((1, 38), 5), max_new_tokens=20).shape == (1, 58)
+
+    def test_the_flow_starts_near_the_draft(self, make_lively_model):
+        model, ids = make_lively_model(**DRAFT), torch.randint(4, 64, (2, 6))
+        path = model.generate(ids, return_dict_in_generate=True).trajectory[0]
+        draft = model.model(**model.with_answer_slots(ids)).last_hidden_state[:, :8]
+        noise = model.start_noise((1, 8), draft)
+        torch.testing.assert_close(path[:, 0], draft + noise)
+
+    def test_stage_one_learns_in_the_same_slots(self, make_config):
+        config = make_config(num_answer_slots=8)
+        assert config.max_prompt_length == 40
+        YanForAutoencoding(config)
+
+
+def test_a_model_without_gradients_writes_what_forward_says(make_lively_model):
+    model, ids = make_lively_model(expert_scope="chain", **DRAFT), torch.randint(4, 64, (3, 6))
+    output = model(ids)
+    written = model.generate(ids, return_prompt=False)
+    assert torch.equal(model.most_likely(output.logits, output.latents)[:, : written.shape[1]], written)
+
+
+def test_the_gate_of_a_chain_is_that_of_every_token(make_lively_model):
+    model, ids = make_lively_model(expert_scope="chain"), torch.randint(4, 64, (2, 6))
+    output = model.generate(ids, return_dict_in_generate=True)
+    _, prior = first_step(model, ids[:1].expand(2, -1), 8)
+    assert output.gate[0].shape == (2, 8, 3)
+    torch.testing.assert_close(output.gate[0].sum(-1), torch.ones(2, 8))
+    expected = chain_marginals(prior.log_gate[:, 0], prior.log_transitions).exp()
+    torch.testing.assert_close(output.gate[0][0], expected[0])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_sampling_draws_experts_and_zero_temperature_does_not(make_lively_model, scope):
+    model, ids = make_lively_model(expert_scope=scope), torch.randint(4, 64, (1, 6))
+    options = {"do_sample": True, "num_return_sequences": 16, "return_prompt": False, "seed": 3}
+    warm, again = (model.generate(ids, **options) for _ in range(2))
+    assert torch.equal(warm, again)
+    assert len(warm.unique(dim=0)) > 1
+    assert len(model.generate(ids, temperature=0.0, **options).unique(dim=0)) == 1
+
+
+def test_options_that_do_not_fit_are_refused(make_lively_model):
+    chain, token, ids = make_lively_model(expert_scope="chain"), make_lively_model(), torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="expert_choice='ranked': must be argmax, sample or mixture"):
+        chain.generate(ids, expert_choice="ranked", num_return_sequences=2)
+    with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without expert_scope='chain'"):
+        token.generate(ids, length_penalty=2.0)
+    chain.generate(ids, length_penalty=2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_scope": "chain"}, "train_expert_choice='sample': must be 'posterior' with expert_scope='chain'"),
+        ({"start_point": "draft"}, "num_answer_slots=0: must be at least canvas_length=128 with start_point='draft'"),
+        ({"start_point": "prompt"}, "start_point='prompt': must be one of noise, draft"),
+        ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
+        ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
+        ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),
+        ({"draft_weight": -1.0}, "draft_weight=-1.0: must be at least 0"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        YanConfig(**fields)
