@@ -79,6 +79,17 @@ def state_posterior(emissions: torch.Tensor, transitions: torch.Tensor) -> torch
         return torch.autograd.grad(log_partition(emissions, transitions.detach()).sum(), emissions)[0]
 
 
+def as_markov(emissions: torch.Tensor, transitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chain whose paths have probabilities proportional to exp(score), as `draw_path` takes it."""
+    behind, steps = torch.zeros_like(emissions[:, 0]), []
+    for step in reversed(range(transitions.shape[1])):
+        scores = transitions[:, step] + (emissions[:, step + 1] + behind).unsqueeze(-2)
+        behind = scores.logsumexp(-1)
+        steps.append(scores - behind.unsqueeze(-1))
+    steps = torch.stack(steps[::-1], dim=1) if steps else torch.zeros_like(transitions)
+    return (emissions[:, 0] + behind).log_softmax(-1), steps
+
+
 def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
     """A path (B, L) drawn from a Markov chain, a pure function of uniform numbers in (0, 1).
 

@@ -175,7 +175,7 @@ class CanvasPlan:
     Args:
         num_flow_steps, solver, expert_choice, end_choice, use_transitions, length_penalty: As in
             `YanGenerationConfig`.
-        expert_temperature: Of a drawn expert.
+        temperature: Of what is drawn: experts, and tokens of a chain.
         repeats: Sequences R per row of context.
         commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
@@ -194,7 +194,7 @@ class CanvasPlan:
     end_choice: str = "likeliest"
     use_transitions: bool = True
     length_penalty: float = 1.0
-    expert_temperature: float = 1.0
+    temperature: float = 1.0
 
     @classmethod
     def of_config(cls, config, num_flow_steps: int, num_without_eos: int = 0, **options) -> "CanvasPlan":
@@ -432,13 +432,21 @@ class YanGenerationMixin(GenerationMixin):
         elif options.expert_choice == "ranked":
             ranks = torch.arange(options.num_return_sequences, device=device)
             expert_numbers = ranks.repeat(plan.repeats * len(context) // len(ranks)).unsqueeze(1)
-        if hasattr(streamer, "put_draft"):
-            return write_canvas(self, context, context_mask, x_0, expert_numbers, plan, streamer)
-        if options.compile_generation:
-            return self._write_compiled(context, context_mask, x_0, expert_numbers, plan, options.compile_config)
-        return write_canvas(self, context, context_mask, x_0, expert_numbers, plan)
+        token_numbers = None
+        if options.do_sample and options.use_transitions and self._draws_tokens():
+            token_numbers = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
+        tensors = context, context_mask, x_0, expert_numbers, token_numbers
+        if options.compile_generation and not hasattr(streamer, "put_draft"):
+            return self._write_compiled(*tensors, plan, options.compile_config)
+        return write_canvas(self, *tensors, plan, streamer if hasattr(streamer, "put_draft") else None)
 
-    def _write_compiled(self, context, context_mask, x_0, expert_numbers, plan, compile_config) -> Canvas:
+    def _draws_tokens(self) -> bool:
+        """Whether sampling draws the chain of tokens, too: where the model was trained as a distribution of them."""
+        return self.transitions is not None and self.config.train_expert_choice == "posterior"
+
+    def _write_compiled(
+        self, context, context_mask, x_0, expert_numbers, token_numbers, plan, compile_config
+    ) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_prompt_length)
@@ -451,17 +459,27 @@ class YanGenerationMixin(GenerationMixin):
             with torch._dynamo.config.patch(**TRACER_SETTINGS), merging():
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
-        tensors = context, context_mask, x_0, expert_numbers
+        tensors = context, context_mask, x_0, expert_numbers, token_numbers
         if context.device.type != "cuda":
             return Canvas(**write(*tensors))
         self._recordings = self._recordings or Recordings()
         return Canvas(**self._recordings.call(self, write, tensors, (plan, repr(compile_config))))
 
-    def read_off(self, latents, plan: CanvasPlan) -> torch.LongTensor:
-        """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once."""
-        parts = ((self._allowed_logits(part, plan), part) for part in self._split_rows(latents))
-        eos = plan.eos if plan.end_choice == "likeliest" else ()
-        return torch.cat([self.most_likely(*part, eos, plan.use_transitions) for part in parts])
+    def read_off(self, latents, plan: CanvasPlan, token_numbers=None) -> torch.LongTensor:
+        """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once.
+
+        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain.
+        """
+        eos, texts = plan.eos if plan.end_choice == "likeliest" else (), []
+        for part in self._split_rows(latents):
+            logits = self._allowed_logits(part, plan)
+            if token_numbers is None:
+                texts.append(self.most_likely(logits, part, eos, plan.use_transitions))
+            else:
+                numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
+                options = numbers, eos, plan.temperature
+                texts.append(self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options))
+        return torch.cat(texts)
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
         """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
@@ -513,12 +531,15 @@ class YanGenerationMixin(GenerationMixin):
         return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
-def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: CanvasPlan, streamer=None) -> Canvas:
+def write_canvas(
+    model, context, context_mask, x_0, expert_numbers, token_numbers, plan: CanvasPlan, streamer=None
+) -> Canvas:
     """Encode the context and solve for one canvas of tokens: nothing but a function of tensors and the plan.
 
     Args:
         model: A `YanForFlowGeneration`. context, context_mask: (B, S); the mask may be None if all is valid.
         x_0: Noise of the start (B R or 1, L, D). expert_numbers: As `choose_experts` wants them, for B R rows.
+        token_numbers: Uniform numbers (B R, L, C) to draw the chain of tokens with, or None for the best one.
         streamer: Gets drafts, if there is one.
     """
     prompt = model.with_answer_slots(context, context_mask, count_positions(context, context_mask))
@@ -529,13 +550,13 @@ def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: Canvas
         context_mask = None if context_mask is None else context_mask.repeat_interleave(plan.repeats, 0)
     length = x_0.shape[1]
     if plan.num_flow_steps == 0:
-        return Canvas(model.read_off(model.draft(latents, length), plan), 0)
+        return Canvas(model.read_off(model.draft(latents, length), plan, token_numbers), 0)
     condition = model.condition(latents, context_mask, length)
     x_0 = model.start(x_0, condition)
     velocity = model.velocity_field(
         condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )
-    velocity.temperature = plan.expert_temperature
+    velocity.temperature = plan.temperature
     if plan.expert_choice == "argmax" and model.config.expert_scope == "chain":
         velocity.choose = lambda ends, prior: model.best_chain(ends, prior, plan)
     path = [x_0]
@@ -552,7 +573,7 @@ def write_canvas(model, context, context_mask, x_0, expert_numbers, plan: Canvas
             velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
-    tokens = model.read_off(x_1, plan)
+    tokens = model.read_off(x_1, plan, token_numbers)
     if not plan.keep_path:
         return Canvas(tokens, velocity.num_trunk_passes)
     how = {"trajectory": torch.stack(path, 1), "experts": velocity.experts, "gate": velocity.log_gate.exp()}
@@ -596,7 +617,7 @@ def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
         end_choice=options.end_choice,
         use_transitions=options.use_transitions,
         length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
-        expert_temperature=options.temperature if options.do_sample else 1.0,
+        temperature=options.temperature if options.do_sample else 1.0,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .chains_yan import IMPOSSIBLE, best_path, log_partition, path_score
+from .chains_yan import IMPOSSIBLE, as_markov, best_path, draw_path, log_partition, path_score
 from .compilation_yan import select_rows
 from .layers_yan import YanZeroLinear
 
@@ -78,11 +78,28 @@ class YanTransitions(nn.Module):
 
         Only EOS follows one of the ids in `eos`, as in `best_text`.
         """
+        candidates, chain = self._chain(embedding, logits, latents, eos)
+        return candidates.gather(-1, best_path(*chain).unsqueeze(-1)).squeeze(-1)
+
+    def draw(
+        self, embedding, logits, latents, uniform: torch.Tensor, eos: Sequence[int] = (), temperature: float = 1.0
+    ) -> torch.LongTensor:
+        """Token ids (B, L) drawn from the distribution of chains, at a temperature of at least 0.
+
+        `uniform` (B, L, C) are numbers in (0, 1), at least as many for each token as it has candidates; the other
+        arguments are those of `most_likely`.
+        """
+        candidates, chain = self._chain(embedding, logits, latents, eos)
+        markov = as_markov(*(scores / max(temperature, 1e-4) for scores in chain))
+        path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
+        return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
+
+    def _chain(self, embedding, logits, latents, eos):
+        """Candidates (B, L, C) of every token, and emissions and transitions of their chain."""
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
         transitions = self(embedding, candidates, latents)
         if eos:
             is_end = torch.stack([candidates == token for token in eos]).any(0)
             goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)
             transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
-        path = best_path(emissions.float(), transitions)
-        return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
+        return candidates, (emissions.float(), transitions)

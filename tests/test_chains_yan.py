@@ -5,7 +5,16 @@ from itertools import product
 import pytest
 import torch
 
-from modeling_yan.chains_yan import best_ending, best_path, chain_marginals, draw_path, log_partition, path_score
+from modeling_yan.chains_yan import (
+    as_markov,
+    best_ending,
+    best_path,
+    chain_marginals,
+    draw_path,
+    log_partition,
+    path_score,
+    state_posterior,
+)
 from modeling_yan.experts_yan import YanExpertPrior
 
 BATCH, LENGTH, STATES = 2, 4, 3
@@ -136,3 +145,27 @@ def test_without_emissions_the_paths_of_a_chain_sum_to_one():
     first, transitions = random_chain()
     emissions = torch.cat([first.unsqueeze(1), torch.zeros(BATCH, LENGTH - 1, STATES)], dim=1)
     torch.testing.assert_close(log_partition(emissions, transitions), torch.zeros(BATCH), atol=1e-5, rtol=0)
+
+
+def test_a_chain_of_scores_is_a_markov_chain():
+    emissions, transitions = torch.randn(BATCH, LENGTH, STATES), torch.randn(BATCH, LENGTH - 1, STATES, STATES)
+    first, after = as_markov(emissions, transitions)
+    total = log_partition(emissions, transitions)
+    for row in range(BATCH):
+        paths = all_paths()
+        chain = emissions[row].expand(len(paths), -1, -1), transitions[row].expand(len(paths), -1, -1, -1)
+        expected = (path_score(*chain, paths) - total[row]).exp()
+        torch.testing.assert_close(probabilities(first, after, row), expected)
+
+
+def test_a_markov_chain_of_one_token():
+    first, after = as_markov(torch.randn(2, 1, STATES), torch.empty(2, 0, STATES, STATES))
+    assert after.shape == (2, 0, STATES, STATES)
+    torch.testing.assert_close(first.exp().sum(-1), torch.ones(2))
+
+
+def test_the_posterior_of_states_counts_paths():
+    emissions, transitions = torch.randn(BATCH, LENGTH, STATES), torch.randn(BATCH, LENGTH - 1, STATES, STATES)
+    found = state_posterior(emissions, transitions)
+    expected = chain_marginals(*as_markov(emissions, transitions)).exp()
+    torch.testing.assert_close(found, expected)

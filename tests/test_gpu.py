@@ -82,10 +82,10 @@ def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
     with torch.no_grad():
-        expected = write_canvas(model, prompts, None, noise, None, plan)  # kernels are built
+        expected = write_canvas(model, prompts, None, noise, None, None, plan)  # kernels are built
         torch.cuda.set_sync_debug_mode("error")
         try:
-            canvas = write_canvas(model, prompts, None, noise, None, plan)
+            canvas = write_canvas(model, prompts, None, noise, None, None, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(canvas.tokens, expected.tokens)

@@ -1,6 +1,6 @@
 """Train YAN and its rivals on one task with several seeds, and measure them side by side.
 
-    python examples/experiments/tasks.py configuration/recipes/experiments/tasks-multi30k.yaml --data_dir DATA \
+    python examples/experiments/tasks.py configuration/recipes/tasks/multi30k.yaml --data_dir DATA \
         --output_dir results/multi30k --table docs/results/multi30k/table.json
 
 DATA holds `NAME-train.jsonl.gz`, `NAME-validation.jsonl.gz` and `NAME-test.jsonl.gz`: rows of `source` and `target`,
@@ -11,9 +11,12 @@ table is written anew after every run.
 """
 
 import argparse
+import hashlib
 import json
 import platform
+import shutil
 import subprocess
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -24,24 +27,25 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.baselines import INPUTS, count_parameters, match_size
+from modeling_yan.baselines import INPUTS, count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import read_rows, train_tokenizer
 from modeling_yan.evaluation import load_for_generation, self_bleu
 from modeling_yan.evaluation.runs import generate_answers
 from modeling_yan.training import PretrainingArguments, pretrain
 
-NAMES = ("task", "config", "fields", "vocab_size", "updates", "batch_size", "steps", "temperatures", "arms")
-STAGE_SETTINGS = ("learning_rate", "warmup_steps", "max_source_length")
+NAMES = "task config fields vocab_size updates autoencoder_share batch_size steps temperatures arms".split()
+OPTIONAL = ("training", "flow_training", "draws")
 NUM_TEXTS = 4  # of one source, for self-BLEU
 
 
 def read_recipe(path: Path) -> dict:
     """The recipe of a file. Raises ValueError for a name that does not exist or one that is missing."""
     recipe = yaml.safe_load(path.read_text())
-    missing, unknown = set(NAMES) - set(recipe), set(recipe) - {*NAMES, "training"}
+    missing, unknown = set(NAMES) - set(recipe), set(recipe) - {*NAMES, *OPTIONAL}
     if missing or unknown:
-        raise ValueError(f"{path} has {', '.join(recipe)}: must have {', '.join(NAMES)}, and may have training")
+        allowed = f"{', '.join(NAMES)}, and may have {', '.join(OPTIONAL)}"
+        raise ValueError(f"{path} has {', '.join(recipe)}: must have {allowed}")
     return recipe
 
 
@@ -74,12 +78,24 @@ class Task:
         bleu, chrf = sacrebleu.corpus_bleu(texts, columns), sacrebleu.corpus_chrf(texts, columns)
         return {"bleu": bleu.score, "brevity_penalty": bleu.bp, "chrf": chrf.score, "exact": exact}
 
+    def distribution(self, drawn: list[list[str]]) -> dict[str, float]:
+        """How the texts drawn for each source are distributed, against its references."""
+        right, variation = 0.0, 0.0
+        for source, texts in zip(self.sources, drawn, strict=True):
+            wanted, found = Counter(self.references[source]), Counter(text.strip() for text in texts)
+            right += sum(found[text] for text in wanted) / len(texts)
+            variation += sum(max(0.0, n / wanted.total() - found[text] / len(texts)) for text, n in wanted.items())
+        return {"right": right / len(self.sources), "total_variation": variation / len(self.sources)}
+
 
 def preset(recipe: dict, tokenizer, fields: dict) -> YanConfig:
-    """The YAN of an arm, as large as that of the recipe."""
-    base = YanConfig.from_pretrained(recipe["config"]).to_dict()
-    whole = YanConfig(**{**base, "vocab_size": len(tokenizer), **recipe["fields"]})
-    return match_size(whole, **fields) if fields else whole
+    """The YAN of an arm. Raises ValueError if it is not as large as that of the recipe, within 3%."""
+    base = {**YanConfig.from_pretrained(recipe["config"]).to_dict(), "vocab_size": len(tokenizer), **recipe["fields"]}
+    config = YanConfig(**{**base, **fields})
+    own, wanted = count_parameters(config), count_parameters(YanConfig(**base))
+    if abs(own - wanted) > 0.03 * wanted:
+        raise ValueError(f"an arm with {fields} has {own} parameters: must have {wanted}, as the others, within 3%")
+    return config
 
 
 def widen_encoder(config: YanConfig) -> YanConfig:
@@ -126,16 +142,28 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     if kind == "one pass":
         config = widen_encoder(config)
     config.save_pretrained(home / "preset")
-    run = (task, recipe, options, settings)
+    run = (task, recipe, options, settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings})
     if kind in INPUTS or kind == "one pass":
         stage = kind if kind in INPUTS else "autoencoder"
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
-    first = round(arm.get("autoencoder_share", 0.5) * updates)
-    if first:
-        train_stage("autoencoder", home / "preset", home / "autoencoder", first, *run)
-    train_stage("flow", home / ("autoencoder" if first else "preset"), home / "model", updates - first, *run)
+    first = round(recipe["autoencoder_share"] * updates)
+    autoencoder = options.output_dir / f"autoencoder-{shared_key(config)}-{options.seed}"
+    train_stage("autoencoder", home / "preset", autoencoder, first, task, recipe, options, {})
+    start = home / "start"  # the first stage with this arm's config
+    if not start.exists():
+        aside = home / "start.tmp"
+        shutil.copytree(autoencoder, aside, ignore=shutil.ignore_patterns("checkpoint-*", "runs"), dirs_exist_ok=True)
+        config.save_pretrained(aside)
+        aside.rename(start)
+    train_stage("flow", start, home / "model", updates - first, *run)
     return home / "model"
+
+
+def shared_key(config: YanConfig) -> str:
+    """Names the first stage that arms have in common whose encoder and decoder are the same."""
+    names = ("hidden_size", "intermediate_size", "num_encoder_layers", "num_decoder_layers", "num_answer_slots")
+    return hashlib.sha1(repr([getattr(config, name) for name in names]).encode()).hexdigest()[:6]
 
 
 def load(folder: Path, kind: str):
@@ -146,14 +174,26 @@ def load(folder: Path, kind: str):
 
 
 def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
-    """What a trained model writes: its best text for every number of steps, and drawn texts for every temperature."""
+    """What a trained model writes: its best text for every number of steps, and drawn texts for every temperature.
+
+    With `draws` in the recipe also, of so many texts drawn for each source, the share of those that are one of its
+    references, and the total variation of their frequencies from the references'.
+    """
     kind = recipe["arms"][name].get("kind", "yan")
     model, tokenizer = load(folder, kind), AutoTokenizer.from_pretrained(folder)
     config = YanConfig.from_pretrained(options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "preset")
 
-    def write(**settings):
+    def write(sources=task.sources, **settings):
         length = config.canvas_length
-        return generate_answers(model, tokenizer, task.sources, 50, max_new_tokens=length, **settings)
+        return generate_answers(model, tokenizer, sources, 100, max_new_tokens=length, **settings)
+
+    def draw(temperature: float, number: int, num_flow_steps: int = 3) -> list[list[str]]:
+        """So many texts for each source."""
+        torch.manual_seed(0)
+        own = {"top_k": 0} if kind in INPUTS else {"num_flow_steps": num_flow_steps, "seed": 0}
+        repeated = [source for source in task.sources for _ in range(number)]
+        texts = write(repeated, do_sample=True, temperature=float(temperature), **own)
+        return [texts[start : start + number] for start in range(0, len(texts), number)]
 
     if kind == "one pass":
         return {"best": {"0": task.scores(write(num_flow_steps=0))}}
@@ -164,16 +204,17 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     else:
         steps = [0, *recipe["steps"]] if model.config.num_answer_slots else recipe["steps"]
         best = {str(number): task.scores(write(num_flow_steps=number, do_sample=False)) for number in steps}
-    drawn = {}
+    figures, drawn = {"best": best}, {}
+    if recipe.get("draws"):
+        steps = {"drawn": 1} if kind in INPUTS else {str(number): number for number in recipe["steps"]}
+        figures["distribution"] = {
+            name: task.distribution(draw(1.0, recipe["draws"], number)) for name, number in steps.items()
+        }
     for temperature in recipe["temperatures"]:
-        texts = []
-        for seed in range(NUM_TEXTS):
-            torch.manual_seed(seed)
-            own = {"top_k": 0} if kind in INPUTS else {"num_flow_steps": 3, "seed": seed}
-            texts.append(write(do_sample=True, temperature=float(temperature), **own))
-        alike = [100 * sum(self_bleu(row)) / NUM_TEXTS for row in zip(*texts, strict=True)]
-        drawn[str(temperature)] = {"self_bleu": sum(alike) / len(alike), **task.scores(texts[0])}
-    return {"best": best, "drawn": drawn}
+        texts = draw(temperature, NUM_TEXTS)
+        alike = [100 * sum(self_bleu(row)) / NUM_TEXTS for row in texts]
+        drawn[str(temperature)] = {"self_bleu": sum(alike) / len(alike), **task.scores([row[0] for row in texts])}
+    return {**figures, "drawn": drawn}
 
 
 def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):

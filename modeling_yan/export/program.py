@@ -21,7 +21,7 @@ class YanCanvasProgram(nn.Module):
 
     def forward(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.LongTensor:
         """Token ids (B, L) for prompts and masks (B, S)."""
-        return write_canvas(self.model, input_ids, attention_mask, self.start_noise, None, self.plan).tokens
+        return write_canvas(self.model, input_ids, attention_mask, self.start_noise, None, None, self.plan).tokens
 
 
 def export_generation(

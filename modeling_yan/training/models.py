@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import yaml
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -64,7 +65,12 @@ def load_config(name: str, overrides: str = "") -> YanConfig:
     config = YanConfig.from_pretrained(name)
     if overrides:
         try:
-            config.update_from_string(overrides)
+            for pair in overrides.split(","):
+                name, _, value = pair.partition("=")
+                if getattr(config, name, overrides) is None:  # transformers knows no type to read it as
+                    setattr(config, name, yaml.safe_load(value))
+                else:
+                    config.update_from_string(pair)
         except (ValueError, TypeError) as error:
             raise ValueError(f"config_overrides={overrides!r}: must be name=value,name=value; {error}") from error
         config.validate_fields()

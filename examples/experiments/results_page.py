@@ -1,0 +1,134 @@
+"""Make docs/results.md from the tables of `tasks.py`.
+
+    python examples/experiments/results_page.py docs/results/*/table.json --output docs/results.md
+
+Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
+Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`,
+and `notes.md` beside a table says what it shows.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from scipy import stats
+
+TITLES = {"multi30k_en_de": "Multi30k: English to German", "several_answers": "Three right answers for every prompt"}
+COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
+
+
+def mean_with_interval(values: list[float], digits: int) -> str:
+    """The mean, and with two values or more the half width of its 95% interval."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def columns_of(runs: dict, *path: str) -> list[str]:
+    """Names of the figures that any run has under a path, in the order in which they come."""
+    found = {}
+    for arm in runs.values():
+        for run in arm.values():
+            part = run
+            for name in path:
+                part = part.get(name, {})
+            found |= dict.fromkeys(part)
+    return list(found)
+
+
+def look_up(run: dict, path: tuple[str, ...]) -> float | None:
+    """The figure of a run under a path, if there is one."""
+    for name in path:
+        run = run.get(name, {})
+    return run or None if not isinstance(run, (int, float)) else run
+
+
+def make_rows(runs: dict, paths: list[tuple[str, ...]], digits: int) -> list[str]:
+    """A line for each arm: its name, its seeds, and a figure for each path."""
+    lines = []
+    for arm, seeds in runs.items():
+        cells = []
+        for path in paths:
+            values = [look_up(run, path) for run in seeds.values()]
+            values = [value for value in values if value is not None and not math.isnan(value)]
+            cells.append(mean_with_interval(values, digits) if values else "")
+        if any(cells):
+            lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def make_table(runs: dict, heads: list[str], paths: list[tuple[str, ...]], digits: int) -> list[str]:
+    rows = make_rows(runs, paths, digits)
+    return ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|", *rows, ""] if rows else []
+
+
+def describe(table: dict) -> str:
+    """One paragraph: what was trained for how long, and where."""
+    recipe, sizes = table["recipe"], [run["parameters"] for arm in table["runs"].values() for run in arm.values()]
+    low, high = min(sizes) / 1e6, max(sizes) / 1e6
+    return (
+        f"{low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of {recipe['batch_size']} rows for "
+        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, commit "
+        f"`{table['commit']}`, {table['date']}."
+    )
+
+
+def make_section(path: Path) -> list[str]:
+    """The section of one table."""
+    table = json.loads(path.read_text())
+    runs, task = table["runs"], table["task"]
+    lines = [f"## {TITLES.get(task, task)}", ""]
+    notes = path.with_name("notes.md")
+    lines += [notes.read_text().strip(), ""] if notes.exists() else []
+    command = COMMAND.format(recipe=path.parent.name)
+    lines += ["```bash", f"{command}    --output_dir results/{path.parent.name} --table {path.as_posix()}", "```", ""]
+    lines += [describe(table), ""]
+    lines += distribution_tables(runs) if columns_of(runs, "distribution") else quality_tables(runs)
+    return lines
+
+
+def distribution_tables(runs: dict) -> list[str]:
+    steps = columns_of(runs, "distribution")
+    heads = [step if step == "drawn" else f"{step} step" + "s" * (step != "1") for step in steps]
+    lines = ["Share of drawn texts that are right, by number of steps:", ""]
+    lines += make_table(runs, heads, [("distribution", step, "right") for step in steps], 3)
+    lines += ["Total variation of the drawn texts from the right shares:", ""]
+    return lines + make_table(runs, heads, [("distribution", step, "total_variation") for step in steps], 3)
+
+
+def quality_tables(runs: dict) -> list[str]:
+    steps = columns_of(runs, "best")
+    heads = [{"greedy": "greedy", "0": "no step"}.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
+    lines = ["BLEU of the best text, by number of steps:", ""]
+    lines += make_table(runs, heads, [("best", step, "bleu") for step in steps], 1)
+    drawn = columns_of(runs, "drawn")
+    if drawn:
+        lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
+        heads = [f"{name}, T = {temperature}" for temperature in drawn for name in ("BLEU", "self-BLEU")]
+        paths = [("drawn", temperature, name) for temperature in drawn for name in ("bleu", "self_bleu")]
+        lines += make_table(runs, heads, paths, 1)
+    return lines
+
+
+def make_page(paths: list[Path], intro: Path) -> str:
+    """The whole page."""
+    lines = [intro.read_text().strip(), ""]
+    for path in paths:
+        lines += make_section(path)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", type=Path, nargs="+")
+    parser.add_argument("--intro", type=Path, default=Path("docs/results/intro.md"))
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.output.write_text(make_page(sorted(options.tables), options.intro))
+
+
+if __name__ == "__main__":
+    main()
