@@ -190,7 +190,9 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     def draw(temperature: float, number: int, num_flow_steps: int = 3) -> list[list[str]]:
         """So many texts for each source."""
         torch.manual_seed(0)
-        own = {"top_k": 0} if kind in INPUTS else {"num_flow_steps": num_flow_steps, "seed": 0}
+        own = {"top_k": 0}
+        if kind not in INPUTS:
+            own = {"num_flow_steps": num_flow_steps, "seed": 0, "expert_choice": "sample"}
         repeated = [source for source in task.sources for _ in range(number)]
         texts = write(repeated, do_sample=True, temperature=float(temperature), **own)
         return [texts[start : start + number] for start in range(0, len(texts), number)]
