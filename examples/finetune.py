@@ -70,7 +70,7 @@ def main():
     options, training = parser.parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    limits = {"max_source_length": model.config.max_position_embeddings, "canvas_length": model.config.canvas_length}
+    limits = {"max_source_length": model.config.max_prompt_length, "canvas_length": model.config.canvas_length}
     trainer = Seq2SeqTrainer(
         model=add_lora(model, options.lora_rank) if options.lora else model,
         args=training,

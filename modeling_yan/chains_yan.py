@@ -66,17 +66,7 @@ def best_ending(
             scores.append((came + behind[step]).amax(-1))
         before = came + tokens[:, step]
     scores = torch.stack([*scores, before.amax(-1)], dim=1)
-    return (scores / torch.arange(1, scores.shape[1] + 1, device=scores.device) ** length_penalty).argmax(1)
-
-
-def state_posterior(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
-    """Probability (B, L, C) of each token's states among all paths; arguments as in `path_score`.
-
-    It is the gradient of `log_partition` with respect to the emissions.
-    """
-    with torch.enable_grad():
-        emissions = emissions.detach().requires_grad_(True)
-        return torch.autograd.grad(log_partition(emissions, transitions.detach()).sum(), emissions)[0]
+    return (scores / torch.arange(1.0, scores.shape[1] + 1, device=scores.device) ** length_penalty).argmax(1)
 
 
 def as_markov(emissions: torch.Tensor, transitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

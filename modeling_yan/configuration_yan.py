@@ -80,7 +80,8 @@ class YanConfig(PreTrainedConfig):
             the experts then share the possible targets out among them (with `expert_scope="sequence"`, whole texts),
             and the gate learns from `gate_loss` how probable each of them is. `"posterior"` maximises the likelihood
             of the target's tokens, summed over all experts (`text_loss`), and goes on with experts drawn from their
-            posterior; a model with `expert_scope="chain"` needs it.
+            posterior; a model with `expert_scope="chain"` needs it. The velocity's likelihood and the gate's other
+            losses (`nll_weight`, `gate_weight`, `gate_entropy_weight`, `load_balance_weight`) have no part in it.
         expert_exploration: Share of these choices that are drawn evenly instead, so that every expert learns about
             every prompt.
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
@@ -239,6 +240,8 @@ class YanConfig(PreTrainedConfig):
     def _check_choices(self):
         for name, choices in CHOICES.items():
             self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
+        if self.train_expert_choice == "posterior":
+            self._require("self_conditioning", lambda value: not value, "False with train_expert_choice='posterior'")
         if self.expert_scope == "chain":
             self._require("train_expert_choice", "posterior".__eq__, "'posterior' with expert_scope='chain'")
         heads = f"a divisor of hidden_size={self.hidden_size}"

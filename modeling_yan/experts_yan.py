@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .chains_yan import best_ending, best_path, chain_marginals, draw_path, log_partition, state_posterior
+from .chains_yan import as_markov, best_ending, best_path, chain_marginals, draw_path, log_partition
 from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
 from .experts_triton_yan import has_kernels_for, triton_heads
 from .layers_yan import YanFeedForward, YanZeroLinear, is_plain
@@ -76,13 +76,14 @@ class YanExpertPrior:
             return (log_likelihood.sum(1) + self.log_gate[:, 0]).logsumexp(-1)
         return (log_likelihood + self.log_gate).logsumexp(-1).sum(1)
 
-    def posterior(self, log_likelihood: torch.Tensor) -> torch.Tensor:
-        """Probability (B, L, K) of each expert of each token, given the text; argument as of `log_evidence`."""
+    def posterior(self, log_likelihood: torch.Tensor) -> "YanExpertPrior":
+        """The same when the texts have been seen; argument as of `log_evidence`."""
         if self.scope == "chain":
-            return state_posterior(self._emissions(log_likelihood), self.log_transitions)
+            first, transitions = as_markov(self._emissions(log_likelihood), self.log_transitions)
+            return YanExpertPrior("chain", first.unsqueeze(1).expand_as(self.log_gate), transitions)
         if self.scope == "sequence":
-            log_likelihood = log_likelihood.sum(1, keepdim=True).expand_as(log_likelihood)
-        return (log_likelihood + self.log_gate).softmax(-1)
+            log_likelihood = log_likelihood.sum(1, keepdim=True)
+        return YanExpertPrior(self.scope, (log_likelihood + self.log_gate).log_softmax(-1))
 
     def marginals(self) -> torch.Tensor:
         """log pi_k (B, L, K) of every token by itself."""
@@ -126,11 +127,9 @@ class YanExpertPrior:
 
     def tempered(self, temperature: float) -> "YanExpertPrior":
         """The prior with its logits divided by a temperature of at least 0."""
-        gate, *transitions = (
-            None if logs is None else (logs / max(temperature, 1e-4)).log_softmax(-1)
-            for logs in (self.log_gate, self.log_transitions)
-        )
-        return YanExpertPrior(self.scope, gate, *transitions)
+        scale = 1 / max(temperature, 1e-4)
+        transitions = None if self.log_transitions is None else (scale * self.log_transitions).log_softmax(-1)
+        return YanExpertPrior(self.scope, (scale * self.log_gate).log_softmax(-1), transitions)
 
     def _emissions(self, scores):
         """Scores (B, L, K) in which the first token has its prior, as the functions of chains want them."""

@@ -139,7 +139,7 @@ class YanFlow(nn.Module):
 
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
-        if self.config.expert_scope == "token":
+        if self.config.expert_scope != "sequence":
             return self.gate(states, condition.mean, modulation.embedding)
         log_gate = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
         return log_gate.expand(-1, states.shape[1], -1)

@@ -47,7 +47,10 @@ IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands 
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
 SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
 # that options depend on
-OPTION_FIELDS = ("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size")
+OPTION_FIELDS = (
+    *("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size"),
+    *("num_experts", "expert_scope", "train_expert_choice", "start_point"),
+)
 # Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
 REFUSED_OPTIONS = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
@@ -135,7 +138,7 @@ def _is_number(value):
 
 
 _FIELD_RULES = (
-    ("num_flow_steps", lambda value: value == 0 or _is_positive_int(value), "an integer of at least 0"),
+    ("num_flow_steps", lambda value: value is not False and (value == 0 or _is_positive_int(value)), "at least 0"),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
@@ -364,6 +367,10 @@ class YanGenerationMixin(GenerationMixin):
         if options.num_flow_steps == 0 and slots < canvas_length:
             allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
+        if self.config.start_point == "draft" and slots < canvas_length:
+            raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
+        if not _is_number(options.length_penalty or 0):
+            raise ValueError(f"length_penalty={options.length_penalty!r}: must be a number")
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
@@ -417,7 +424,8 @@ class YanGenerationMixin(GenerationMixin):
 
     def _write_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
         """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
-        plan = _plan(options, index, num_without_eos, self.config.self_conditioning)
+        draws_tokens = options.do_sample and options.use_transitions and self._draws_tokens()
+        plan = _plan(options, index, num_without_eos, self.config.self_conditioning, draws_tokens)
         # without sampling, all rows share their noise
         num_noises = plan.repeats * len(context) if options.do_sample else 1
         shape, seed, device = (num_noises, options.canvas_length), seed + index, context.device
@@ -433,7 +441,7 @@ class YanGenerationMixin(GenerationMixin):
             ranks = torch.arange(options.num_return_sequences, device=device)
             expert_numbers = ranks.repeat(plan.repeats * len(context) // len(ranks)).unsqueeze(1)
         token_numbers = None
-        if options.do_sample and options.use_transitions and self._draws_tokens():
+        if draws_tokens:
             token_numbers = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
         tensors = context, context_mask, x_0, expert_numbers, token_numbers
         if options.compile_generation and not hasattr(streamer, "put_draft"):
@@ -568,7 +576,7 @@ def write_canvas(
             return
         draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
         if streamer is not None:
-            streamer.put_draft(model.read_off(draft, plan).cpu())
+            streamer.put_draft(model.read_off(draft, plan, token_numbers).cpu())
         if can_commit:
             velocity.settled = model.commit(draft, plan)
 
@@ -603,7 +611,8 @@ def _shared_noise(seed, shape, device, deviation) -> torch.Tensor:
     return deviation * hashed_normal(seed, shape, device)
 
 
-def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
+def _plan(options, index, num_without_eos, can_commit, draws_tokens) -> CanvasPlan:
+    draws = options.do_sample and (draws_tokens or options.expert_choice == "sample")  # else it scales noise alone
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
         solver=options.solver,
@@ -616,8 +625,8 @@ def _plan(options, index, num_without_eos, can_commit) -> CanvasPlan:
         commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
         end_choice=options.end_choice,
         use_transitions=options.use_transitions,
-        length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
-        temperature=options.temperature if options.do_sample else 1.0,
+        length_penalty=1.0 if options.length_penalty is None else float(options.length_penalty),
+        temperature=options.temperature if draws else 1.0,
     )
 
 

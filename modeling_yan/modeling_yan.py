@@ -85,11 +85,13 @@ class YanFlowOutput(ModelOutput):
             the mean over the solver's steps, each with the end point that it leads to.
         text_loss: Negative log-likelihood of the target's tokens where the first step leads, summed over all experts,
             nats per token, with `train_expert_choice="posterior"`.
-        draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where the flow starts from it.
+        draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
+            and the encoder is trained.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
         gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
-        expert_usage: Mean gate probability of each expert (K,).
+        expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
+            experts' posterior.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V), L the width of the labels if there are any, else the canvas.
         latents: The solved latents (B, L, D) that they are decoded from.
@@ -279,8 +281,8 @@ class YanDecoder(nn.Module):
         self.dropout = nn.Dropout(config.decoder_dropout)
         self.layers = nn.ModuleList(YanDecoderLayer(config) for _ in range(config.num_decoder_layers))
 
-    def forward(self, latents):
-        hidden_states = self.dropout(latents)
+    def forward(self, latents, dropout: bool = True):
+        hidden_states = self.dropout(latents) if dropout else latents
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
@@ -450,7 +452,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         if number and input_ids is not None:
             input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
         if number and inputs_embeds is not None:
-            slots = self.get_input_embeddings()(inputs_embeds.new_full((1, number), self.config.mask_token_id).long())
+            ids = torch.full((1, number), self.config.mask_token_id, device=inputs_embeds.device)
+            slots = self.get_input_embeddings()(ids).to(inputs_embeds.dtype)
             inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
         if number and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (number, 0), value=1)

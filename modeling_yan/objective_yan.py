@@ -77,9 +77,8 @@ class YanObjectiveMixin:
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
         if choice == "likeliest":
             velocity.choose = lambda ends, prior: self._choose_likeliest(ends, prior, canvas, velocity)
-        elif choice == "argmax" and self.config.expert_scope == "chain":
-            plan = CanvasPlan.of_config(self.config, num_flow_steps)
-            velocity.choose = lambda ends, prior: self.best_chain(ends, prior, plan)
+        elif self.config.expert_scope == "chain":
+            velocity.choose = self._most_probable
 
         def show(step, x):
             velocity.settled = settled.seen_at(step / num_flow_steps)
@@ -87,10 +86,18 @@ class YanObjectiveMixin:
         return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
 
     @torch.no_grad()
+    def _most_probable(self, ends, prior):
+        """The experts that `generate` chooses without sampling."""
+        if prior.scope == "chain":
+            return self.best_chain(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
+        return prior.choose("argmax")
+
+    @torch.no_grad()
     def _expert_log_likelihood(self, ends, canvas):
         """log p_k(y) (B, L, K) of the target ids where each expert leads, `ends` (B, L, K, D)."""
         # one by one: the logits of all experts at once would be K vocabularies wide
-        return torch.stack([token_log_likelihood(self.decode(end), canvas) for end in ends.unbind(-2)], dim=-1)
+        logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.unbind(-2))
+        return torch.stack([token_log_likelihood(each, canvas) for each in logits], dim=-1)
 
     def _choose_likeliest(self, ends, prior, canvas, velocity):
         """The experts that make the target the most probable; a share `expert_exploration` is drawn evenly."""
@@ -149,6 +156,7 @@ class YanObjectiveMixin:
         }
         if velocity.probabilities is not None:
             terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
+        terms |= self._draft_loss(condition, canvas)
         if self.transitions is not None:
             embedding = self.model.embeddings.word_embeddings
             terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
@@ -172,17 +180,15 @@ class YanObjectiveMixin:
         would otherwise get every text, and the others would never learn to write one.
         """
         config, terms = self.config, {}
+        num_tokens = canvas.numel()
 
         def choose(ends, prior):
             log_likelihood = self._expert_log_likelihood(ends, canvas)
-            terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / canvas.numel()
-            scope = "sequence" if config.expert_scope == "sequence" else "token"
-            probabilities = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood).detach()
-            posterior = YanExpertPrior(scope, probabilities.clamp(min=1e-20).log())
-            terms["expert_usage"] = posterior.log_gate.exp().mean((0, 1))
-            return posterior.choose("sample" if self.training else "argmax")
+            terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / num_tokens
+            posterior = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood)
+            terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
+            return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
 
-        x_1 = self._encode_target(canvas) if config.mse_weight else None
         noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
         x_0 = self.start(noise, condition)
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
@@ -195,11 +201,9 @@ class YanObjectiveMixin:
         x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
         all_logits = [self.decode(end) for end in ends]
         terms["ce_loss"] = sum(token_cross_entropy(logits, canvas) for logits in all_logits) / num_flow_steps
-        if config.start_point == "draft" and not config.freeze_encoder:
-            terms["draft_loss"] = token_cross_entropy(
-                self.decode(self.draft(condition.draft, canvas.shape[1])), canvas
-            )
-        if x_1 is not None:
+        terms |= self._draft_loss(condition, canvas)
+        if config.mse_weight:
+            x_1 = self._encode_target(canvas)
             terms["mse_loss"] = sum((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
             if x_1.requires_grad:
                 terms |= latent_regularisers(self, x_1)
@@ -210,3 +214,11 @@ class YanObjectiveMixin:
         loss = weighted_sum(config, terms)
         self._keep_terms(terms)
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
+
+    def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:
+        """Cross-entropy of the encoder's draft, where there is one to train."""
+        has_draft = self.config.num_answer_slots >= canvas.shape[1]
+        if not has_draft or self.config.freeze_encoder or not self.config.draft_weight:
+            return {}
+        draft = self.draft(condition.draft, canvas.shape[1])
+        return {"draft_loss": token_cross_entropy(self.decode(draft), canvas)}

@@ -13,7 +13,6 @@ from modeling_yan.chains_yan import (
     draw_path,
     log_partition,
     path_score,
-    state_posterior,
 )
 from modeling_yan.experts_yan import YanExpertPrior
 
@@ -117,6 +116,15 @@ class TestPrior:
         chained = YanExpertPrior("chain", chain.log_gate, stays).log_evidence(log_likelihood)
         torch.testing.assert_close(chained, YanExpertPrior("sequence", chain.log_gate).log_evidence(log_likelihood))
 
+    def test_the_posterior_weighs_paths_by_the_text(self, chain):
+        log_likelihood = torch.randn(BATCH, LENGTH, STATES)
+        posterior = chain.posterior(log_likelihood)
+        for row in range(BATCH):
+            weights = probabilities(chain.log_gate[:, 0], chain.log_transitions, row)
+            joint = weights * log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
+            found = probabilities(posterior.log_gate[:, 0], posterior.log_transitions, row)
+            torch.testing.assert_close(found, joint / joint.sum())
+
     def test_argmax_is_the_most_probable_path_and_not_the_most_probable_states(self):
         first = torch.tensor([[0.4, 0.6]]).log()
         after = torch.tensor([[[[0.9, 0.1], [0.5, 0.5]]]]).log()
@@ -162,10 +170,3 @@ def test_a_markov_chain_of_one_token():
     first, after = as_markov(torch.randn(2, 1, STATES), torch.empty(2, 0, STATES, STATES))
     assert after.shape == (2, 0, STATES, STATES)
     torch.testing.assert_close(first.exp().sum(-1), torch.ones(2))
-
-
-def test_the_posterior_of_states_counts_paths():
-    emissions, transitions = torch.randn(BATCH, LENGTH, STATES), torch.randn(BATCH, LENGTH - 1, STATES, STATES)
-    found = state_posterior(emissions, transitions)
-    expected = chain_marginals(*as_markov(emissions, transitions)).exp()
-    torch.testing.assert_close(found, expected)

@@ -257,7 +257,8 @@ def task_recipe(config, tmp_path):
         "draws": 2,
     }
     path = tmp_path / "several_answers.yaml"
-    path.write_text(yaml.safe_dump({**recipe, "training": {"max_source_length": 8}, "arms": TASK_ARMS}, sort_keys=False))
+    recipe |= {"training": {"max_source_length": 8}, "arms": TASK_ARMS}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
@@ -281,6 +282,16 @@ def test_tasks_train_every_arm_and_go_on_where_they_were(load_script, task_recip
     assert len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 1  # both YANs began with it
     with pytest.raises(SystemExit):
         script.main([*words, "--arms", "YAN", "two passes"])
+    recipe = yaml.safe_load(task_recipe.read_text())
+    task_recipe.write_text(yaml.safe_dump({**recipe, "steps": [2]}, sort_keys=False))
+    script.main([*words, "--seeds", "0", "--arms", "YAN"])  # measured again, not trained again
+    assert model.stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {arm: list(seeds) for arm, seeds in table["runs"].items()} == {"YAN": ["0"]}
+    assert list(table["runs"]["YAN"]["0"]["best"]) == ["0", "2"]
+    task_recipe.write_text(yaml.safe_dump({**recipe, "updates": 3}, sort_keys=False))
+    with pytest.raises(ValueError, match="was trained with another recipe"):
+        script.main([*words, "--seeds", "0", "--arms", "YAN"])
 
 
 def test_tasks_refuse_an_arm_of_another_size(load_script, task_recipe, tokenizer):
@@ -323,7 +334,7 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     table = {"task": "t", "recipe": {"updates": 5, "batch_size": 2}, "rows": 7, "hardware": "h", "torch": "2"}
     (tmp_path / "t").mkdir()
     path = tmp_path / "t" / "table.json"
-    path.write_text(json.dumps({**table, "commit": "c", "date": "d", "runs": runs}))
+    path.write_text(json.dumps({**table, "date": "d", "runs": runs}))
     (tmp_path / "intro.md").write_text("# Results\n")
     script.main([str(path), "--intro", str(tmp_path / "intro.md"), "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()

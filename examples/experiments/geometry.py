@@ -33,7 +33,7 @@ COMPONENTS = (1, 2, 4, 8, 16)
 
 def batches(tokenizer, config, rows, batch_size):
     """Collated batches of the rows, in order."""
-    collator = FlowCollator(tokenizer, config.max_position_embeddings, config.canvas_length)
+    collator = FlowCollator(tokenizer, config.max_prompt_length, config.canvas_length)
     for start in range(0, len(rows), batch_size):
         yield collator(rows[start : start + batch_size])
 

@@ -71,8 +71,7 @@ def describe(table: dict) -> str:
     low, high = min(sizes) / 1e6, max(sizes) / 1e6
     return (
         f"{low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of {recipe['batch_size']} rows for "
-        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, commit "
-        f"`{table['commit']}`, {table['date']}."
+        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, {table['date']}."
     )
 
 

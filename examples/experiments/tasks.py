@@ -36,6 +36,7 @@ from modeling_yan.training import PretrainingArguments, pretrain
 
 NAMES = "task config fields vocab_size updates autoencoder_share batch_size steps temperatures arms".split()
 OPTIONAL = ("training", "flow_training", "draws")
+TRAINING_NAMES = "task config fields vocab_size updates autoencoder_share batch_size training flow_training".split()
 NUM_TEXTS = 4  # of one source, for self-BLEU
 
 
@@ -141,6 +142,7 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     kind = arm.get("kind", "yan")
     if kind == "one pass":
         config = widen_encoder(config)
+    check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
     run = (task, recipe, options, settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings})
     if kind in INPUTS or kind == "one pass":
@@ -158,6 +160,21 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
         aside.rename(start)
     train_stage("flow", start, home / "model", updates - first, *run)
     return home / "model"
+
+
+def fingerprint(*parts) -> str:
+    """A short name for what a run was made of."""
+    return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def check_recipe(home: Path, arm: dict, recipe: dict):
+    """Note what a model is trained with. Raises ValueError if it was trained with something else."""
+    own = fingerprint(arm, *(recipe.get(name) for name in TRAINING_NAMES))
+    path = home / "trained_with.json"
+    home.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text()) != own:
+        raise ValueError(f"{home} was trained with another recipe: choose another output_dir")
+    path.write_text(json.dumps(own))
 
 
 def shared_key(config: YanConfig) -> str:
@@ -219,9 +236,30 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     return {**figures, "drawn": drawn}
 
 
+def run_arm(name: str, task: Task, recipe: dict, options):
+    """Train an arm with one seed, or what is left of it, measure it, and leave its figures in its folder."""
+    folder, kind = train_arm(name, task, recipe, options), recipe["arms"][name].get("kind", "yan")
+    figures = measure(folder, name, task, recipe, options)
+    model = load(folder, kind)
+    unused = sum(each.numel() for each in model.flow.parameters()) if kind == "one pass" else 0
+    figures["parameters"] = model.num_parameters() - unused
+    figures["commit"] = current_commit()
+    figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))
+    path = folder.parent / "figures.json"
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(figures, indent=1) + "\n")
+    aside.replace(path)
+
+
+def current_commit() -> str:
+    """The commit that runs, and whether files differ from it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "modeling_yan"]).returncode
+    return commit + " with changes" * bool(changed)
+
+
 def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
     """All runs so far, and where they come from, whole or not at all."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     table = {
         "task": recipe["task"],
         "recipe": {name: recipe[name] for name in recipe if name != "arms"},
@@ -230,7 +268,6 @@ def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
         "date": str(date.today()),
         "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
-        "commit": commit,
         "runs": runs,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,13 +276,20 @@ def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
     aside.replace(path)
 
 
-def collect(output_dir: Path, arms: dict) -> dict:
-    """The figures of all finished runs: arm -> seed -> figures."""
-    found = {name: {} for name in arms}
-    for name in arms:
+def collect(output_dir: Path, recipe: dict, num_rows: int) -> dict:
+    """The figures of all runs that were measured with this recipe: arm -> seed -> figures."""
+    found = {name: {} for name in recipe["arms"]}
+    for name, arm in recipe["arms"].items():
         for path in sorted(output_dir.glob(f"{name.replace(' ', '_')}-*/figures.json")):
-            found[name][path.parent.name.rsplit("-", 1)[1]] = json.loads(path.read_text())
+            figures = json.loads(path.read_text())
+            if figures.pop("measured_with", None) == measured_with(recipe, arm, num_rows):
+                found[name][path.parent.name.rsplit("-", 1)[1]] = figures
     return {name: runs for name, runs in found.items() if runs}
+
+
+def measured_with(recipe: dict, arm: dict, num_rows: int) -> str:
+    """What has to be equal for two figures to stand in one table."""
+    return fingerprint({name: value for name, value in recipe.items() if name != "arms"}, arm, num_rows)
 
 
 def main(arguments: list[str] | None = None):
@@ -267,16 +311,9 @@ def main(arguments: list[str] | None = None):
     for seed in options.seeds:
         options.seed = seed
         for name in options.arms or recipe["arms"]:
-            path = options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "figures.json"
-            if not path.exists():
-                folder = train_arm(name, task, recipe, options)
-                figures = measure(folder, name, task, recipe, options)
-                model = load(folder, recipe["arms"][name].get("kind", "yan"))
-                part = model.flow if recipe["arms"][name].get("kind") == "one pass" else None
-                unused = 0 if part is None else sum(each.numel() for each in part.parameters())
-                figures["parameters"] = model.num_parameters() - unused
-                path.write_text(json.dumps(figures, indent=1) + "\n")
-            runs = collect(options.output_dir, recipe["arms"])
+            if str(seed) not in collect(options.output_dir, recipe, len(task.sources)).get(name, {}):
+                run_arm(name, task, recipe, options)
+            runs = collect(options.output_dir, recipe, len(task.sources))
             write_table(options.table or options.output_dir / "table.json", recipe, runs, len(task.sources))
             print(name, options.seed, runs[name][str(options.seed)]["best"], flush=True)
 

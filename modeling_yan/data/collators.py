@@ -200,6 +200,7 @@ class AutoencoderCollator:
         number = self.num_answer_slots
         if not number or "target" not in row:
             return row
+        self.num_truncated += len(row["target"]) > number
         slots = [self.tokenizer.mask_token_id] * number
         return {"source": slots + list(row["source"]), "target": row["target"][:number]}
 
@@ -263,6 +264,8 @@ class AutoencoderCollator:
         is_slot = heads == self.tokenizer.mask_token_id
         is_slot[:, 0] |= starts
         ends = np.logical_and.accumulate(is_slot, axis=1).sum(1)
+        if self.num_answer_slots:  # what masks a prompt begins with is its own
+            ends = np.minimum(ends, self.num_answer_slots)
         return starts.astype(np.int64), np.where(ends - starts >= lengths, ends, starts)
 
     def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:

@@ -214,7 +214,7 @@ def _check_prompts(model, tokenizer, prompts, max_new_tokens):
         return
     if is_masked_diffusion(model):
         max_new_tokens = min(max_new_tokens, model.config.canvas_length)
-    room = longest - getattr(model.config, "num_answer_slots", 0) if is_yan(model) else longest - max_new_tokens
+    room = longest - (getattr(model.config, "num_answer_slots", 0) if is_yan(model) else max_new_tokens)
     for row, ids in enumerate(tokenizer(list(prompts))["input_ids"]):
         if len(ids) > room:
             allowed = f"{room} for this model" + ("" if is_yan(model) else f" with {max_new_tokens} new tokens")

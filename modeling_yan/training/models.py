@@ -1,8 +1,10 @@
 """The model of a stage, from a preset or from a checkpoint."""
 
+import re
 from pathlib import Path
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -65,13 +67,13 @@ def load_config(name: str, overrides: str = "") -> YanConfig:
     config = YanConfig.from_pretrained(name)
     if overrides:
         try:
-            for pair in overrides.split(","):
-                name, _, value = pair.partition("=")
-                if getattr(config, name, overrides) is None:  # transformers knows no type to read it as
-                    setattr(config, name, yaml.safe_load(value))
+            for pair in re.split(r",\s*(?=\w+=)", overrides):
+                field, _, value = pair.partition("=")
+                if getattr(config, field, overrides) is None:  # transformers knows no type to read it as
+                    setattr(config, field, yaml.safe_load(value))
                 else:
                     config.update_from_string(pair)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, yaml.YAMLError, StrictDataclassError) as error:
             raise ValueError(f"config_overrides={overrides!r}: must be name=value,name=value; {error}") from error
         config.validate_fields()
     return config
