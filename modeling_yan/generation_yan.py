@@ -722,12 +722,12 @@ def _fill_token(options):
 
 def _output(sequences, num_tokens, canvases):
     num_passes = sum(canvas.num_trunk_passes for canvas in canvases)
-    has_experts = canvases[0].experts is not None
+    has_experts, has_path = canvases[0].experts is not None, canvases[0].trajectory is not None
     return YanGenerationOutput(
         sequences=sequences,
         tokens_per_forward=num_tokens / max(num_passes, 1),
         num_trunk_passes=num_passes,
-        trajectory=tuple(canvas.trajectory for canvas in canvases),
+        trajectory=tuple(canvas.trajectory for canvas in canvases) if has_path else None,
         experts=tuple(canvas.experts for canvas in canvases) if has_experts else None,
-        gate=tuple(canvas.gate for canvas in canvases),
+        gate=tuple(canvas.gate for canvas in canvases) if has_path else None,
     )

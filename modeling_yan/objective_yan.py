@@ -96,7 +96,7 @@ class YanObjectiveMixin:
     def _expert_log_likelihood(self, ends, canvas):
         """log p_k(y) (B, L, K) of the target ids where each expert leads, `ends` (B, L, K, D)."""
         # one by one: the logits of all experts at once would be K vocabularies wide
-        logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.unbind(-2))
+        logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.detach().unbind(-2))
         return torch.stack([token_log_likelihood(each, canvas) for each in logits], dim=-1)
 
     def _choose_likeliest(self, ends, prior, canvas, velocity):

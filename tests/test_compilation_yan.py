@@ -21,6 +21,10 @@ STEPS = {"num_flow_steps": 2, "min_train_flow_steps": 2, "max_train_flow_steps":
 only_attention = pytest.mark.parametrize("variant", ["attention"])
 
 
+LIKELIHOOD = {"expert_scope": "chain", "train_expert_choice": "posterior", "num_answer_slots": 16}
+LIKELIHOOD |= {"start_point": "draft", "canvas_length": 16}
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -160,6 +164,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
         {},
         {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "likeliest"},
         {"transition_rank": 4},
+        {**LIKELIHOOD, "transition_rank": 4, "detach_transitions": False},
     ],
 )
 def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):
@@ -193,8 +198,10 @@ def generated(model, ids, mask, **options):
         ({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
         ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
         ({"transition_rank": 4, "transition_candidates": 5}, {}),
+        (LIKELIHOOD, {}),
+        ({**LIKELIHOOD, "transition_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ],
-    ids=["one", "two", "ranked", "settled", "chain"],
+    ids=["one", "two", "ranked", "settled", "chain", "experts as a chain", "drawn"],
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()

@@ -349,6 +349,8 @@ def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):
     page = load_script("results_page").make_page(tables, Path("docs/results/intro.md"))
     assert Path("docs/results.md").read_text() == page
     assert len(page.splitlines()) <= 300
+    readme, figures = Path("README.md").read_text(), Path("docs/results/multi30k/table.json")
+    assert load_script("results_page").put_into_readme(readme, figures) == readme
 
 
 def test_the_networks_of_the_mixtures_are_of_about_one_size(load_script):

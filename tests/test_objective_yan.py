@@ -143,6 +143,7 @@ class TestAnswerSlots:
         expected = model.most_likely(model.decode(states[:, :8]), states[:, :8])
         assert torch.equal(output.sequences[:, 6:], expected[:, : output.sequences.shape[1] - 6])
         assert output.num_trunk_passes == 0
+        assert output.trajectory is output.gate is output.experts is None
 
     def test_there_is_no_draft_without_slots(self, tiny_model):
         with pytest.raises(ValueError, match="num_flow_steps=0: must be at least 1 with num_answer_slots=0"):

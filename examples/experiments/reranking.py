@@ -55,6 +55,8 @@ def write_candidates(model, batch, num_candidates: int):
 
 def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int) -> torch.Tensor:
     """Log-likelihood (B, C) of the velocities towards the candidates' latents."""
+    if model.config.train_expert_choice == "posterior":
+        raise ValueError("train_expert_choice='posterior': reranks models that know the likelihood of a velocity")
     batch_size, num_candidates, length = canvases.shape
     mask = batch["attention_mask"]
     condition = model.condition(model.model(batch["input_ids"], mask).last_hidden_state, mask, length)

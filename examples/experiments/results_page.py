@@ -1,6 +1,6 @@
-"""Make docs/results.md from the tables of `tasks.py`.
+"""Make docs/results.md, and the table in README.md, from the tables of `tasks.py`.
 
-    python examples/experiments/results_page.py docs/results/*/table.json --output docs/results.md
+    python examples/experiments/results_page.py docs/results/*/table.json --output docs/results.md --readme README.md
 
 Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
 Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`,
@@ -15,6 +15,7 @@ from pathlib import Path
 from scipy import stats
 
 TITLES = {"multi30k_en_de": "Multi30k: English to German", "several_answers": "Three right answers for every prompt"}
+README_TASK, MARKS = "multi30k", ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
 
 
@@ -42,8 +43,8 @@ def columns_of(runs: dict, *path: str) -> list[str]:
 def look_up(run: dict, path: tuple[str, ...]) -> float | None:
     """The figure of a run under a path, if there is one."""
     for name in path:
-        run = run.get(name, {})
-    return run or None if not isinstance(run, (int, float)) else run
+        run = run.get(name) if isinstance(run, dict) else None
+    return run
 
 
 def make_rows(runs: dict, paths: list[tuple[str, ...]], digits: int) -> list[str]:
@@ -71,7 +72,8 @@ def describe(table: dict) -> str:
     low, high = min(sizes) / 1e6, max(sizes) / 1e6
     return (
         f"{low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of {recipe['batch_size']} rows for "
-        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, {table['date']}."
+        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, "
+        f"{table['date']}."
     )
 
 
@@ -98,11 +100,14 @@ def distribution_tables(runs: dict) -> list[str]:
     return lines + make_table(runs, heads, [("distribution", step, "total_variation") for step in steps], 3)
 
 
-def quality_tables(runs: dict) -> list[str]:
-    steps = columns_of(runs, "best")
+def best_table(runs: dict) -> list[str]:
+    steps = sorted(columns_of(runs, "best"), key=lambda step: (step == "greedy", int(step) if step.isdigit() else 0))
     heads = [{"greedy": "greedy", "0": "no step"}.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
-    lines = ["BLEU of the best text, by number of steps:", ""]
-    lines += make_table(runs, heads, [("best", step, "bleu") for step in steps], 1)
+    return make_table(runs, heads, [("best", step, "bleu") for step in steps], 1)
+
+
+def quality_tables(runs: dict) -> list[str]:
+    lines = ["BLEU of the best text, by number of steps:", "", *best_table(runs)]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
@@ -110,6 +115,14 @@ def quality_tables(runs: dict) -> list[str]:
         paths = [("drawn", temperature, name) for temperature in drawn for name in ("bleu", "self_bleu")]
         lines += make_table(runs, heads, paths, 1)
     return lines
+
+
+def put_into_readme(text: str, path: Path) -> str:
+    """The text with the table of the best texts, of the figures in a file, between its two marks."""
+    runs = json.loads(path.read_text())["runs"]
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f"{before}{MARKS[0]}\n{chr(10).join(best_table(runs)).rstrip()}\n{MARKS[1]}{after}"
 
 
 def make_page(paths: list[Path], intro: Path) -> str:
@@ -125,8 +138,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--intro", type=Path, default=Path("docs/results/intro.md"))
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--readme", type=Path, help=f"gets the table of {README_TASK}, too")
     options = parser.parse_args(arguments)
     options.output.write_text(make_page(sorted(options.tables), options.intro))
+    for path in options.tables:
+        if options.readme and path.parent.name == README_TASK:
+            options.readme.write_text(put_into_readme(options.readme.read_text(), path))
 
 
 if __name__ == "__main__":

@@ -28,21 +28,27 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
         num_flow_steps: Solver steps that the objective runs through.
     """
     config = model.config
-    encoder = _encoder_flops(model, source)
     decoder = linear_flops(model.decoder, model.lm_head)
     if not hasattr(model, "flow"):
-        return 3 * batch_size * (encoder + source * decoder)
+        return 3 * batch_size * (_encoder_flops(model, source) + source * decoder)
+    source = source + config.num_answer_slots
+    encoder = _encoder_flops(model, source)
     flow, layers = model.flow, model.flow.layers
     crossing = [layer.cross_attention for layer in layers if layer.has_cross_attention]
     keys = sum(linear_flops(cross.k_proj, cross.v_proj) for cross in crossing)
     trunk = linear_flops(layers) - keys + 4 * config.hidden_size * source * len(crossing)
     trunk += _attention_flops(config, config.flow_mixer, canvas) * len(layers)
     experts = linear_flops(flow.experts)
-    passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * experts // config.num_experts
-    canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
-    target = _encoder_flops(model, canvas)
+    if config.train_expert_choice == "posterior":  # every expert is read off once, without a backward pass
+        passes = num_flow_steps * trunk + experts + (num_flow_steps - 1) * experts // config.num_experts
+        canvas_flops = passes + linear_flops(flow.gate) + (num_flow_steps + config.num_experts / 3) * decoder
+        target = _encoder_flops(model, canvas) if config.mse_weight else 0
+    else:
+        passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * experts // config.num_experts
+        canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
+        target = _encoder_flops(model, canvas)
     parts = (config.freeze_encoder, config.freeze_embeddings, config.freeze_flow, config.freeze_decoder)
-    return batch_size * (
+    return batch_size * round(
         encoder * (1 if config.freeze_encoder else 3)
         + target * (1 if config.freeze_encoder or config.detach_target_latents else 3)
         + (1 if all(parts) else 3) * (source * keys + canvas * canvas_flops)

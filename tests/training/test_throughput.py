@@ -34,6 +34,15 @@ def test_flow(make_model, variant, freeze, steps):
     assert training_flops(model, 8, 32, 16, steps) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("fields", [{"mse_weight": 0.0}, {"num_answer_slots": 8, "draft_weight": 0.0}])
+def test_likelihood_of_the_text(make_model, fields, steps):
+    model = make_model(YanForFlowGeneration, **SIZES, **fields, train_expert_choice="posterior").train()
+    ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
+    expected = counted(model, input_ids=ids, labels=labels, num_flow_steps=steps)
+    assert training_flops(model, 8, 32, 16, steps) == pytest.approx(expected, rel=0.1)
+
+
 def test_transitions_of_a_finished_model(make_model):
     """Of a model of which all else is frozen there is no backward pass to speak of."""
     frozen = dict.fromkeys(["freeze_encoder", "freeze_decoder", "freeze_embeddings", "freeze_flow"], True)
