@@ -101,8 +101,9 @@ class YanGenerationConfig(GenerationConfig):
             compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
         temperature: With `do_sample` it scales the start noise, and divides the gate's logits where experts are
             drawn; at least 0.
-        length_penalty: Of a model with `expert_scope="chain"`, without `do_sample`: of the best texts of all lengths
-            the one is written whose log-probability, divided by its length to this power, is the highest; 1 if None.
+        length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
+            `do_sample`: of the best texts of all lengths the one is written whose log-probability, divided by its
+            length to this power, is the highest; 1 if None.
     """
 
     def __init__(self, **kwargs):
@@ -118,7 +119,11 @@ class YanGenerationConfig(GenerationConfig):
 
     def validate(self, strict=False, **kwargs):
         """Check every field; raises ValueError with the field, its value and what is allowed."""
-        super().validate(strict=strict, **kwargs)
+        penalty, self.length_penalty = self.length_penalty, None  # transformers knows it of beams alone
+        try:
+            super().validate(strict=strict, **kwargs)
+        finally:
+            self.length_penalty = penalty
         _check_flow_fields(self)
 
 
@@ -147,6 +152,7 @@ _FIELD_RULES = (
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
+    ("length_penalty", _is_number, "a number"),
     ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
 )
 
@@ -369,13 +375,12 @@ class YanGenerationMixin(GenerationMixin):
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
         if self.config.start_point == "draft" and slots < canvas_length:
             raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
-        if not _is_number(options.length_penalty or 0):
-            raise ValueError(f"length_penalty={options.length_penalty!r}: must be a number")
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
-        if not is_chain and options.length_penalty not in (None, 1):
-            raise ValueError(f"length_penalty={options.length_penalty}: must be 1 without expert_scope='chain'")
+        if self.config.train_expert_choice != "posterior" and options.length_penalty not in (None, 1):
+            allowed = "1 without train_expert_choice='posterior'"
+            raise ValueError(f"length_penalty={options.length_penalty}: must be {allowed}")
 
     def _check_num_sequences(self, options):
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
@@ -482,7 +487,7 @@ class YanGenerationMixin(GenerationMixin):
         for part in self._split_rows(latents):
             logits = self._allowed_logits(part, plan)
             if token_numbers is None:
-                texts.append(self.most_likely(logits, part, eos, plan.use_transitions))
+                texts.append(self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty))
             else:
                 numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
                 options = numbers, eos, plan.temperature

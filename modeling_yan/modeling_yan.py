@@ -522,17 +522,20 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         latents: torch.Tensor,
         eos: Sequence[int] | None = None,
         use_transitions: bool = True,
+        length_penalty: float = 1.0,
     ) -> torch.LongTensor:
         """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
 
         They are the best chain if the model has transitions that are to be used, else the best token of each place.
-        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none.
+        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none. The
+        `length_penalty` is for models that were trained as a distribution (`train_expert_choice="posterior"`).
         """
         if eos is None:
             eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
         if self.transitions is None or not use_transitions:
             return best_text(logits, eos)
-        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents, eos)
+        penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
+        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents, eos, penalty)
 
     def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .chains_yan import IMPOSSIBLE, as_markov, best_path, draw_path, log_partition, path_score
+from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
 from .compilation_yan import select_rows
 from .layers_yan import YanZeroLinear
 
@@ -72,14 +72,26 @@ class YanTransitions(nn.Module):
         return (log_partition(emissions, transitions) - score).sum() / targets.numel()
 
     def most_likely(
-        self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = ()
+        self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), length_penalty=None
     ) -> torch.LongTensor:
         """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D).
 
-        Only EOS follows one of the ids in `eos`, as in `best_text`.
+        Only EOS follows one of the ids in `eos`, as in `best_text`. With a `length_penalty` the best chains of all
+        lengths are compared by their log-probability over their length to this power (`best_ending`).
         """
-        candidates, chain = self._chain(embedding, logits, latents, eos)
-        return candidates.gather(-1, best_path(*chain).unsqueeze(-1)).squeeze(-1)
+        candidates, (emissions, transitions), is_end = self._chain(embedding, logits, latents, eos)
+        if is_end is not None and length_penalty is not None:
+            emissions = self._with_best_length(emissions, transitions, is_end, length_penalty)
+        return candidates.gather(-1, best_path(emissions, transitions).unsqueeze(-1)).squeeze(-1)
+
+    def _with_best_length(self, emissions, transitions, is_end, length_penalty):
+        """Emissions that allow no EOS before the best length, and nothing else behind it."""
+        total = log_partition(emissions, transitions)
+        emissions = torch.cat([emissions[:, :1] - total.view(-1, 1, 1), emissions[:, 1:]], dim=1)
+        tokens, fill = emissions.masked_fill(is_end, IMPOSSIBLE), emissions.masked_fill(~is_end, IMPOSSIBLE)
+        length = best_ending(tokens, fill, transitions, length_penalty)
+        is_fill = torch.arange(emissions.shape[1], device=emissions.device) >= length.unsqueeze(1)
+        return torch.where(is_fill.unsqueeze(-1), fill, tokens)
 
     def draw(
         self, embedding, logits, latents, uniform: torch.Tensor, eos: Sequence[int] = (), temperature: float = 1.0
@@ -89,17 +101,17 @@ class YanTransitions(nn.Module):
         `uniform` (B, L, C) are numbers in (0, 1), at least as many for each token as it has candidates; the other
         arguments are those of `most_likely`.
         """
-        candidates, chain = self._chain(embedding, logits, latents, eos)
+        candidates, chain, _ = self._chain(embedding, logits, latents, eos)
         markov = as_markov(*(scores / max(temperature, 1e-4) for scores in chain))
         path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
     def _chain(self, embedding, logits, latents, eos):
-        """Candidates (B, L, C) of every token, and emissions and transitions of their chain."""
+        """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS."""
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
-        transitions = self(embedding, candidates, latents)
+        transitions, is_end = self(embedding, candidates, latents), None
         if eos:
             is_end = torch.stack([candidates == token for token in eos]).any(0)
             goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)
             transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
-        return candidates, (emissions.float(), transitions)
+        return candidates, (emissions.float(), transitions), is_end

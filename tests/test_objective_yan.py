@@ -203,12 +203,28 @@ def test_sampling_draws_experts_and_zero_temperature_does_not(make_lively_model,
 
 
 def test_options_that_do_not_fit_are_refused(make_lively_model):
-    chain, token, ids = make_lively_model(expert_scope="chain"), make_lively_model(), torch.tensor([[5, 6]])
+    chain, token = make_lively_model(expert_scope="chain"), make_lively_model(train_expert_choice="sample")
+    ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match="expert_choice='ranked': must be argmax, sample or mixture"):
         chain.generate(ids, expert_choice="ranked", num_return_sequences=2)
-    with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without expert_scope='chain'"):
+    with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without train_expert_choice='posterior'"):
         token.generate(ids, length_penalty=2.0)
     chain.generate(ids, length_penalty=2.0)
+    with pytest.raises(ValueError, match="length_penalty='long': must be a number"):
+        chain.generate(ids, length_penalty="long")
+
+
+def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
+    chain = {"transition_rank": 4, "transition_candidates": 64, "detach_transitions": False}
+    model, ids = make_lively_model(**chain), torch.randint(4, 64, (4, 6))
+    lengths = []
+    for penalty in (-8.0, 8.0):
+        model.generation_config.length_penalty = penalty
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert torch.equal(loaded.generate(ids), model.generate(ids))
+        lengths.append((loaded.generate(ids, return_prompt=False) > 2).sum())
+    assert lengths[0] < lengths[1]
 
 
 @pytest.mark.parametrize(
