@@ -1,5 +1,9 @@
 """Shared fixtures: tiny models of both variants, the same in every run."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -59,3 +63,23 @@ def tiny_model(make_model) -> YanForFlowGeneration:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def load_script():
+    """Function from the name of an experiment to its module."""
+    loaded = []
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(
+            f"experiment_{name}", Path(__file__).parents[1] / "examples/experiments" / f"{name}.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        loaded.append(spec.name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in loaded:
+        del sys.modules[name]

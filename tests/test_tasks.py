@@ -1,0 +1,176 @@
+"""Tasks with several training seeds, and the page that is made from their tables."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer
+
+from modeling_yan import YanConfig
+from modeling_yan.data import read_rows
+
+ROOT = Path(__file__).parents[1]
+TASKS = sorted((ROOT / "configuration" / "recipes" / "tasks").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "examples/checkpoints/yan-transformer-tiny")
+
+
+@pytest.fixture
+def config(tokenizer):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
+    sizes |= {"num_decoder_layers": 1, "max_position_embeddings": 64, "num_experts": 2}
+    return YanConfig(vocab_size=len(tokenizer), canvas_length=16, attention_conv_kernel=3, **sizes)
+
+
+def test_several_answers_are_as_frequent_as_they_are_right(load_script, tmp_path):
+    script = load_script("several_answers")
+    script.main(["--output_dir", str(tmp_path), "--num_prompts", "3", "--num_rows", "3000"])
+    answers = script.make_answers(3)
+    words = [word for prompt, texts in answers.items() for word in [prompt, *" ".join(texts).split()]]
+    assert len(set(words)) == 3 * 9
+    for texts in answers.values():
+        first, second, third = (text.split() for text in texts)
+        assert first[0] == second[0] != third[0]
+    drawn = read_rows(tmp_path / "several_answers-train.jsonl.gz")
+    shares = [sum(row["target"] == texts[2] for row in drawn) for texts in answers.values()]
+    assert abs(sum(shares) / 3000 - 0.4) < 0.05
+    test = read_rows(tmp_path / "several_answers-test.jsonl.gz")
+    assert [sum(row["target"] == text for row in test) for text in next(iter(answers.values()))] == [3, 3, 4]
+
+
+TASK_ARMS = {
+    "YAN": {},
+    "one expert": {"fields": {"num_experts": 1, "moe_intermediate_size": 32, "expert_scope": "token"}},
+    "one pass": {"kind": "one pass"},
+    "AR decoder": {"kind": "decoder"},
+}
+
+
+@pytest.fixture
+def task_recipe(config, tmp_path):
+    """Path of a recipe of the smallest size, beside the rows of its task."""
+    load = importlib.util.spec_from_file_location("answers", ROOT / "examples/experiments/several_answers.py")
+    answers = importlib.util.module_from_spec(load)
+    load.loader.exec_module(answers)
+    answers.main(["--output_dir", str(tmp_path), "--num_prompts", "2", "--num_rows", "40"])
+    config.save_pretrained(tmp_path / "preset")
+    fields = {"canvas_length": 16, "num_answer_slots": 16, "moe_intermediate_size": 16, "expert_scope": "chain"}
+    fields |= {"train_expert_choice": "posterior", "transition_rank": 4, "detach_transitions": False}
+    fields |= {"intermediate_size": 128, "gate_rank": 4}
+    recipe = {"task": "several_answers", "config": str(tmp_path / "preset"), "fields": fields, "vocab_size": 300}
+    recipe |= {
+        "updates": 2,
+        "autoencoder_share": 0.5,
+        "batch_size": 4,
+        "steps": [1],
+        "temperatures": [1.0],
+        "draws": 2,
+    }
+    path = tmp_path / "several_answers.yaml"
+    recipe |= {"training": {"max_source_length": 8}, "arms": TASK_ARMS}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def test_tasks_train_every_arm_and_go_on_where_they_were(load_script, task_recipe, tmp_path):
+    script = load_script("tasks")
+    words = [str(task_recipe), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    script.main([*words, "--seeds", "0", "--arms", "YAN", "one pass"])
+    model = tmp_path / "out" / "YAN-0" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    script.main([*words, "--seeds", "0", "1"])
+    assert model.stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table["runs"]) == list(TASK_ARMS)
+    assert all(list(seeds) == ["0", "1"] for seeds in table["runs"].values())
+    first = {arm: seeds["0"] for arm, seeds in table["runs"].items()}
+    assert list(first["YAN"]["best"]) == ["0", "1"]
+    assert list(first["one pass"]["best"]) == ["0"]
+    assert list(first["AR decoder"]["best"]) == ["greedy"]
+    sizes = [figures["parameters"] for figures in first.values()]
+    assert max(sizes) < 1.04 * min(sizes)
+    assert len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 1  # both YANs began with it
+    with pytest.raises(SystemExit):
+        script.main([*words, "--arms", "YAN", "two passes"])
+    recipe = yaml.safe_load(task_recipe.read_text())
+    task_recipe.write_text(yaml.safe_dump({**recipe, "steps": [2]}, sort_keys=False))
+    script.main([*words, "--seeds", "0", "--arms", "YAN"])  # measured again, not trained again
+    assert model.stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {arm: list(seeds) for arm, seeds in table["runs"].items()} == {"YAN": ["0"]}
+    assert list(table["runs"]["YAN"]["0"]["best"]) == ["0", "2"]
+    task_recipe.write_text(yaml.safe_dump({**recipe, "updates": 3}, sort_keys=False))
+    with pytest.raises(ValueError, match="was trained with another recipe"):
+        script.main([*words, "--seeds", "0", "--arms", "YAN"])
+
+
+def test_tasks_refuse_an_arm_of_another_size(load_script, task_recipe, tokenizer):
+    script = load_script("tasks")
+    recipe = script.read_recipe(task_recipe)
+    with pytest.raises(ValueError, match=r"must have .* as the others, within 3%"):
+        script.preset(recipe, tokenizer, {"num_flow_layers": 4})
+
+
+def test_tasks_refuse_a_recipe_with_another_name(load_script, task_recipe):
+    task_recipe.write_text(task_recipe.read_text() + "update: 3\n")
+    with pytest.raises(ValueError, match="must have task, config"):
+        load_script("tasks").read_recipe(task_recipe)
+
+
+def test_a_distribution_is_compared_with_its_references(load_script, task_recipe, tmp_path):
+    task = load_script("tasks").Task(yaml.safe_load(task_recipe.read_text()), tmp_path, tmp_path)
+    one, two, three = (task.references[task.sources[0]][index] for index in (0, 3, 6))
+    exact = [one] * 3 + [two] * 3 + [three] * 4
+    others = [list(task.references[task.sources[1]])]
+    assert task.distribution([exact, *others]) == {"right": 1.0, "total_variation": 0.0}
+    found = task.distribution([[three] * 5 + ["no answer"] * 5, *others])
+    assert found == pytest.approx({"right": 0.75, "total_variation": 0.3})
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
+    script = load_script("tasks")
+    recipe = script.read_recipe(path)
+    for arm in recipe["arms"].values():
+        assert set(arm) <= {"kind", "fields", "training"}
+        script.preset(recipe, tokenizer, arm.get("fields", {}))
+
+
+def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
+    pytest.importorskip("scipy")
+    script = load_script("results_page")
+    runs = {"YAN": {seed: {"parameters": 1e6, "best": {"3": {"bleu": value}}} for seed, value in enumerate((20, 22))}}
+    runs["one pass"] = {"0": {"parameters": 1e6, "best": {"0": {"bleu": 14}}}}
+    table = {"task": "t", "recipe": {"updates": 5, "batch_size": 2}, "rows": 7, "hardware": "h", "torch": "2"}
+    (tmp_path / "t").mkdir()
+    path = tmp_path / "t" / "table.json"
+    path.write_text(json.dumps({**table, "date": "d", "runs": runs}))
+    (tmp_path / "intro.md").write_text("# Results\n")
+    script.main([str(path), "--intro", str(tmp_path / "intro.md"), "--output", str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    assert "| YAN | 2 |  | 21.0 ± 12.7 |" in page
+    assert "| one pass | 1 | 14.0 |  |" in page
+
+
+def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(ROOT)
+    tables = sorted(Path("docs/results").glob("*/table.json"))
+    script = load_script("results_page")
+    page = script.make_page(tables, Path("docs/results/intro.md"))
+    assert Path("docs/results.md").read_text() == page
+    assert len(page.splitlines()) <= 300
+    readme, figures = Path("README.md").read_text(), Path("docs/results/multi30k/table.json")
+    assert script.put_into_readme(readme, figures) == readme
