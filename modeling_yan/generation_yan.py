@@ -143,7 +143,11 @@ def _is_number(value):
 
 
 _FIELD_RULES = (
-    ("num_flow_steps", lambda value: value is not False and (value == 0 or _is_positive_int(value)), "at least 0"),
+    (
+        "num_flow_steps",
+        lambda value: value is not False and (value == 0 or _is_positive_int(value)),
+        "an integer of at least 0",
+    ),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
@@ -370,9 +374,8 @@ class YanGenerationMixin(GenerationMixin):
     def _check_fit(self, options):
         """Raise ValueError for an option that this model can't honour."""
         slots, canvas_length = self.config.num_answer_slots, options.canvas_length
-        if options.num_flow_steps == 0 and slots < canvas_length:
-            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
-            raise ValueError(f"num_flow_steps=0: must be {allowed}")
+        if options.num_flow_steps == 0:
+            self._check_draft(canvas_length)
         if self.config.start_point == "draft" and slots < canvas_length:
             raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
         is_chain = self.config.expert_scope == "chain"

@@ -434,6 +434,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if labels is None and num_flow_steps == 0:
+            self._check_draft(canvas_length)
             x_1_hat = self.draft(outputs.last_hidden_state, canvas_length)
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         elif labels is None:
@@ -462,6 +463,12 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             position_ids = torch.cat([slots, position_ids + number], dim=1)
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
+
+    def _check_draft(self, canvas_length: int):
+        slots = self.config.num_answer_slots
+        if slots < canvas_length:
+            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
+            raise ValueError(f"num_flow_steps=0: must be {allowed}")
 
     def draft(self, latents, canvas_length: int) -> torch.Tensor:
         """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).

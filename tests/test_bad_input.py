@@ -140,7 +140,7 @@ class TestOptions:
     @pytest.mark.parametrize("num_steps", [0, -1])
     def test_no_solver_steps(self, model, prompts, num_steps):
         for call in (model.generate, model, lambda *args, **kwargs: model(*args, labels=prompts, **kwargs)):
-            with pytest.raises(ValueError, match=f"num_flow_steps={num_steps}: must be an integer of at least 1"):
+            with pytest.raises(ValueError, match=f"num_flow_steps={num_steps}: must be (an integer of )?at least"):
                 call(prompts, num_flow_steps=num_steps)
 
     @pytest.mark.parametrize("length", [0, -3])
