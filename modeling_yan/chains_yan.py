@@ -1,8 +1,10 @@
 """Linear chains: sums, maxima and draws over all paths through states with scores for neighbours.
 
 Two things of YAN are chains. The experts of neighbouring tokens are one if `expert_scope="chain"`: a hidden Markov
-model. The candidates of neighbouring tokens are one if `transition_rank` is above 0: a conditional random field. Sums
-and maxima over all paths are taken by halves, in log2(L) rounds, instead of token by token.
+model. The candidates of neighbouring tokens are one if `transition_rank` is above 0: a conditional random field.
+
+`log_partition`, `best_path` and `draw_path` join halves, in log2(L) rounds. `best_ending`, `as_markov` and
+`chain_marginals` go from token to token.
 
 Letters of the shape comments: B batch, L length, C states of a token.
 """

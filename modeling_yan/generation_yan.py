@@ -99,8 +99,8 @@ class YanGenerationConfig(GenerationConfig):
             is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
             tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
             compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
-        temperature: With `do_sample` it scales the start noise, and divides the gate's logits where experts are
-            drawn; at least 0.
+        temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
+            and of the chain of tokens. At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
             `do_sample`: of the best texts of all lengths the one is written whose log-probability, divided by its
             length to this power, is the highest; 1 if None.
