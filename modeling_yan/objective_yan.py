@@ -192,7 +192,8 @@ class YanObjectiveMixin:
         noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
         x_0 = self.start(noise, condition)
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
-        velocity.choose, ends, path = choose, [], [x_0]
+        velocity.choose = choose if config.num_experts > 1 else None
+        ends, path = [], [x_0]
 
         def collect(step, x):
             ends.append(extrapolate(path[-1], x, step, num_flow_steps))
@@ -200,7 +201,10 @@ class YanObjectiveMixin:
 
         x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
         all_logits = [self.decode(end) for end in ends]
-        terms["ce_loss"] = sum(token_cross_entropy(logits, canvas) for logits in all_logits) / num_flow_steps
+        ce_losses = [token_cross_entropy(logits, canvas) for logits in all_logits]
+        terms["ce_loss"] = sum(ce_losses) / num_flow_steps
+        if config.num_experts == 1:  # its likelihood is known, and there is nothing to choose
+            terms |= {"text_loss": ce_losses[0].detach(), "expert_usage": torch.ones(1, device=canvas.device)}
         terms |= self._draft_loss(condition, canvas)
         if config.mse_weight:
             x_1 = self._encode_target(canvas)

@@ -1,0 +1,78 @@
+"""Rows of two tasks for `tasks.py` that their public files hold in another form.
+
+    python examples/experiments/task_rows.py --data_dir DATA --output_dir ROWS
+
+DATA holds `e2e-{validation,test}.jsonl.gz` (`source` and `target`), `tinystories-{train,validation}.jsonl.gz` and
+`fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). ROWS gets the train, validation and test files of
+
+- e2e: a tenth of the development part's sources is for validation, the rest to train on;
+- continuation: the next sentence of a story from the three before it. Stories of TinyStories' validation part are
+  shared between validation and test, in turn.
+"""
+
+import argparse
+import random
+import re
+from pathlib import Path
+
+from modeling_yan.data import read_rows, write_rows
+
+NUM_BEFORE = 3  # sentences that are given
+MAX_WORDS = 24  # of the sentence that is asked for
+END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\"'”’]*\s+(?=[\"'“‘]*[A-Z])")
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text: they end in one of . ! ? and the next one begins with a capital letter."""
+    return [sentence for sentence in END_OF_SENTENCE.split(" ".join(text.split())) if sentence]
+
+
+def continuations(text: str) -> list[dict[str, str]]:
+    """A row for every fourth sentence of a text, so that no sentence is a target twice or given twice."""
+    sentences, rows = sentences_of(text), []
+    for place in range(NUM_BEFORE, len(sentences), NUM_BEFORE + 1):
+        if len(sentences[place].split()) <= MAX_WORDS:
+            source = " ".join(sentences[place - NUM_BEFORE : place])
+            rows.append({"source": source, "target": sentences[place]})
+    return rows
+
+
+def continuation_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of story continuation, by part."""
+    stories = read_rows(data_dir / "tinystories-validation.jsonl.gz")
+    texts = {
+        "train": read_rows(data_dir / "tinystories-train.jsonl.gz"),
+        "validation": stories[::2],
+        "test": stories[1::2],
+    }
+    for part, rows in texts.items():
+        rows += read_rows(data_dir / f"fairytaleqa_sections-{part}.jsonl.gz")
+    return {part: [row for text in rows for row in continuations(text["text"])] for part, rows in texts.items()}
+
+
+def e2e_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of restaurant descriptions, by part; all references of a source are in one part."""
+    rows = read_rows(data_dir / "e2e-validation.jsonl.gz")
+    sources = sorted({row["source"] for row in rows})
+    held_out = set(random.Random(0).sample(sources, len(sources) // 10))
+    return {
+        "train": [row for row in rows if row["source"] not in held_out],
+        "validation": [row for row in rows if row["source"] in held_out],
+        "test": read_rows(data_dir / "e2e-test.jsonl.gz"),
+    }
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for task, parts in {"e2e": e2e_parts, "continuation": continuation_parts}.items():
+        for part, rows in parts(options.data_dir).items():
+            write_rows(options.output_dir / f"{task}-{part}.jsonl.gz", rows)
+            print(task, part, len(rows), "rows")
+
+
+if __name__ == "__main__":
+    main()
