@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
+from .filling_yan import YanFillingMixin
 from .flow_matching_yan import hashed_normal, token_cross_entropy
 from .flow_yan import YanCondition, YanFlow, YanVelocity
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
@@ -349,7 +350,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
-class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationMixin):
+class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixin, YanGenerationMixin):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}

@@ -12,24 +12,18 @@ DATA holds `e2e-{validation,test}.jsonl.gz` (`source` and `target`), `tinystorie
 
 import argparse
 import random
-import re
 from pathlib import Path
 
 from modeling_yan.data import read_rows, write_rows
+from modeling_yan.data.tasks import split_sentences
 
 NUM_BEFORE = 3  # sentences that are given
 MAX_WORDS = 24  # of the sentence that is asked for
-END_OF_SENTENCE = re.compile(r"(?<=[.!?])[\"'”’]*\s+(?=[\"'“‘]*[A-Z])")
-
-
-def sentences_of(text: str) -> list[str]:
-    """The sentences of a text: they end in one of . ! ? and the next one begins with a capital letter."""
-    return [sentence for sentence in END_OF_SENTENCE.split(" ".join(text.split())) if sentence]
 
 
 def continuations(text: str) -> list[dict[str, str]]:
     """A row for every fourth sentence of a text, so that no sentence is a target twice or given twice."""
-    sentences, rows = sentences_of(text), []
+    sentences, rows = split_sentences(" ".join(text.split())), []
     for place in range(NUM_BEFORE, len(sentences), NUM_BEFORE + 1):
         if len(sentences[place].split()) <= MAX_WORDS:
             source = " ".join(sentences[place - NUM_BEFORE : place])

@@ -6,8 +6,8 @@
 DATA holds `NAME-train.jsonl.gz`, `NAME-validation.jsonl.gz` and `NAME-test.jsonl.gz`: rows of `source` and `target`,
 of which those with one source give its references. A recipe says the task's name, the preset with changed fields, the
 updates and the arms. All arms see the same rows, as often, and have as many parameters. Each arm is trained once for
-each seed. A run that was killed goes on when the command is given again; one that is finished is not repeated. The
-table is written anew after every run.
+each seed. A run that was killed goes on when the command is given again; one that stands in the table, or whose
+figures lie in the output folder, is not repeated. The table is written anew after every run.
 """
 
 import argparse
@@ -276,14 +276,19 @@ def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
     aside.replace(path)
 
 
-def collect(output_dir: Path, recipe: dict, num_rows: int) -> dict:
-    """The figures of all runs that were measured with this recipe: arm -> seed -> figures."""
-    found = {name: {} for name in recipe["arms"]}
+def collect(output_dir: Path, table: Path, recipe: dict, num_rows: int) -> dict:
+    """The figures of all runs that were measured with this recipe: arm -> seed -> figures.
+
+    They lie in the folders of the runs, and in the table of an earlier call, perhaps on another machine.
+    """
+    earlier = json.loads(table.read_text())["runs"] if table.exists() else {}
+    found = {name: dict(earlier.get(name, {})) for name in recipe["arms"]}
     for name, arm in recipe["arms"].items():
         for path in sorted(output_dir.glob(f"{name.replace(' ', '_')}-*/figures.json")):
-            figures = json.loads(path.read_text())
-            if figures.pop("measured_with", None) == measured_with(recipe, arm, num_rows):
-                found[name][path.parent.name.rsplit("-", 1)[1]] = figures
+            found[name][path.parent.name.rsplit("-", 1)[1]] = json.loads(path.read_text())
+        wanted = measured_with(recipe, arm, num_rows)
+        own = {seed: run for seed, run in found[name].items() if run.get("measured_with") == wanted}
+        found[name] = dict(sorted(own.items(), key=lambda item: int(item[0])))
     return {name: runs for name, runs in found.items() if runs}
 
 
@@ -308,13 +313,14 @@ def main(arguments: list[str] | None = None):
     if unknown:
         parser.error(f"arms={', '.join(unknown)}: must be of {', '.join(recipe['arms'])}")
     task = Task(recipe, options.data_dir, options.output_dir, options.num_rows)
+    table, num_rows = options.table or options.output_dir / "table.json", len(task.sources)
     for seed in options.seeds:
         options.seed = seed
         for name in options.arms or recipe["arms"]:
-            if str(seed) not in collect(options.output_dir, recipe, len(task.sources)).get(name, {}):
+            if str(seed) not in collect(options.output_dir, table, recipe, num_rows).get(name, {}):
                 run_arm(name, task, recipe, options)
-            runs = collect(options.output_dir, recipe, len(task.sources))
-            write_table(options.table or options.output_dir / "table.json", recipe, runs, len(task.sources))
+            runs = collect(options.output_dir, table, recipe, num_rows)
+            write_table(table, recipe, runs, num_rows)
             print(name, options.seed, runs[name][str(options.seed)]["best"], flush=True)
 
 

@@ -8,6 +8,7 @@ up, carry them along and drop them. Every answer follows from the story alone.
 
 import argparse
 import random
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,15 @@ DROP_VERBS = ("dropped", "put down")
 MIN_SENTENCES, MAX_SENTENCES = 2, 10
 TAKE_CHANCE, DROP_CHANCE = 0.5, 0.3  # of somebody who can; otherwise they move on
 HELD_CHANCE = 0.75  # ask mostly about what is carried, or "nothing" and "nobody" would be good guesses
+
+# Other ways to ask the same, as people type.
+WORDINGS = {
+    r"Where is (.*)\?": (r"Where's \1?", r"Where is \1 now?", r"In which place is \1?", r"Do you know where \1 is?"),
+    r"What is (.*) carrying\?": (r"What does \1 have?", r"What is \1 holding?", r"What does \1 carry now?"),
+    r"Who has (.*)\?": (r"Who is carrying \1?", r"Who's got \1?", r"Who has \1 now?"),
+}
+PREFIXES = ("", "", "Question: ", "Q: ")
+LAST_CHANCE, LOWER_CHANCE, LINE_CHANCE = 0.4, 0.15, 0.15  # question last, small letters, question on its own line
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,12 @@ class World:
         return [thing for thing in free if self.lying_in.get(thing, here) == here]
 
 
-def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> Story:
-    """Draw a kind of question and a number of sentences from 2 to `max_sentences`, then a story that answers it."""
+def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES, varied_wording: bool = False) -> Story:
+    """Draw a kind of question and a number of sentences from 2 to `max_sentences`, then a story that answers it.
+
+    The prompt is "Question: ..." and the story, or, with `varied_wording`, one of many forms that a person may type:
+    question first or last, with and without a prefix, in other words, in small letters.
+    """
     kind = rng.choice(list(QUESTIONS))
     num_sentences = rng.randint(MIN_SENTENCES, max_sentences)
     while True:  # two sentences are enough for every kind, so this ends soon
@@ -71,7 +85,21 @@ def generate_story(rng: random.Random, max_sentences: int = MAX_SENTENCES) -> St
         question_and_answer = QUESTIONS[kind](world, rng)
         if question_and_answer:
             question, answer = question_and_answer
-            return Story(" ".join(["Question:", question, *sentences]), answer, kind, num_sentences)
+            prompt = " ".join(["Question:", question, *sentences])
+            prompt = vary_wording(question, " ".join(sentences), rng) if varied_wording else prompt
+            return Story(prompt, answer, kind, num_sentences)
+
+
+def vary_wording(question: str, story: str, rng: random.Random) -> str:
+    """A prompt that asks the question about the story in one of many forms."""
+    for pattern, others in WORDINGS.items():
+        if rng.random() < 0.5 and re.fullmatch(pattern, question):
+            question = re.sub(pattern, rng.choice(others), question)
+            break
+    question = rng.choice(PREFIXES) + question
+    parts = [story, question] if rng.random() < LAST_CHANCE else [question, story]
+    prompt = ("\n" if rng.random() < LINE_CHANCE else " ").join(parts)
+    return prompt.lower() if rng.random() < LOWER_CHANCE else prompt
 
 
 def generate_stories(
@@ -80,10 +108,12 @@ def generate_stories(
     exclude: Collection[str] = frozenset(),
     max_sentences: int = MAX_SENTENCES,
     answer_slot: str = "",
+    varied_wording: bool = False,
 ) -> list[Row]:
     """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`.
 
-    `answer_slot` begins every source, such as "<mask><mask> " for a model that fills in masks.
+    `answer_slot` begins every source, such as "<mask><mask> " for a model that fills in masks. `varied_wording` is as
+    in `generate_story`.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
@@ -91,7 +121,7 @@ def generate_stories(
     rng, excluded = random.Random(seed), frozenset(exclude)
     rows: dict[str, Row] = {}
     while len(rows) < num_rows:
-        story = generate_story(rng, max_sentences)
+        story = generate_story(rng, max_sentences, varied_wording)
         source = answer_slot + story.source
         if source not in excluded:
             rows.setdefault(source, {"source": source, "target": story.target, "kind": story.kind})
@@ -228,12 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cloze", action="store_true", help="no questions: what is true, with one word of each fact hidden"
     )
+    parser.add_argument("--varied_wording", action="store_true", help="prompts in many forms, as people type them")
     options = parser.parse_args(arguments)
     if options.cloze:
         write_rows(options.output, generate_clozes(options.num_rows, options.seed, options.max_sentences))
         return
     exclude = {row["source"] for path in options.exclude for row in read_rows(path)}
-    rows = generate_stories(options.num_rows, options.seed, exclude, options.max_sentences, options.answer_slot)
+    forms = {"answer_slot": options.answer_slot, "varied_wording": options.varied_wording}
+    rows = generate_stories(options.num_rows, options.seed, exclude, options.max_sentences, **forms)
     write_rows(options.output, rows)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from modeling_yan.data import generate_stories, generate_story, read_rows
-from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, generate_clozes, main
+from modeling_yan.data.stories import PEOPLE, PLACES, THINGS, WORDINGS, generate_clozes, main
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,36 @@ def test_command(tmp_path):
     assert read_rows(first) == generate_stories(50, seed=3)
     assert max(row["source"].count(".") for row in read_rows(second)) == 4
     assert not {row["source"] for row in read_rows(first)} & {row["source"] for row in read_rows(second)}
+
+
+def plain_form(prompt: str) -> tuple[str, list[str]]:
+    """Question in its first wording, and the sentences, of a prompt in any form but small letters."""
+    question = re.search(r"(Question: |Q: )?([A-Z][^.?]*\?)", prompt)
+    asked, sentences = question[2], prompt.replace(question[0], "")
+    for pattern, others in WORDINGS.items():
+        for other in others:
+            escaped = re.escape(other).replace(r"\\1", "(.+)")
+            if found := re.fullmatch(escaped, asked):
+                asked = pattern.replace("(.*)", found[1]).replace(r"\?", "?")
+    return asked, [sentence.strip() for sentence in sentences.split(".") if sentence.strip()]
+
+
+def test_a_varied_wording_asks_the_same():
+    rows = generate_stories(600, seed=4, max_sentences=6, varied_wording=True)
+    in_small_letters = [row for row in rows if row["source"].islower()]
+    assert 0.1 < len(in_small_letters) / len(rows) < 0.2
+    forms = Counter()
+    for row in rows:
+        if row["source"].islower():
+            continue
+        question, sentences = plain_form(row["source"])
+        assert expected_answer(question, *reread(sentences)) == (row["kind"], row["target"])
+        forms["question first"] += row["source"].index("?") < row["source"].index(".")
+        forms["own line"] += "\n" in row["source"]
+        forms["prefix"] += "Q" in row["source"]
+        forms["first wording"] += question in row["source"]
+    total = len(rows) - len(in_small_letters)
+    assert 0.5 < forms["question first"] / total < 0.7
+    assert 0.08 < forms["own line"] / total < 0.22
+    assert 0.4 < forms["prefix"] / total < 0.6
+    assert 0.4 < forms["first wording"] / total < 0.6

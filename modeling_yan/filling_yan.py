@@ -1,0 +1,114 @@
+"""Filling the gaps of a text: every mask token stands for a gap of any length, and the text around it stays.
+
+Letters of the shape comments: C candidates, L tokens of the longest one, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_GAP_TOKENS = 4
+MAX_ROUNDS = 3  # over all gaps; a width seldom changes after the second
+
+
+@dataclass(frozen=True)
+class YanFilling:
+    """A text whose gaps are filled.
+
+    Args:
+        text: The whole text. spans: What stands in each gap, in order.
+        score: Mean log-probability of the text's tokens and of its end, nats; at most 0.
+    """
+
+    text: str
+    spans: tuple[str, ...]
+    score: float
+
+
+class YanFillingMixin:
+    """`fill` for flow models."""
+
+    @torch.no_grad()
+    def fill(
+        self, tokenizer, text: str, max_gap_tokens: int = MAX_GAP_TOKENS, num_flow_steps: int | None = None
+    ) -> YanFilling:
+        """Put words in the place of every mask token of a text.
+
+        A gap may need more than one token. So candidates with 1 to `max_gap_tokens` masks in a gap are written, all
+        of them as one batch, and the one is taken whose tokens are the most probable in the mean. With several gaps
+        they are widened in turn. The result is the same for the same text.
+
+        Args:
+            tokenizer: Of this model. text: With at least one of the tokenizer's mask tokens.
+            max_gap_tokens: Widest gap, in tokens, at least 1. num_flow_steps: As in `generate`.
+
+        Returns:
+            A `YanFilling`.
+
+        Raises:
+            ValueError: A text without mask token, or too long for the canvas; a width below 1.
+
+        Example:
+
+            >>> model.fill(tokenizer, "You are lucky in having <mask> a master.").text  # doctest: +SKIP
+            'You are lucky in having such a master.'
+        """
+        if not isinstance(text, str) or tokenizer.mask_token not in text:
+            raise ValueError(f"text={text!r}: must be a string with at least one {tokenizer.mask_token}")
+        if isinstance(max_gap_tokens, bool) or not isinstance(max_gap_tokens, int) or max_gap_tokens < 1:
+            raise ValueError(f"max_gap_tokens={max_gap_tokens!r}: must be an integer of at least 1")
+        parts = text.split(tokenizer.mask_token)
+        best, known = (1,) * (len(parts) - 1), {}
+        for _ in range(MAX_ROUNDS):
+            before = best
+            for gap in range(len(best)):
+                others = [(*best[:gap], width, *best[gap + 1 :]) for width in range(1, max_gap_tokens + 1)]
+                new = [widths for widths in others if widths not in known]
+                known |= dict(zip(new, self._fill_all(tokenizer, parts, new, num_flow_steps), strict=True))
+                best = max(others, key=lambda widths: known[widths].score)
+            if best == before:
+                break
+        return known[best]
+
+    def _fill_all(self, tokenizer, parts: list[str], all_widths, num_flow_steps) -> list[YanFilling]:
+        """The text with gaps of given widths, for each of several choices; wider ones may not fit on the canvas."""
+        if not all_widths:
+            return []
+        prompts = [_with_gaps(parts, widths, tokenizer.mask_token) for widths in all_widths]
+        batch = tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        longest, room = int(mask.sum(1).min()), min(self.config.canvas_length, self.config.max_prompt_length)
+        if longest > room:
+            raise ValueError(f"text has {longest} tokens with its gaps: must be at most {room}, the canvas's width")
+        fits = mask.sum(1) <= room
+        ids, mask = ids[:, :room], mask[:, :room]
+        logits = self(ids, mask.long(), num_flow_steps=num_flow_steps).logits
+        log_probs = logits.float().log_softmax(-1)[:, : ids.shape[1] + 1]
+        is_gap = (ids == tokenizer.mask_token_id) & mask
+        special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
+        words = log_probs[:, : ids.shape[1]].index_fill(-1, special, -torch.inf)
+        ids = torch.where(is_gap, words.argmax(-1), ids)
+        chosen = log_probs[:, : ids.shape[1]].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        length = mask.sum(1)
+        total = (chosen * mask).sum(1) + _log_prob_of_end(log_probs, length, self.config.eos_token_id)
+        scores = torch.where(fits, total / (length + 1), -torch.inf)
+        fillings = []
+        for row, widths in enumerate(all_widths):
+            spans = ids[row][is_gap[row]].split(list(widths)) if fits[row] else [ids[row][:0]] * len(widths)
+            texts = tuple(tokenizer.decode(span).strip() for span in spans)
+            whole = "".join(part + span for part, span in zip(parts, (*texts, ""), strict=True))
+            fillings.append(YanFilling(whole, texts, float(scores[row])))
+        return fillings
+
+
+def _with_gaps(parts: list[str], widths: tuple[int, ...], mask_token: str) -> str:
+    """The text with so many mask tokens in each of its gaps."""
+    masks = [mask_token * width for width in widths]
+    return "".join(part + gap for part, gap in zip(parts, (*masks, ""), strict=True))
+
+
+def _log_prob_of_end(log_probs, length, eos_token_id):
+    """Log-probability of EOS behind each text, 0 where the canvas ends there."""
+    is_inside = length < log_probs.shape[1]
+    place = length.clamp(max=log_probs.shape[1] - 1).unsqueeze(1)
+    return log_probs[..., eos_token_id].gather(1, place).squeeze(1) * is_inside
