@@ -170,3 +170,17 @@ def test_a_markov_chain_of_one_token():
     first, after = as_markov(torch.randn(2, 1, STATES), torch.empty(2, 0, STATES, STATES))
     assert after.shape == (2, 0, STATES, STATES)
     torch.testing.assert_close(first.exp().sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("length", [2, 5, 8])
+def test_both_ways_through_a_chain_agree(length, monkeypatch):
+    """Token by token, as on a CPU, and by halves, as on an accelerator."""
+    emissions = torch.randn(3, length, 6, dtype=torch.float64, requires_grad=True)
+    transitions = torch.randn(3, length - 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for by_tokens in (True, False):
+        monkeypatch.setattr("modeling_yan.chains_yan._goes_by_tokens", lambda _, choice=by_tokens: choice)
+        total = log_partition(emissions, transitions)
+        gradients = torch.autograd.grad(total.sum(), (emissions, transitions))
+        results.append((total, *gradients, best_path(emissions, transitions)))
+    torch.testing.assert_close(*results)
