@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig
-from modeling_yan.data import read_rows
+from modeling_yan.data import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 TASKS = sorted((ROOT / "configuration" / "recipes" / "tasks").glob("*.yaml"))
@@ -48,6 +48,32 @@ def test_several_answers_are_as_frequent_as_they_are_right(load_script, tmp_path
     assert abs(sum(shares) / 3000 - 0.4) < 0.05
     test = read_rows(tmp_path / "several_answers-test.jsonl.gz")
     assert [sum(row["target"] == text for row in test) for text in next(iter(answers.values()))] == [3, 3, 4]
+
+
+def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
+    script = load_script("task_rows")
+    story = " ".join(f"Sentence {number} ends here." for number in range(9))
+    write_rows(tmp_path / "e2e-validation.jsonl.gz", [{"source": str(i % 20), "target": str(i)} for i in range(60)])
+    write_rows(tmp_path / "e2e-test.jsonl.gz", [{"source": "a", "target": "b"}])
+    for part in ("train", "validation", "test"):
+        for name in ("tinystories", "fairytaleqa_sections"):
+            write_rows(tmp_path / f"{name}-{part}.jsonl.gz", [{"text": story}] * 4)
+    for part in ("train", "test"):
+        write_rows(tmp_path / f"scan-{part}.jsonl.gz", [{"source": "jump left", "target": "I_TURN_LEFT I_JUMP"}] * 10)
+    script.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "rows")])
+    parts = {path.name.split(".")[0]: read_rows(path) for path in (tmp_path / "rows").iterdir()}
+    train, held_out = ({row["source"] for row in parts[f"e2e-{part}"]} for part in ("train", "validation"))
+    assert (len(train), len(held_out), train & held_out) == (18, 2, set())
+    assert {name: len(rows) for name, rows in parts.items() if "continuation" in name} == {
+        "continuation-train": 16,
+        "continuation-validation": 12,
+        "continuation-test": 12,
+    }
+    first = parts["continuation-train"][0]
+    assert first["target"] == "Sentence 3 ends here."
+    assert f"{first['source']} {first['target']}" in story
+    assert [len(parts[f"scan-{part}"]) for part in ("train", "validation", "test")] == [9, 1, 10]
+    assert parts["scan-test"][0]["target"] == "TURNLEFT JUMP"
 
 
 TASK_ARMS = {
@@ -152,7 +178,7 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     pytest.importorskip("scipy")
     script = load_script("results_page")
     runs = {"YAN": {seed: {"parameters": 1e6, "best": {"3": {"bleu": value}}} for seed, value in enumerate((20, 22))}}
-    runs["one pass"] = {"0": {"parameters": 1e6, "best": {"0": {"bleu": 14}}}}
+    runs["one pass"] = {seed: {"parameters": 1e6, "best": {"0": {"bleu": 14 + seed}}} for seed in range(2)}
     table = {"task": "t", "recipe": {"updates": 5, "batch_size": 2}, "rows": 7, "hardware": "h", "torch": "2"}
     (tmp_path / "t").mkdir()
     path = tmp_path / "t" / "table.json"
@@ -161,7 +187,8 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     script.main([str(path), "--intro", str(tmp_path / "intro.md"), "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     assert "| YAN | 2 |  | 21.0 ± 12.7 |" in page
-    assert "| one pass | 1 | 14.0 |  |" in page
+    assert "| one pass | 2 | 14.5 ± 6.4 |  |" in page
+    assert "| YAN | +6.5 | 0.055 |" in page
 
 
 def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):

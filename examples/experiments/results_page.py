@@ -12,9 +12,19 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 from scipy import stats
 
-TITLES = {"multi30k_en_de": "Multi30k: English to German", "several_answers": "Three right answers for every prompt"}
+TITLES = {
+    "multi30k_en_de": "Multi30k: English to German",
+    "several_answers": "Three right answers for every prompt",
+    "e2e": "E2E: restaurant descriptions",
+    "continuation": "Stories: the next sentence",
+    "disflqa": "Disfl-QA: questions without slips of the tongue",
+    "scan": "SCAN: commands to actions",
+}
+RIVALS = ("one pass", "AR encoder-decoder")
+METRICS = {"bleu": ("BLEU", 1, 1), "exact": ("Exact match, %,", 100, 1)}  # name, scale, digits
 README_TASK, MARKS = "multi30k", ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
 
@@ -47,22 +57,22 @@ def look_up(run: dict, path: tuple[str, ...]) -> float | None:
     return run
 
 
-def make_rows(runs: dict, paths: list[tuple[str, ...]], digits: int) -> list[str]:
-    """A line for each arm: its name, its seeds, and a figure for each path."""
+def make_rows(runs: dict, paths: list[tuple[str, ...]], digits: int, scale: float = 1) -> list[str]:
+    """A line for each arm: its name, its seeds, and a figure for each path, times a scale."""
     lines = []
     for arm, seeds in runs.items():
         cells = []
         for path in paths:
             values = [look_up(run, path) for run in seeds.values()]
-            values = [value for value in values if value is not None and not math.isnan(value)]
+            values = [scale * value for value in values if value is not None and not math.isnan(value)]
             cells.append(mean_with_interval(values, digits) if values else "")
         if any(cells):
             lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def make_table(runs: dict, heads: list[str], paths: list[tuple[str, ...]], digits: int) -> list[str]:
-    rows = make_rows(runs, paths, digits)
+def make_table(runs: dict, heads: list[str], paths: list[tuple[str, ...]], digits: int, scale: float = 1) -> list[str]:
+    rows = make_rows(runs, paths, digits, scale)
     return ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|", *rows, ""] if rows else []
 
 
@@ -87,8 +97,9 @@ def make_section(path: Path) -> list[str]:
     command = COMMAND.format(recipe=path.parent.name)
     lines += ["```bash", f"{command}    --output_dir results/{path.parent.name} --table {path.as_posix()}", "```", ""]
     lines += [describe(table), ""]
-    lines += distribution_tables(runs) if columns_of(runs, "distribution") else quality_tables(runs)
-    return lines
+    if columns_of(runs, "distribution"):
+        return lines + distribution_tables(runs)
+    return lines + quality_tables(runs, table["recipe"].get("metric", "bleu"))
 
 
 def distribution_tables(runs: dict) -> list[str]:
@@ -100,14 +111,47 @@ def distribution_tables(runs: dict) -> list[str]:
     return lines + make_table(runs, heads, [("distribution", step, "total_variation") for step in steps], 3)
 
 
-def best_table(runs: dict) -> list[str]:
+def best_table(runs: dict, metric: str = "bleu") -> list[str]:
     steps = sorted(columns_of(runs, "best"), key=lambda step: (step == "greedy", int(step) if step.isdigit() else 0))
     heads = [{"greedy": "greedy", "0": "no step"}.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
-    return make_table(runs, heads, [("best", step, "bleu") for step in steps], 1)
+    _, scale, digits = METRICS[metric]
+    return make_table(runs, heads, [("best", step, metric) for step in steps], digits, scale)
 
 
-def quality_tables(runs: dict) -> list[str]:
-    lines = ["BLEU of the best text, by number of steps:", "", *best_table(runs)]
+def final_figures(runs: dict, arm: str, metric: str) -> list[float]:
+    """An arm's best text by seed: at three steps, or as the arm writes where it has no steps."""
+    found = []
+    for run in runs.get(arm, {}).values():
+        names = [name for name in ("3", "greedy", "0") if name in run["best"]]
+        found += [METRICS[metric][1] * run["best"][names[0]][metric]] if names else []
+    return found
+
+
+def comparison_table(runs: dict, metric: str) -> list[str]:
+    """Each arm against the rivals: the difference, and p of Welch's t-test over training seeds."""
+    rivals = [rival for rival in RIVALS if len(final_figures(runs, rival, metric)) > 1]
+    lines = []
+    for arm in runs:
+        own, cells = final_figures(runs, arm, metric), []
+        for rival in rivals:
+            others = final_figures(runs, rival, metric)
+            if arm == rival or len(own) < 2:
+                cells += ["", ""]
+            else:
+                p = stats.ttest_ind(own, others, equal_var=False).pvalue
+                cells += [f"{np.mean(own) - np.mean(others):+.1f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+        if any(cells):
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    heads = " | ".join(f"minus {rival} | p" for rival in rivals)
+    title = f"{METRICS[metric][0]} at three steps against the rivals, p of Welch's t-test over training seeds:"
+    return [title, "", f"| arm | {heads} |", "|---" * (2 * len(rivals) + 1) + "|", *lines, ""]
+
+
+def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
+    lines = [f"{METRICS[metric][0]} of the best text, by number of steps:", ""]
+    lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]

@@ -1,13 +1,16 @@
-"""Rows of two tasks for `tasks.py` that their public files hold in another form.
+"""Rows of three tasks for `tasks.py` that their public files hold in another form.
 
     python examples/experiments/task_rows.py --data_dir DATA --output_dir ROWS
 
-DATA holds `e2e-{validation,test}.jsonl.gz` (`source` and `target`), `tinystories-{train,validation}.jsonl.gz` and
-`fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). ROWS gets the train, validation and test files of
+DATA holds `e2e-{validation,test}.jsonl.gz` and `scan-{train,test}.jsonl.gz` (`source` and `target`), and
+`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). ROWS
+gets the train, validation and test files of
 
 - e2e: a tenth of the development part's sources is for validation, the rest to train on;
 - continuation: the next sentence of a story from the three before it. Stories of TinyStories' validation part are
-  shared between validation and test, in turn.
+  shared between validation and test, in turn;
+- scan: an action is one word (`TURNLEFT` for `I_TURN_LEFT`), so that it is one token. The last tenth of the training
+  rows, in random order, is for validation.
 """
 
 import argparse
@@ -56,13 +59,24 @@ def e2e_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def scan_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of commands, by part."""
+    parts = {
+        part: [{**row, "target": row["target"].replace("I_", "").replace("_", "")} for row in rows]
+        for part, rows in ((part, read_rows(data_dir / f"scan-{part}.jsonl.gz")) for part in ("train", "test"))
+    }
+    rows = random.Random(0).sample(parts["train"], len(parts["train"]))
+    cut = len(rows) * 9 // 10
+    return {"train": rows[:cut], "validation": rows[cut:], "test": parts["test"]}
+
+
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    for task, parts in {"e2e": e2e_parts, "continuation": continuation_parts}.items():
+    for task, parts in {"e2e": e2e_parts, "continuation": continuation_parts, "scan": scan_parts}.items():
         for part, rows in parts(options.data_dir).items():
             write_rows(options.output_dir / f"{task}-{part}.jsonl.gz", rows)
             print(task, part, len(rows), "rows")

@@ -35,7 +35,7 @@ from modeling_yan.evaluation.runs import generate_answers
 from modeling_yan.training import PretrainingArguments, pretrain
 
 NAMES = "task config fields vocab_size updates autoencoder_share batch_size steps temperatures arms".split()
-OPTIONAL = ("training", "flow_training", "draws")
+OPTIONAL = ("training", "flow_training", "draws", "metric", "num_rows")
 TRAINING_NAMES = "task config fields vocab_size updates autoencoder_share batch_size training flow_training".split()
 NUM_TEXTS = 4  # of one source, for self-BLEU
 
@@ -305,14 +305,14 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--table", type=Path, help="where the table goes; into the output folder if left out")
     parser.add_argument("--arms", nargs="+", help="those of the recipe to train, all if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_rows", type=int, help="of the test file, for a trial")
+    parser.add_argument("--num_rows", type=int, help="of the test file, instead of the recipe's")
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args(arguments)
     recipe = read_recipe(options.recipe)
     unknown = sorted(set(options.arms or ()) - set(recipe["arms"]))
     if unknown:
         parser.error(f"arms={', '.join(unknown)}: must be of {', '.join(recipe['arms'])}")
-    task = Task(recipe, options.data_dir, options.output_dir, options.num_rows)
+    task = Task(recipe, options.data_dir, options.output_dir, options.num_rows or recipe.get("num_rows"))
     table, num_rows = options.table or options.output_dir / "table.json", len(task.sources)
     for seed in options.seeds:
         options.seed = seed
