@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ TASK_ARMS = {
     "one expert": {"fields": {"num_experts": 1, "moe_intermediate_size": 32, "expert_scope": "token"}},
     "one pass": {"kind": "one pass"},
     "AR decoder": {"kind": "decoder"},
+    "taught": {"teacher": "AR decoder"},
 }
 
 
@@ -127,7 +129,13 @@ def test_tasks_train_every_arm_and_go_on_where_they_were(load_script, task_recip
     assert list(first["AR decoder"]["best"]) == ["greedy"]
     sizes = [figures["parameters"] for figures in first.values()]
     assert max(sizes) < 1.04 * min(sizes)
-    assert len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 1  # both YANs began with it
+    assert (
+        len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 2
+    )  # two YANs began with one, the taught with its own
+    taught = read_rows(tmp_path / "out" / "AR_decoder-0" / "taught.jsonl.gz")
+    own = read_rows(tmp_path / "several_answers-train.jsonl.gz")
+    assert Counter(row["source"] for row in taught) == Counter(row["source"] for row in own)
+    assert len({(row["source"], row["target"]) for row in taught}) == 2  # one answer for each prompt
     with pytest.raises(SystemExit):
         script.main([*words, "--arms", "YAN", "two passes"])
     recipe = yaml.safe_load(task_recipe.read_text())
@@ -170,7 +178,8 @@ def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
     script = load_script("tasks")
     recipe = script.read_recipe(path)
     for arm in recipe["arms"].values():
-        assert set(arm) <= {"kind", "fields", "training"}
+        assert set(arm) <= {"kind", "fields", "training", "teacher"}
+        assert arm.get("teacher", "AR decoder") in recipe["arms"]
         script.preset(recipe, tokenizer, arm.get("fields", {}))
 
 

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.baselines import INPUTS, count_parameters
 from modeling_yan.baselines.sizes import fit_width
-from modeling_yan.data import read_rows, train_tokenizer
+from modeling_yan.data import read_rows, train_tokenizer, write_rows
 from modeling_yan.evaluation import load_for_generation, self_bleu
 from modeling_yan.evaluation.runs import generate_answers
 from modeling_yan.training import PretrainingArguments, pretrain
@@ -109,7 +109,29 @@ def widen_encoder(config: YanConfig) -> YanConfig:
     return changed(fit_width(lambda width: YanForAutoencoding(changed(width)), count_parameters(config), "one pass"))
 
 
-def train_stage(stage: str, config: Path, folder: Path, updates: int, task: Task, recipe: dict, options, settings):
+def taught_rows(name: str, task: Task, recipe: dict, options) -> str:
+    """The file of the training rows with the targets that a trained arm writes (arXiv 1606.07947).
+
+    Of several right answers the teacher writes one for each source, which a model without an order of tokens needs.
+    """
+    path = options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "taught.jsonl.gz"
+    if not path.exists():
+        folder, kind = train_arm(name, task, recipe, options), recipe["arms"][name].get("kind", "yan")
+        model, tokenizer = load(folder, kind), AutoTokenizer.from_pretrained(folder)
+        rows = sorted(read_rows(task.files["train"]), key=lambda row: len(row["source"]))
+        length = preset(recipe, tokenizer, {}).canvas_length
+        texts = generate_answers(
+            model, tokenizer, [row["source"] for row in rows], 100, max_new_tokens=length, do_sample=False
+        )
+        aside = path.with_name("taught.tmp.jsonl.gz")
+        write_rows(aside, [{**row, "target": text or row["target"]} for row, text in zip(rows, texts, strict=True)])
+        aside.rename(path)
+    return str(path)
+
+
+def train_stage(
+    stage: str, config: Path, folder: Path, updates: int, train_file: str, task: Task, recipe: dict, options, settings
+):
     """One stage into a folder of its own, or what is left of it."""
     if (folder / "model.safetensors").exists():
         return
@@ -119,7 +141,7 @@ def train_stage(stage: str, config: Path, folder: Path, updates: int, task: Task
         str(config),
         str(task.tokenizer),
         str(folder),
-        train_file=[task.files["train"]],
+        train_file=[train_file],
         max_steps=updates,
         save_steps=updates,
         decay_steps=updates // 2,
@@ -144,14 +166,16 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
         config = widen_encoder(config)
     check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
-    run = (task, recipe, options, settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings})
+    own = settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings}
+    train_file = taught_rows(arm["teacher"], task, recipe, options) if "teacher" in arm else task.files["train"]
+    run = (train_file, task, recipe, options, own)
     if kind in INPUTS or kind == "one pass":
         stage = kind if kind in INPUTS else "autoencoder"
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
     first = round(recipe["autoencoder_share"] * updates)
-    autoencoder = options.output_dir / f"autoencoder-{shared_key(config)}-{options.seed}"
-    train_stage("autoencoder", home / "preset", autoencoder, first, task, recipe, options, {})
+    autoencoder = options.output_dir / f"autoencoder-{shared_key(config, train_file)}-{options.seed}"
+    train_stage("autoencoder", home / "preset", autoencoder, first, train_file, task, recipe, options, {})
     start = home / "start"  # the first stage with this arm's config
     if not start.exists():
         aside = home / "start.tmp"
@@ -177,10 +201,11 @@ def check_recipe(home: Path, arm: dict, recipe: dict):
     path.write_text(json.dumps(own))
 
 
-def shared_key(config: YanConfig) -> str:
-    """Names the first stage that arms have in common whose encoder and decoder are the same."""
+def shared_key(config: YanConfig, train_file: str) -> str:
+    """Names the first stage that arms have in common whose encoder, decoder and rows are the same."""
     names = ("hidden_size", "intermediate_size", "num_encoder_layers", "num_decoder_layers", "num_answer_slots")
-    return hashlib.sha1(repr([getattr(config, name) for name in names]).encode()).hexdigest()[:6]
+    parts = [*(getattr(config, name) for name in names), Path(train_file).name]
+    return hashlib.sha1(repr(parts).encode()).hexdigest()[:6]
 
 
 def load(folder: Path, kind: str):
