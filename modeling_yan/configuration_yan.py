@@ -19,7 +19,7 @@ POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
     "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
     "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
-    "num_flow_steps min_train_flow_steps max_train_flow_steps max_span_len layer_norm_eps initializer_range "
+    "max_span_len layer_norm_eps initializer_range "
     "transition_candidates gate_rank"
 ).split()
 NON_NEGATIVE_FIELDS = (
@@ -63,7 +63,8 @@ class YanConfig(PreTrainedConfig):
         num_answer_slots: Mask tokens that the model puts before every prompt by itself. The encoder writes a first
             draft of the answer in their places; with `canvas_length` of them it can be read off without a flow.
         canvas_length: Tokens written at once. A target that ends earlier is filled with EOS up to here.
-        num_flow_steps: Default number of solver steps.
+        num_flow_steps: Default number of solver steps. 0, one pass without a flow, needs answer slots for the canvas
+            and `train_expert_choice="posterior"`, here and in the next two.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
         self_conditioning: Whether the flow sees the tokens that it has settled on in earlier steps, so that the others
             fit them. Training shows it a random part of the target instead, from a random step on.
@@ -267,6 +268,13 @@ class YanConfig(PreTrainedConfig):
             self._require("num_answer_slots", lambda value: value >= self.canvas_length, enough)
         longest = f"at most max_position_embeddings={self.max_position_embeddings}"
         self._require("canvas_length", lambda value: value <= self.max_position_embeddings, longest)
+        can_do_without = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"
+        least = 0 if can_do_without else 1
+        steps = (
+            f"at least {least}" + " without answer slots for the canvas and train_expert_choice='posterior'" * least
+        )
+        for name in ("num_flow_steps", "min_train_flow_steps"):
+            self._require(name, lambda value: value >= least, steps)
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
         self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
         slowest = f"at least time_step_min={self.time_step_min}"

@@ -180,6 +180,8 @@ class YanObjectiveMixin:
         would otherwise get every text, and the others would never learn to write one.
         """
         config, terms = self.config, {}
+        if num_flow_steps == 0:
+            return self._one_pass_objective(canvas, condition)
         num_tokens = canvas.numel()
 
         def choose(ends, prior):
@@ -218,6 +220,18 @@ class YanObjectiveMixin:
         loss = weighted_sum(config, terms)
         self._keep_terms(terms)
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
+
+    def _one_pass_objective(self, canvas, condition):
+        """The same without a flow: the likelihood of the text where the encoder's answer slots stand."""
+        draft = self.draft(condition.draft, canvas.shape[1])
+        logits = self.decode(draft)
+        terms = {"ce_loss": token_cross_entropy(logits, canvas)}
+        if self.transitions is not None:
+            embedding = self.model.embeddings.word_embeddings
+            terms["transition_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
+        loss = weighted_sum(self.config, terms)
+        self._keep_terms(terms)
+        return {"loss": loss, **terms, "logits": logits, "latents": draft}
 
     def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:
         """Cross-entropy of the encoder's draft, where there is one to train."""

@@ -44,6 +44,8 @@ WRONG_VALUES = [
     ("cross_attention_layers", [-1], "num_flow_layers=2"),
     ("canvas_length", 49, "max_position_embeddings=48"),
     ("max_train_flow_steps", 2, "min_train_flow_steps=3"),
+    ("num_flow_steps", 0, "at least 1 without answer slots for the canvas"),
+    ("min_train_flow_steps", 0, "at least 1 without answer slots for the canvas"),
     ("time_step_max", 1e-4, "time_step_min=0.001"),
     ("pad_token_id", 64, "vocab_size=64"),
     ("eos_token_id", -1, "vocab_size=64"),

@@ -145,6 +145,20 @@ class TestAnswerSlots:
         assert output.num_trunk_passes == 0
         assert output.trajectory is output.gate is output.experts is None
 
+    def test_one_pass_is_trained_without_the_flow(self, make_lively_model):
+        fields = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0, "transition_rank": 4}
+        model = make_lively_model(num_answer_slots=8, detach_transitions=False, **fields)
+        ids, labels = torch.randint(4, 64, (2, 6)), torch.randint(4, 64, (2, 8))
+        output = model(ids, labels=labels)
+        torch.testing.assert_close(output.logits, model(ids).logits)
+        expected = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(output.ce_loss, expected)
+        torch.testing.assert_close(output.loss, output.ce_loss + output.transition_loss)
+        model.train()(ids, labels=labels).loss.backward()
+        trained = {name.split(".")[0] for name, each in model.named_parameters() if each.grad is not None}
+        assert trained == {"model", "decoder", "lm_head", "transitions"}
+        assert torch.equal(model.eval().generate(ids), model.generate(ids, num_flow_steps=0))
+
     def test_there_is_no_draft_without_slots(self, tiny_model):
         with pytest.raises(ValueError, match="num_flow_steps=0: must be at least 1 with num_answer_slots=0"):
             tiny_model.generate(torch.tensor([[5, 6]]), num_flow_steps=0)

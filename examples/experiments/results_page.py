@@ -23,7 +23,7 @@ TITLES = {
     "disflqa": "Disfl-QA: questions without slips of the tongue",
     "scan": "SCAN: commands to actions",
 }
-RIVALS = ("one pass", "AR encoder-decoder")
+RIVALS = ("one pass", "one pass as a chain", "AR encoder-decoder")
 METRICS = {"bleu": ("BLEU", 1, 1), "exact": ("Exact match, %,", 100, 1)}  # name, scale, digits
 README_TASK, MARKS = "multi30k", ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"

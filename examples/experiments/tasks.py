@@ -38,6 +38,8 @@ NAMES = "task config fields vocab_size updates autoencoder_share batch_size step
 OPTIONAL = ("training", "flow_training", "draws", "metric", "num_rows")
 TRAINING_NAMES = "task config fields vocab_size updates autoencoder_share batch_size training flow_training".split()
 NUM_TEXTS = 4  # of one source, for self-BLEU
+ONE_PASS, ONE_PASS_CHAIN = "one pass", "one pass, chain"  # without a flow: every token by itself, or as a chain
+NO_STEPS = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
 
 
 def read_recipe(path: Path) -> dict:
@@ -162,15 +164,17 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     tokenizer, updates = AutoTokenizer.from_pretrained(task.tokenizer), recipe["updates"]
     config, settings = preset(recipe, tokenizer, arm.get("fields", {})), arm.get("training", {})
     kind = arm.get("kind", "yan")
-    if kind == "one pass":
+    if kind in (ONE_PASS, ONE_PASS_CHAIN):
         config = widen_encoder(config)
+    if kind == ONE_PASS_CHAIN:
+        config = YanConfig(**{**config.to_dict(), **NO_STEPS})
     check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
     own = settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings}
     train_file = taught_rows(arm["teacher"], task, recipe, options) if "teacher" in arm else task.files["train"]
     run = (train_file, task, recipe, options, own)
-    if kind in INPUTS or kind == "one pass":
-        stage = kind if kind in INPUTS else "autoencoder"
+    if kind != "yan":
+        stage = {ONE_PASS: "autoencoder", ONE_PASS_CHAIN: "flow"}.get(kind, kind)
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
     first = round(recipe["autoencoder_share"] * updates)
@@ -210,7 +214,7 @@ def shared_key(config: YanConfig, train_file: str) -> str:
 
 def load(folder: Path, kind: str):
     """The model of an arm; one pass is a YAN whose flow is never asked."""
-    if kind == "one pass":
+    if kind in (ONE_PASS, ONE_PASS_CHAIN):
         return YanForFlowGeneration.from_pretrained(folder).eval()
     return load_for_generation(str(folder))
 
@@ -229,7 +233,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         length = config.canvas_length
         return generate_answers(model, tokenizer, sources, 100, max_new_tokens=length, **settings)
 
-    def draw(temperature: float, number: int, num_flow_steps: int = 3) -> list[list[str]]:
+    def draw(temperature: float, number: int, num_flow_steps: int = 0 if kind == ONE_PASS_CHAIN else 3):
         """So many texts for each source."""
         torch.manual_seed(0)
         own = {"top_k": 0}
@@ -239,7 +243,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         texts = write(repeated, do_sample=True, temperature=float(temperature), **own)
         return [texts[start : start + number] for start in range(0, len(texts), number)]
 
-    if kind == "one pass":
+    if kind == ONE_PASS:
         return {"best": {"0": task.scores(write(num_flow_steps=0, use_transitions=False))}}  # it has learned none
     if kind == "masked_diffusion":
         return {"best": {str(steps): task.scores(write(num_diffusion_steps=steps)) for steps in recipe["steps"]}}
@@ -247,10 +251,12 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         best = {"greedy": task.scores(write(do_sample=False, num_beams=1))}
     else:
         steps = [0, *recipe["steps"]] if model.config.num_answer_slots else recipe["steps"]
+        steps = [0] if kind == ONE_PASS_CHAIN else steps
         best = {str(number): task.scores(write(num_flow_steps=number, do_sample=False)) for number in steps}
     figures, drawn = {"best": best}, {}
     if recipe.get("draws"):
-        steps = {"drawn": 1} if kind in INPUTS else {str(number): number for number in recipe["steps"]}
+        counts = [0] if kind == ONE_PASS_CHAIN else recipe["steps"]
+        steps = {"drawn": 1} if kind in INPUTS else {str(number): number for number in counts}
         figures["distribution"] = {
             name: task.distribution(draw(1.0, recipe["draws"], number)) for name, number in steps.items()
         }
@@ -266,7 +272,7 @@ def run_arm(name: str, task: Task, recipe: dict, options):
     folder, kind = train_arm(name, task, recipe, options), recipe["arms"][name].get("kind", "yan")
     figures = measure(folder, name, task, recipe, options)
     model = load(folder, kind)
-    unused = sum(each.numel() for each in model.flow.parameters()) if kind == "one pass" else 0
+    unused = sum(each.numel() for each in model.flow.parameters()) if kind in (ONE_PASS, ONE_PASS_CHAIN) else 0
     figures["parameters"] = model.num_parameters() - unused
     figures["commit"] = current_commit()
     figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))

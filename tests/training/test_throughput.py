@@ -35,12 +35,24 @@ def test_flow(make_model, variant, freeze, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("fields", [{"mse_weight": 0.0}, {"num_answer_slots": 8, "draft_weight": 0.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"mse_weight": 0.0}, {"mse_weight": 0.0, "num_experts": 1}, {"num_answer_slots": 8, "draft_weight": 0.0}],
+)
 def test_likelihood_of_the_text(make_model, fields, steps):
-    model = make_model(YanForFlowGeneration, **SIZES, **fields, train_expert_choice="posterior").train()
+    fields = {**SIZES, **fields, "train_expert_choice": "posterior"}
+    model = make_model(YanForFlowGeneration, **fields).train()
     ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
     expected = counted(model, input_ids=ids, labels=labels, num_flow_steps=steps)
     assert training_flops(model, 8, 32, 16, steps) == pytest.approx(expected, rel=0.1)
+
+
+def test_one_pass(make_model):
+    fields = {"num_answer_slots": 16, "train_expert_choice": "posterior"}
+    model = make_model(YanForFlowGeneration, **SIZES, **fields).train()
+    ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
+    expected = counted(model, input_ids=ids, labels=labels, num_flow_steps=0)
+    assert training_flops(model, 8, 32, 16, 0) == pytest.approx(expected, rel=0.1)
 
 
 def test_transitions_of_a_finished_model(make_model):
