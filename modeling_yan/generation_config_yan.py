@@ -24,6 +24,7 @@ FLOW_FIELDS = (
 )
 COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
+STOCK_FIELDS = frozenset(vars(GenerationConfig()))
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
 SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
 # that options depend on
@@ -31,27 +32,35 @@ OPTION_FIELDS = (
     *("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size"),
     *("num_experts", "expert_scope", "train_expert_choice", "start_point"),
 )
-# Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
-REFUSED_OPTIONS = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1,)),
-    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (0,)),
-    **dict.fromkeys(
-        "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
-        "begin_suppress_tokens sequence_bias stop_strings watermarking_config prompt_lookup_num_tokens "
-        "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
-        "logits_processor prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
-        (),
-    ),
+# of transformers, that generate acts upon
+HONOURED_OPTIONS = (
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "suppress_tokens"),
+    *("do_sample", "temperature", "num_return_sequences", "length_penalty", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "compile_config", "disable_compile"),
+)
+NOT_OF_THE_TEXT = ("use_cache", "transformers_version")  # set everywhere, and of no influence on what is written
+# what stock generate takes besides the fields of its config
+STOCK_ARGUMENTS = (
+    *("logits_processor", "prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "custom_generate"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask"),
+)
+# All other fields of a config are refused, also those of a transformers that comes later, unless they are switched
+# off: None, False, nothing, or one of these values.
+NEUTRAL_VALUES = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
 }
 
 
 class YanGenerationConfig(GenerationConfig):
     """Generation options of YAN, beside those of `GenerationConfig` that a non-autoregressive model can honour.
 
-    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `do_sample`, `temperature`,
-    `num_return_sequences`, `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`,
-    `return_dict_in_generate`. Options of autoregressive decoding raise an error in `generate`.
+    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `max_time` (no further canvas is begun
+    after so many seconds), `stop_strings` (with a `tokenizer`), `do_sample`, `temperature`, `num_return_sequences`,
+    `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`, `return_dict_in_generate`, and those below.
+    `use_cache` changes nothing. All other options raise an error in `generate`.
 
     Args:
         num_flow_steps: Solver steps N per canvas; the model's default if None. 0 reads off the encoder's draft in its
@@ -78,7 +87,8 @@ class YanGenerationConfig(GenerationConfig):
         compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
             is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
             tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
-            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
+            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds. Not with
+            `disable_compile`.
         temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
             and of the chain of tokens. At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
@@ -122,6 +132,11 @@ def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _are_strings(value):
+    strings = [value] if isinstance(value, str) else value
+    return isinstance(strings, (list, tuple)) and all(isinstance(string, str) and string for string in strings)
+
+
 _FIELD_RULES = (
     (
         "num_flow_steps",
@@ -138,6 +153,8 @@ _FIELD_RULES = (
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("length_penalty", _is_number, "a number"),
     ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("max_time", lambda value: _is_number(value) and value >= 0, "a number of seconds, at least 0"),
+    ("stop_strings", lambda value: _are_strings(value), "a string or a list of strings, none of them empty"),
 )
 
 
@@ -159,7 +176,7 @@ class YanOptionsMixin:
         if not (is_simple and self._last_call and self._last_call[0] == call):
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
             asked = [kwargs, *(config.to_diff_dict() for config in configs)]
-            _refuse_autoregressive_options(*asked)
+            _refuse_other_options(*asked)
             self.open_options = open_options(self.generation_config)
             options = self._resolve_options(generation_config, kwargs)
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
@@ -231,21 +248,30 @@ class YanOptionsMixin:
             raise ValueError(f"num_return_sequences={number}: must be {allowed}")
 
 
-def _refuse_autoregressive_options(kwargs, *configs):
-    """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
+def _refuse_other_options(kwargs, *configs):
+    """Raise ValueError if a keyword or a config asks for what is not honoured; drop the keywords that ask for nothing.
+
+    Keywords that transformers does not know either are left to the caller.
+    """
+    keywords = {name: value for name, value in kwargs.items() if name in STOCK_FIELDS or name in STOCK_ARGUMENTS}
     defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
     chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
-    for options in (kwargs, *chosen):
-        names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
-        if names:
-            raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(names)}")
-    for name in REFUSED_OPTIONS:
-        kwargs.pop(name, None)
+    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT}
+    for options in (keywords, *chosen):
+        others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
+        asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: no option of YAN, which writes all tokens of a canvas at once")
+    for name in keywords.keys() - known:
+        del kwargs[name]
 
 
-def _is_off(value, neutral):
-    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
-    return is_empty or (not isinstance(value, bool) and value in neutral)
+def _is_off(name, value):
+    if isinstance(value, bool) or value is None:
+        return not value
+    return (isinstance(value, (list, tuple, dict)) and not value) or (
+        name in NEUTRAL_VALUES and value == NEUTRAL_VALUES[name]
+    )
 
 
 def length_limits(options, asked, prompt_length):

@@ -10,7 +10,7 @@ from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -20,7 +20,7 @@ from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_
 from .layers_yan import count_positions
 from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
-from .stopping_yan import cut_at_criteria, cut_at_eos, eos_ids
+from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
@@ -110,6 +110,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> torch.LongTensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
@@ -127,6 +128,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             generator: Draws the seed, if `seed` is None and `do_sample` is set.
             stopping_criteria: Asked about the prompt and the new tokens up to each one, in order, as if they had been
                 written one by one, with None for the scores; what follows the token where one says stop is padding.
+            tokenizer: The model's, for `stop_strings`, which end a text like a criterion; not asked without them.
             kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
 
         Returns:
@@ -136,6 +138,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
         options, asked, given = self._options_of_call(generation_config, kwargs)
+        deadline, criteria = Deadline(options.max_time), all_criteria(stopping_criteria, options, tokenizer)
         seed = options.seed
         if seed is None:
             seed = _draw_seed(generator) if options.do_sample else 0
@@ -152,15 +155,15 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
             tokens, num_kept, finished = cut_at_eos(tokens, finished, options)
-            if stopping_criteria:
+            if criteria:
                 before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
                 cut = tokens, num_kept, finished
-                tokens, num_kept, finished = cut_at_criteria(before, *cut, stopping_criteria, options)
+                tokens, num_kept, finished = cut_at_criteria(before, *cut, criteria, options)
             kept.append(num_kept)
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if written.shape[1] >= max_new_tokens or finished.all():
+            if written.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
                 break
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
@@ -171,6 +174,12 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         # the device is asked last, when nothing is left to launch
         sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not for YAN: continuous batching, `generate_batch` with it, swaps rows between tokens."""
+        raise NotImplementedError("YAN has no continuous batching: call generate with a padded batch of prompts")
+
+    continuous_batching_context_manager = generate_batch = init_continuous_batching
 
     def adjust_generation_fn(self, *args, **kwargs):
         """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
@@ -236,7 +245,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         if draws_tokens:
             token_numbers = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
         tensors = context, context_mask, x_0, expert_numbers, token_numbers
-        if options.compile_generation and not hasattr(streamer, "put_draft"):
+        is_compiled = options.compile_generation and not options.disable_compile
+        if is_compiled and not hasattr(streamer, "put_draft"):
             return self._write_compiled(*tensors, plan, options.compile_config)
         return write_canvas(self, *tensors, plan, streamer if hasattr(streamer, "put_draft") else None)
 
@@ -363,6 +373,8 @@ def write_canvas(
 
     def record(step, x):
         path.append(x)
+        if not plan.keep_path:
+            del path[:-2]  # a draft needs the last step alone
         can_commit = plan.commit_threshold is not None and step < plan.num_flow_steps
         if streamer is None and not can_commit:
             return

@@ -1,9 +1,35 @@
-"""Where a text ends: at an EOS, or where a stopping criterion says so."""
+"""Where a text ends: at an EOS, where a stopping criterion says so, or when time is up."""
 
+import time
 from functools import reduce
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+
+def all_criteria(stopping_criteria, options, tokenizer) -> StoppingCriteriaList:
+    """The criteria of a call, and one for its stop strings.
+
+    Raises:
+        ValueError: There are stop strings, and no tokenizer that knows their tokens.
+    """
+    criteria = StoppingCriteriaList(stopping_criteria or ())
+    if options.stop_strings:
+        if tokenizer is None:
+            needed = "tokenizer=..., the model's tokenizer, is needed beside them as an argument of generate"
+            raise ValueError(f"stop_strings={options.stop_strings!r}: {needed}")
+        criteria.append(StopStringCriteria(tokenizer, options.stop_strings))
+    return criteria
+
+
+class Deadline:
+    """Whether `max_time` seconds have passed since this was made; never if None."""
+
+    def __init__(self, max_time: float | None):
+        self.end = None if max_time is None else time.monotonic() + max_time
+
+    def has_passed(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
 
 
 def eos_ids(options):
@@ -31,7 +57,7 @@ def cut_at_eos(tokens, finished, options):
 
 def cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
     """Pad what follows the token at which a criterion stops a row; arguments and results as of `cut_at_eos`."""
-    criteria, tokens, is_over = StoppingCriteriaList(criteria), tokens.clone(), torch.zeros_like(finished)
+    tokens, is_over = tokens.clone(), torch.zeros_like(finished)
     for stop in range(1, tokens.shape[1] + 1):
         is_over = is_over | criteria(torch.cat([before, tokens[:, :stop]], dim=1), None)
         tokens[is_over, stop:] = _fill_token(options)
