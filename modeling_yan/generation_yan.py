@@ -5,160 +5,29 @@ K experts, N solver steps.
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
-from transformers.generation.configuration_utils import CompileConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .compilation_yan import merging
-from .experts_yan import EXPERT_CHOICES
-from .flow_matching_yan import SOLVERS, extrapolate, hashed_normal, hashed_uniform, solve_flow
+from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
+from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
 from .layers_yan import count_positions
-from .reading_yan import END_CHOICES, best_of_text_and_fill
+from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
-from .trainer_yan import open_options
+from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
 
-FLOW_FIELDS = (
-    "num_flow_steps",
-    "solver",
-    "expert_choice",
-    "canvas_length",
-    "commit_threshold",
-    "end_choice",
-    "use_transitions",
-    "seed",
-    "return_prompt",
-    "compile_generation",
-)
-COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
 TRACER_SETTINGS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
-IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
-PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
-SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
-# that options depend on
-OPTION_FIELDS = (
-    *("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size"),
-    *("num_experts", "expert_scope", "train_expert_choice", "start_point"),
-)
-# Options of token-by-token decoding, with the values besides None, False and nothing that leave them switched off.
-REFUSED_OPTIONS = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), (1,)),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1,)),
-    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"), (0,)),
-    **dict.fromkeys(
-        "penalty_alpha dola_layers bad_words_ids force_words_ids constraints forced_bos_token_id forced_eos_token_id "
-        "begin_suppress_tokens sequence_bias stop_strings watermarking_config prompt_lookup_num_tokens "
-        "cache_implementation output_scores output_logits output_attentions output_hidden_states assistant_model "
-        "logits_processor prefix_allowed_tokens_fn negative_prompt_ids custom_generate".split(),
-        (),
-    ),
-}
-
-
-class YanGenerationConfig(GenerationConfig):
-    """Generation options of YAN, beside those of `GenerationConfig` that a non-autoregressive model can honour.
-
-    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `do_sample`, `temperature`,
-    `num_return_sequences`, `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`,
-    `return_dict_in_generate`. Options of autoregressive decoding raise an error in `generate`.
-
-    Args:
-        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 reads off the encoder's draft in its
-            answer slots (`num_answer_slots`), one pass without a flow.
-        solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
-        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
-            "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
-            which writes different texts without `do_sample` (their number is then a keyword of `generate`: a config
-            has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
-            `train_expert_choice="posterior"`.
-        canvas_length: Tokens written at once; the model's if None.
-        commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
-            at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
-            all of them, "off" none; 0.9 if None.
-        end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
-            behind them are the most probable together, "first" the first EOS among tokens that are chosen without
-            regard to it; "likeliest" if None.
-        use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
-            and not every token by itself; True if None.
-        seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
-            is 0 and all rows start from the same noise.
-        return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
-            compares them with the labels.
-        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
-            is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
-            tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
-            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds.
-        temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
-            and of the chain of tokens. At least 0.
-        length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
-            `do_sample`: of the best texts of all lengths the one is written whose log-probability, divided by its
-            length to this power, is the highest; 1 if None.
-    """
-
-    def __init__(self, **kwargs):
-        for name in FLOW_FIELDS:
-            setattr(self, name, kwargs.pop(name, None))
-        super().__init__(**kwargs)
-
-    @classmethod
-    def for_model(cls, config) -> "YanGenerationConfig":
-        """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
-        token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
-
-    def validate(self, strict=False, **kwargs):
-        """Check every field; raises ValueError with the field, its value and what is allowed."""
-        penalty, self.length_penalty = self.length_penalty, None  # transformers knows it of beams alone
-        try:
-            super().validate(strict=strict, **kwargs)
-        finally:
-            self.length_penalty = penalty
-        _check_flow_fields(self)
-
-
-def _check_flow_fields(options):
-    for name, is_allowed, allowed in _FIELD_RULES:
-        value = getattr(options, name, None)
-        if value is not None and not is_allowed(value):
-            raise ValueError(f"{name}={value!r}: must be {allowed}")
-
-
-def _is_positive_int(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_FIELD_RULES = (
-    (
-        "num_flow_steps",
-        lambda value: value is not False and (value == 0 or _is_positive_int(value)),
-        "an integer of at least 0",
-    ),
-    ("canvas_length", _is_positive_int, "an integer of at least 1"),
-    ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
-    ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
-    ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
-    ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
-    ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
-    ("seed", lambda value: isinstance(value, int), "an integer"),
-    ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
-    ("length_penalty", _is_number, "a number"),
-    ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
-)
 
 
 @dataclass
@@ -227,11 +96,10 @@ class Canvas:
     gate: torch.Tensor | None = None
 
 
-class YanGenerationMixin(GenerationMixin):
+class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
     generation_config_class = YanGenerationConfig
-    _last_call = None  # what it asked for, and the options that came of it
     _recordings = None  # of compiled generation on a GPU
 
     @torch.no_grad()
@@ -242,6 +110,7 @@ class YanGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ) -> torch.LongTensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
@@ -259,6 +128,7 @@ class YanGenerationMixin(GenerationMixin):
             generator: Draws the seed, if `seed` is None and `do_sample` is set.
             stopping_criteria: Asked about the prompt and the new tokens up to each one, in order, as if they had been
                 written one by one, with None for the scores; what follows the token where one says stop is padding.
+            tokenizer: The model's, for `stop_strings`, which end a text like a criterion; not asked without them.
             kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
 
         Returns:
@@ -268,11 +138,12 @@ class YanGenerationMixin(GenerationMixin):
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
         options, asked, given = self._options_of_call(generation_config, kwargs)
+        deadline, criteria = Deadline(options.max_time), all_criteria(stopping_criteria, options, tokenizer)
         seed = options.seed
         if seed is None:
             seed = _draw_seed(generator) if options.do_sample else 0
         prompt, context, context_mask = self._prepare_prompt(inputs, options, **given)
-        max_new_tokens, min_new_tokens = _length_limits(options, asked, prompt.shape[1])
+        max_new_tokens, min_new_tokens = length_limits(options, asked, prompt.shape[1])
         if streamer is not None:
             streamer.put(prompt.cpu())
         num_rows = len(prompt) * options.num_return_sequences
@@ -283,16 +154,16 @@ class YanGenerationMixin(GenerationMixin):
             canvas = self._write_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
-            tokens, num_kept, finished = _cut_at_eos(tokens, finished, options)
-            if stopping_criteria:
+            tokens, num_kept, finished = cut_at_eos(tokens, finished, options)
+            if criteria:
                 before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
                 cut = tokens, num_kept, finished
-                tokens, num_kept, finished = _cut_at_criteria(before, *cut, stopping_criteria, options)
+                tokens, num_kept, finished = cut_at_criteria(before, *cut, criteria, options)
             kept.append(num_kept)
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if written.shape[1] >= max_new_tokens or finished.all():
+            if written.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
                 break
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
@@ -304,6 +175,12 @@ class YanGenerationMixin(GenerationMixin):
         sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not for YAN: continuous batching, `generate_batch` with it, swaps rows between tokens."""
+        raise NotImplementedError("YAN has no continuous batching: call generate with a padded batch of prompts")
+
+    continuous_batching_context_manager = generate_batch = init_continuous_batching
+
     def adjust_generation_fn(self, *args, **kwargs):
         """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
         defaults = self.generation_config
@@ -311,90 +188,6 @@ class YanGenerationMixin(GenerationMixin):
         loaded = self.generation_config
         is_missing = getattr(loaded, "_from_model_config", False)
         self.generation_config = defaults if is_missing else YanGenerationConfig.from_dict(loaded.to_dict())
-
-    def _options_of_call(self, generation_config, kwargs):
-        """Options, who asked for what (as `_length_limits` wants it), and the prompt among the keywords.
-
-        A call that asks for what the last one did gets its options without work, which would take longer than a GPU
-        takes for a solver step.
-        """
-        prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
-        keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
-        call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
-        is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
-        if not (is_simple and self._last_call and self._last_call[0] == call):
-            configs = [config for config in (generation_config, self.generation_config) if config is not None]
-            asked = [kwargs, *(config.to_diff_dict() for config in configs)]
-            _refuse_autoregressive_options(*asked)
-            self.open_options = open_options(self.generation_config)
-            options = self._resolve_options(generation_config, kwargs)
-            self._last_call = (deepcopy(call), options, asked) if is_simple else None
-        else:
-            _, options, asked = self._last_call
-        return options, asked, prompt
-
-    def _resolve_options(self, generation_config, kwargs):
-        """Keyword, then passed config, then the model's config, then the defaults."""
-        num_sequences = kwargs.get("num_return_sequences")
-        # transformers would refuse several that are neither sampled nor beams
-        others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
-        options, model_kwargs = self._prepare_generation_config(generation_config, **others)
-        if num_sequences is not None:
-            options.num_return_sequences = num_sequences
-        defaults = {
-            "num_flow_steps": self.config.num_flow_steps,
-            "solver": "euler",
-            "expert_choice": self._default_expert_choice(options),
-            "canvas_length": self.config.canvas_length,
-            "commit_threshold": COMMIT_THRESHOLD,
-            "end_choice": "likeliest",
-            "use_transitions": True,
-            "return_prompt": "synced_gpus" not in model_kwargs,
-            "max_new_tokens": self.config.canvas_length,
-        }
-        for name in (*FLOW_FIELDS, "max_new_tokens"):
-            value = model_kwargs.pop(name, getattr(options, name, None))
-            setattr(options, name, defaults.get(name) if value is None else value)
-        _check_flow_fields(options)
-        self._check_length(options.canvas_length, "the canvas")
-        self._check_num_sequences(options)
-        self._check_fit(options)
-        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
-            allowed = f"[0, vocab_size={self.config.vocab_size})"
-            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
-        if model_kwargs:
-            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
-        return options
-
-    def _default_expert_choice(self, options):
-        """Experts that were trained as a distribution are drawn from it where anything is drawn."""
-        return "sample" if options.do_sample and self.config.train_expert_choice == "posterior" else "argmax"
-
-    def _check_fit(self, options):
-        """Raise ValueError for an option that this model can't honour."""
-        slots, canvas_length = self.config.num_answer_slots, options.canvas_length
-        if options.num_flow_steps == 0:
-            self._check_draft(canvas_length)
-        if self.config.start_point == "draft" and slots < canvas_length:
-            raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
-        is_chain = self.config.expert_scope == "chain"
-        if is_chain and options.expert_choice == "ranked":
-            raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
-        if self.config.train_expert_choice != "posterior" and options.length_penalty not in (None, 1):
-            allowed = "1 without train_expert_choice='posterior'"
-            raise ValueError(f"length_penalty={options.length_penalty}: must be {allowed}")
-
-    def _check_num_sequences(self, options):
-        number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
-        if not _is_positive_int(number):
-            raise ValueError(f"num_return_sequences={number!r}: must be an integer of at least 1")
-        if is_ranked and number > self.config.num_experts:
-            allowed = f'at most num_experts={self.config.num_experts} with expert_choice="ranked"'
-            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
-        if number > 1 and not (options.do_sample or is_ranked):
-            allowed = '1 unless do_sample=True or expert_choice="ranked"'
-            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
 
     def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
         """Checked ids (B, S), and the context that they are; an empty batch of prompts becomes one BOS each."""
@@ -452,7 +245,8 @@ class YanGenerationMixin(GenerationMixin):
         if draws_tokens:
             token_numbers = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
         tensors = context, context_mask, x_0, expert_numbers, token_numbers
-        if options.compile_generation and not hasattr(streamer, "put_draft"):
+        is_compiled = options.compile_generation and not options.disable_compile
+        if is_compiled and not hasattr(streamer, "put_draft"):
             return self._write_compiled(*tensors, plan, options.compile_config)
         return write_canvas(self, *tensors, plan, streamer if hasattr(streamer, "put_draft") else None)
 
@@ -579,6 +373,8 @@ def write_canvas(
 
     def record(step, x):
         path.append(x)
+        if not plan.keep_path:
+            del path[:-2]  # a draft needs the last step alone
         can_commit = plan.commit_threshold is not None and step < plan.num_flow_steps
         if streamer is None and not can_commit:
             return
@@ -627,7 +423,7 @@ def _plan(options, index, num_without_eos, can_commit, draws_tokens) -> CanvasPl
         expert_choice=options.expert_choice,
         repeats=options.num_return_sequences if index == 0 else 1,
         suppressed=tuple(options.suppress_tokens or ()),
-        eos=tuple(_eos_ids(options)),
+        eos=tuple(eos_ids(options)),
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
         commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
@@ -636,37 +432,6 @@ def _plan(options, index, num_without_eos, can_commit, draws_tokens) -> CanvasPl
         length_penalty=1.0 if options.length_penalty is None else float(options.length_penalty),
         temperature=options.temperature if draws else 1.0,
     )
-
-
-def _refuse_autoregressive_options(kwargs, *configs):
-    """Raise ValueError if a keyword or a config asks for token-by-token decoding; drop the keywords that don't."""
-    defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
-    chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
-    for options in (kwargs, *chosen):
-        names = [name for name, neutral in REFUSED_OPTIONS.items() if not _is_off(options.get(name), neutral)]
-        if names:
-            raise ValueError(f"generate of YAN writes all tokens at once and has no {', '.join(names)}")
-    for name in REFUSED_OPTIONS:
-        kwargs.pop(name, None)
-
-
-def _is_off(value, neutral):
-    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
-    return is_empty or (not isinstance(value, bool) and value in neutral)
-
-
-def _length_limits(options, asked, prompt_length):
-    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
-    decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
-    max_new_tokens = options.max_new_tokens
-    if not decisive.get("max_new_tokens") and decisive.get("max_length"):
-        max_new_tokens = decisive["max_length"] - prompt_length
-        if max_new_tokens < 1:
-            raise ValueError(f"max_length={decisive['max_length']}: must be above the prompt's {prompt_length} tokens")
-    min_new_tokens = max(options.min_new_tokens or 0, (options.min_length or 0) - prompt_length)
-    if min_new_tokens > max_new_tokens:
-        raise ValueError(f"min_new_tokens={min_new_tokens}: must be at most max_new_tokens={max_new_tokens}")
-    return max_new_tokens, min_new_tokens
 
 
 def _draw_seed(generator):
@@ -688,44 +453,6 @@ def _left_align(ids, mask, fewest: int, most: int):
         order = (1 - mask).argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order)[:, :most], mask.gather(1, order)[:, :most]
     return ids, mask if fewest < most else None
-
-
-def _eos_ids(options):
-    eos = options.eos_token_id
-    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-
-
-def _is_eos(tokens, options):
-    ids = _eos_ids(options)
-    return reduce(torch.logical_or, (tokens == eos for eos in ids)) if ids else torch.zeros_like(tokens, dtype=bool)
-
-
-def _cut_at_eos(tokens, finished, options):
-    """Pad what follows the first EOS, and all of a row that was finished before; `finished` may be None at first.
-
-    Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
-    """
-    is_eos = _is_eos(tokens, options)
-    num_eos = is_eos.cumsum(1)
-    is_after, is_finished = num_eos > is_eos, num_eos[:, -1] > 0
-    if finished is not None:
-        is_after, is_finished = is_after | finished.unsqueeze(1), is_finished | finished
-    return tokens.masked_fill(is_after, _fill_token(options)), tokens.shape[1] - is_after.sum(1), is_finished
-
-
-def _cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
-    """Pad what follows the token at which a criterion stops a row; arguments and results as of `_cut_at_eos`."""
-    criteria, tokens, is_over = StoppingCriteriaList(criteria), tokens.clone(), torch.zeros_like(finished)
-    for stop in range(1, tokens.shape[1] + 1):
-        is_over = is_over | criteria(torch.cat([before, tokens[:, :stop]], dim=1), None)
-        tokens[is_over, stop:] = _fill_token(options)
-        num_kept = torch.where(is_over, num_kept.clamp(max=stop), num_kept)
-    return tokens, num_kept, finished | is_over
-
-
-def _fill_token(options):
-    """What stands behind the end of a row."""
-    return options.pad_token_id if options.pad_token_id is not None else (_eos_ids(options) or [0])[0]
 
 
 def _output(sequences, num_tokens, canvases):

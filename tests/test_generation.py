@@ -1,5 +1,6 @@
 """What `generate` promises: what it costs, what it returns, what its result depends on, and what it refuses."""
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -518,6 +519,27 @@ class TestStreamer:
         one_step = new_tokens(model, prompts, num_flow_steps=1)
         assert torch.equal(recorder.of("draft")[0], one_step)
 
+    def test_points_of_the_path_are_let_go_unless_they_are_asked_for(self, model, prompts, monkeypatch):
+        def most_alive(**options):
+            points, counts, solve = [], [], generation_yan.solve_flow
+
+            def watch(velocity, x_0, num_steps, solver, record):
+                def watched(step, x):
+                    record(step, x)
+                    points.append(weakref.ref(x))
+                    counts.append(sum(point() is not None for point in points))
+
+                return solve(velocity, x_0, num_steps, solver, watched)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(generation_yan, "solve_flow", watch)
+                model.generate(prompts, num_flow_steps=20, **options)
+            return max(counts)
+
+        assert most_alive() <= 3
+        assert most_alive(streamer=Recorder()) <= 3
+        assert most_alive(return_dict_in_generate=True) == 20
+
     def test_a_streamer_changes_nothing(self, model, prompts):
         options = {"do_sample": True, "seed": 1, "max_new_tokens": 20}
         assert torch.equal(model.generate(prompts, streamer=Recorder(), **options), model.generate(prompts, **options))
@@ -705,7 +727,6 @@ AUTOREGRESSIVE = {
     "bad_words_ids": [[5]],
     "forced_bos_token_id": 1,
     "forced_eos_token_id": 2,
-    "stop_strings": ["x"],
     "guidance_scale": 2.0,
     "penalty_alpha": 0.5,
     "prompt_lookup_num_tokens": 1,
@@ -779,6 +800,13 @@ class TestRefusals:
     def test_a_max_length_within_the_prompt(self, model, prompts):
         with pytest.raises(ValueError, match="max_length=7"):
             model.generate(prompts, max_length=7)
+
+    @pytest.mark.parametrize(
+        "name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+    )
+    def test_continuous_batching(self, model, prompts, name):
+        with pytest.raises(NotImplementedError, match="call generate"):
+            getattr(model, name)(prompts.tolist())
 
     def test_the_prompt_twice(self, model, prompts):
         with pytest.raises(ValueError, match="twice"):

@@ -144,9 +144,10 @@ def test_an_empty_prompt_stands_for_one_bos(write, model, tokenizer):
     assert answer["generated_text"] == tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def test_a_stop_sequence_is_refused(write):
-    with pytest.raises(ValueError, match="stop_strings"):
-        write(PROMPTS[0], stop_sequence="cat")
+def test_a_stop_sequence_ends_the_text(write):
+    (whole,) = texts(write(PROMPTS[0], return_full_text=False))
+    stop = whole[2]
+    assert texts(write(PROMPTS[0], return_full_text=False, stop_sequence=stop)) == [whole[: whole.index(stop) + 1]]
 
 
 def test_details_come_along(write):

@@ -6,7 +6,8 @@ Letters of the shape comments: B prompts, S prompt length, L canvas length.
 import torch
 from torch import nn
 
-from ..generation_yan import COMMIT_THRESHOLD, CanvasPlan, write_canvas
+from ..generation_config_yan import COMMIT_THRESHOLD
+from ..generation_yan import CanvasPlan, write_canvas
 
 
 class YanCanvasProgram(nn.Module):

@@ -1,0 +1,288 @@
+"""Options of generation: what they are, what a model can honour of them, and what is refused."""
+
+from copy import deepcopy
+
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
+
+from .experts_yan import EXPERT_CHOICES
+from .flow_matching_yan import SOLVERS
+from .reading_yan import END_CHOICES
+from .trainer_yan import open_options
+
+FLOW_FIELDS = (
+    "num_flow_steps",
+    "solver",
+    "expert_choice",
+    "canvas_length",
+    "commit_threshold",
+    "end_choice",
+    "use_transitions",
+    "seed",
+    "return_prompt",
+    "compile_generation",
+)
+COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
+IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
+STOCK_FIELDS = frozenset(vars(GenerationConfig()))
+PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
+SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
+# that options depend on
+OPTION_FIELDS = (
+    *("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size"),
+    *("num_experts", "expert_scope", "train_expert_choice", "start_point"),
+)
+# of transformers, that generate acts upon
+HONOURED_OPTIONS = (
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "suppress_tokens"),
+    *("do_sample", "temperature", "num_return_sequences", "length_penalty", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "compile_config", "disable_compile"),
+)
+NOT_OF_THE_TEXT = ("use_cache", "transformers_version")  # set everywhere, and of no influence on what is written
+# what stock generate takes besides the fields of its config
+STOCK_ARGUMENTS = (
+    *("logits_processor", "prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "custom_generate"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask"),
+)
+# All other fields of a config are refused, also those of a transformers that comes later, unless they are switched
+# off: None, False, nothing, or one of these values.
+NEUTRAL_VALUES = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "top_p", "typical_p", "guidance_scale"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+}
+
+
+class YanGenerationConfig(GenerationConfig):
+    """Generation options of YAN, beside those of `GenerationConfig` that a non-autoregressive model can honour.
+
+    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `max_time` (no further canvas is begun
+    after so many seconds), `stop_strings` (with a `tokenizer`), `do_sample`, `temperature`, `num_return_sequences`,
+    `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`, `return_dict_in_generate`, and those below.
+    `use_cache` changes nothing. All other options raise an error in `generate`.
+
+    Args:
+        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 reads off the encoder's draft in its
+            answer slots (`num_answer_slots`), one pass without a flow.
+        solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
+        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
+            "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
+            which writes different texts without `do_sample` (their number is then a keyword of `generate`: a config
+            has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
+            `train_expert_choice="posterior"`.
+        canvas_length: Tokens written at once; the model's if None.
+        commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
+            at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
+            all of them, "off" none; 0.9 if None.
+        end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
+            behind them are the most probable together, "first" the first EOS among tokens that are chosen without
+            regard to it; "likeliest" if None.
+        use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
+            and not every token by itself; True if None.
+        seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
+            is 0 and all rows start from the same noise.
+        return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
+            compares them with the labels.
+        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
+            is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
+            tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
+            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds. Not with
+            `disable_compile`.
+        temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
+            and of the chain of tokens. At least 0.
+        length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
+            `do_sample`: of the best texts of all lengths the one is written whose log-probability, divided by its
+            length to this power, is the highest; 1 if None.
+    """
+
+    def __init__(self, **kwargs):
+        for name in FLOW_FIELDS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def for_model(cls, config) -> "YanGenerationConfig":
+        """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
+        token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
+
+    def validate(self, strict=False, **kwargs):
+        """Check every field; raises ValueError with the field, its value and what is allowed."""
+        penalty, self.length_penalty = self.length_penalty, None  # transformers knows it of beams alone
+        try:
+            super().validate(strict=strict, **kwargs)
+        finally:
+            self.length_penalty = penalty
+        _check_flow_fields(self)
+
+
+def _check_flow_fields(options):
+    for name, is_allowed, allowed in _FIELD_RULES:
+        value = getattr(options, name, None)
+        if value is not None and not is_allowed(value):
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _is_positive_int(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_strings(value):
+    strings = [value] if isinstance(value, str) else value
+    return isinstance(strings, (list, tuple)) and all(isinstance(string, str) and string for string in strings)
+
+
+_FIELD_RULES = (
+    (
+        "num_flow_steps",
+        lambda value: value is not False and (value == 0 or _is_positive_int(value)),
+        "an integer of at least 0",
+    ),
+    ("canvas_length", _is_positive_int, "an integer of at least 1"),
+    ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+    ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
+    ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
+    ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
+    ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
+    ("seed", lambda value: isinstance(value, int), "an integer"),
+    ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
+    ("length_penalty", _is_number, "a number"),
+    ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("max_time", lambda value: _is_number(value) and value >= 0, "a number of seconds, at least 0"),
+    ("stop_strings", lambda value: _are_strings(value), "a string or a list of strings, none of them empty"),
+)
+
+
+class YanOptionsMixin:
+    """Which options a call of `generate` has, checked for this model."""
+
+    _last_call = None  # what it asked for, and the options that came of it
+
+    def _options_of_call(self, generation_config, kwargs):
+        """Options, who asked for what (as `length_limits` wants it), and the prompt among the keywords.
+
+        A call that asks for what the last one did gets its options without work, which would take longer than a GPU
+        takes for a solver step.
+        """
+        prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
+        keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
+        call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
+        is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
+        if not (is_simple and self._last_call and self._last_call[0] == call):
+            configs = [config for config in (generation_config, self.generation_config) if config is not None]
+            asked = [kwargs, *(config.to_diff_dict() for config in configs)]
+            _refuse_other_options(*asked)
+            self.open_options = open_options(self.generation_config)
+            options = self._resolve_options(generation_config, kwargs)
+            self._last_call = (deepcopy(call), options, asked) if is_simple else None
+        else:
+            _, options, asked = self._last_call
+        return options, asked, prompt
+
+    def _resolve_options(self, generation_config, kwargs):
+        """Keyword, then passed config, then the model's config, then the defaults."""
+        num_sequences = kwargs.get("num_return_sequences")
+        # transformers would refuse several that are neither sampled nor beams
+        others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
+        options, model_kwargs = self._prepare_generation_config(generation_config, **others)
+        if num_sequences is not None:
+            options.num_return_sequences = num_sequences
+        defaults = {
+            "num_flow_steps": self.config.num_flow_steps,
+            "solver": "euler",
+            "expert_choice": self._default_expert_choice(options),
+            "canvas_length": self.config.canvas_length,
+            "commit_threshold": COMMIT_THRESHOLD,
+            "end_choice": "likeliest",
+            "use_transitions": True,
+            "return_prompt": "synced_gpus" not in model_kwargs,
+            "max_new_tokens": self.config.canvas_length,
+        }
+        for name in (*FLOW_FIELDS, "max_new_tokens"):
+            value = model_kwargs.pop(name, getattr(options, name, None))
+            setattr(options, name, defaults.get(name) if value is None else value)
+        _check_flow_fields(options)
+        self._check_length(options.canvas_length, "the canvas")
+        self._check_num_sequences(options)
+        self._check_fit(options)
+        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
+            allowed = f"[0, vocab_size={self.config.vocab_size})"
+            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
+        if model_kwargs:
+            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
+        return options
+
+    def _default_expert_choice(self, options):
+        """Experts that were trained as a distribution are drawn from it where anything is drawn."""
+        return "sample" if options.do_sample and self.config.train_expert_choice == "posterior" else "argmax"
+
+    def _check_fit(self, options):
+        """Raise ValueError for an option that this model can't honour."""
+        slots, canvas_length = self.config.num_answer_slots, options.canvas_length
+        if options.num_flow_steps == 0:
+            self._check_draft(canvas_length)
+        if self.config.start_point == "draft" and slots < canvas_length:
+            raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
+        is_chain = self.config.expert_scope == "chain"
+        if is_chain and options.expert_choice == "ranked":
+            raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
+        if self.config.train_expert_choice != "posterior" and options.length_penalty not in (None, 1):
+            allowed = "1 without train_expert_choice='posterior'"
+            raise ValueError(f"length_penalty={options.length_penalty}: must be {allowed}")
+
+    def _check_num_sequences(self, options):
+        number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
+        if not _is_positive_int(number):
+            raise ValueError(f"num_return_sequences={number!r}: must be an integer of at least 1")
+        if is_ranked and number > self.config.num_experts:
+            allowed = f'at most num_experts={self.config.num_experts} with expert_choice="ranked"'
+            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
+        if number > 1 and not (options.do_sample or is_ranked):
+            allowed = '1 unless do_sample=True or expert_choice="ranked"'
+            raise ValueError(f"num_return_sequences={number}: must be {allowed}")
+
+
+def _refuse_other_options(kwargs, *configs):
+    """Raise ValueError if a keyword or a config asks for what is not honoured; drop the keywords that ask for nothing.
+
+    Keywords that transformers does not know either are left to the caller.
+    """
+    keywords = {name: value for name, value in kwargs.items() if name in STOCK_FIELDS or name in STOCK_ARGUMENTS}
+    defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
+    chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
+    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT}
+    for options in (keywords, *chosen):
+        others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
+        asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: no option of YAN, which writes all tokens of a canvas at once")
+    for name in keywords.keys() - known:
+        del kwargs[name]
+
+
+def _is_off(name, value):
+    if isinstance(value, bool) or value is None:
+        return not value
+    return (isinstance(value, (list, tuple, dict)) and not value) or (
+        name in NEUTRAL_VALUES and value == NEUTRAL_VALUES[name]
+    )
+
+
+def length_limits(options, asked, prompt_length):
+    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
+    decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
+    max_new_tokens = options.max_new_tokens
+    if not decisive.get("max_new_tokens") and decisive.get("max_length"):
+        max_new_tokens = decisive["max_length"] - prompt_length
+        if max_new_tokens < 1:
+            raise ValueError(f"max_length={decisive['max_length']}: must be above the prompt's {prompt_length} tokens")
+    min_new_tokens = max(options.min_new_tokens or 0, (options.min_length or 0) - prompt_length)
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens}: must be at most max_new_tokens={max_new_tokens}")
+    return max_new_tokens, min_new_tokens

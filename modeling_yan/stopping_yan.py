@@ -1,0 +1,70 @@
+"""Where a text ends: at an EOS, where a stopping criterion says so, or when time is up."""
+
+import time
+from functools import reduce
+
+import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+
+def all_criteria(stopping_criteria, options, tokenizer) -> StoppingCriteriaList:
+    """The criteria of a call, and one for its stop strings.
+
+    Raises:
+        ValueError: There are stop strings, and no tokenizer that knows their tokens.
+    """
+    criteria = StoppingCriteriaList(stopping_criteria or ())
+    if options.stop_strings:
+        if tokenizer is None:
+            needed = "tokenizer=..., the model's tokenizer, is needed beside them as an argument of generate"
+            raise ValueError(f"stop_strings={options.stop_strings!r}: {needed}")
+        criteria.append(StopStringCriteria(tokenizer, options.stop_strings))
+    return criteria
+
+
+class Deadline:
+    """Whether `max_time` seconds have passed since this was made; never if None."""
+
+    def __init__(self, max_time: float | None):
+        self.end = None if max_time is None else time.monotonic() + max_time
+
+    def has_passed(self) -> bool:
+        return self.end is not None and time.monotonic() >= self.end
+
+
+def eos_ids(options):
+    eos = options.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _is_eos(tokens, options):
+    ids = eos_ids(options)
+    return reduce(torch.logical_or, (tokens == eos for eos in ids)) if ids else torch.zeros_like(tokens, dtype=bool)
+
+
+def cut_at_eos(tokens, finished, options):
+    """Pad what follows the first EOS, and all of a row that was finished before; `finished` may be None at first.
+
+    Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
+    """
+    is_eos = _is_eos(tokens, options)
+    num_eos = is_eos.cumsum(1)
+    is_after, is_finished = num_eos > is_eos, num_eos[:, -1] > 0
+    if finished is not None:
+        is_after, is_finished = is_after | finished.unsqueeze(1), is_finished | finished
+    return tokens.masked_fill(is_after, _fill_token(options)), tokens.shape[1] - is_after.sum(1), is_finished
+
+
+def cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
+    """Pad what follows the token at which a criterion stops a row; arguments and results as of `cut_at_eos`."""
+    tokens, is_over = tokens.clone(), torch.zeros_like(finished)
+    for stop in range(1, tokens.shape[1] + 1):
+        is_over = is_over | criteria(torch.cat([before, tokens[:, :stop]], dim=1), None)
+        tokens[is_over, stop:] = _fill_token(options)
+        num_kept = torch.where(is_over, num_kept.clamp(max=stop), num_kept)
+    return tokens, num_kept, finished | is_over
+
+
+def _fill_token(options):
+    """What stands behind the end of a row."""
+    return options.pad_token_id if options.pad_token_id is not None else (eos_ids(options) or [0])[0]
