@@ -37,7 +37,7 @@ from .layers_yan import (
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .reading_yan import best_text
-from .trainer_yan import refuse_causal_batch, token_output
+from .trainer_yan import refuse_echo, token_output
 from .transitions_yan import YanTransitions
 
 IGNORE_INDEX = -100
@@ -394,7 +394,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
         if not fused_lm_head:
             return super().__call__(*args, **kwargs)
-        refuse_causal_batch(kwargs.get("input_ids"), kwargs["labels"])
         outputs = super().__call__(*args, **kwargs)
         return token_output(outputs.loss, outputs.logits, kwargs["labels"])
 
@@ -424,8 +423,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
                 labels it may be 0: the encoder's draft in the answer slots, read off without a flow.
 
         Raises:
-            ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
+            ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
+                fewer than one step.
         """
+        if labels is not None:
+            refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
         prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
         outputs = self.model(**prompt, **kwargs)
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]

@@ -130,13 +130,23 @@ def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTen
     )
 
 
-def refuse_causal_batch(input_ids: torch.LongTensor | None, labels: torch.LongTensor):
-    """Raise ValueError if the labels (B, L) are the ids of the prompt itself, as in batches for causal models."""
-    if input_ids is None or input_ids.shape != labels.shape:
+def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_id: int | None):
+    """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
+
+    A model that sees what it is to write learns to copy it. One row alone may be a pair whose target is its source: if
+    all its tokens are labels, EOS behind them, it passes.
+    """
+    if input_ids is None or input_ids.shape != labels.shape or torch.compiler.is_compiling():
         return
-    targets = labels != -100
-    if targets.any() and torch.equal(input_ids[targets], labels[targets]):
-        raise ValueError(
-            "the labels are the prompt's own tokens: give SFTTrainer data_collator=CompletionCollator(...) of "
-            "modeling_yan.data, which separates prompt and completion"
-        )
+    is_target, is_repeated = labels != -100, input_ids == labels
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        is_repeated = is_repeated & attention_mask.bool()
+    if not (is_repeated | ~is_target).all() or not is_target.any():
+        return
+    if len(labels) == 1 and is_target.all() and labels[0, -1] == eos_token_id:
+        return
+    raise ValueError(
+        f"labels of shape {tuple(labels.shape)} repeat input_ids: must be what the model is to write, and input_ids "
+        "the prompt without it. FlowCollator of modeling_yan.data makes such batches of rows with source and target, "
+        "CompletionCollator for TRL's SFTTrainer; collators for causal models do not"
+    )

@@ -1,9 +1,12 @@
 """transformers' own Trainer and Seq2SeqTrainer train and evaluate the models as they are."""
 
+import copy
+
 import pytest
 import torch
 from torch import distributed, multiprocessing
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -13,7 +16,7 @@ from transformers import (
 )
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.data import AutoencoderCollator, train_tokenizer
+from modeling_yan.data import AutoencoderCollator, FlowCollator, train_tokenizer
 from modeling_yan.evaluation import exact_match
 from modeling_yan.trainer_yan import RunningMeans
 
@@ -293,3 +296,26 @@ def test_a_model_saved_after_an_evaluation_writes_the_same(model, tokenizer, row
     trainer.save_model()
     loaded = YanForFlowGeneration.from_pretrained(tmp_path)
     assert torch.equal(written(loaded, tokenizer, rows[:7]), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_labels_that_are_the_input_are_refused(make_model, tokenizer, tmp_path, batch_size):
+    model = make_model(vocab_size=len(tokenizer), canvas_length=40, **SMALL)
+    rows = [dict(tokenizer(text)) for text in SENTENCES]
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_train_batch_size=batch_size)
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"repeat input_ids.*FlowCollator"):
+            run()
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "</s>"])
+def test_a_target_may_be_a_copy_of_its_source(make_model, tokenizer, pad_token):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
+    model = make_model(vocab_size=len(tokenizer), canvas_length=40, **SMALL)
+    rows = [{"source": text, "target": text} for text in SENTENCES]
+    for batch in (rows, rows[:1], rows[1:2]):
+        assert model(**FlowCollator(tokenizer, 40, 40)(batch)).loss.isfinite()
+    ids = torch.tensor([[9, 8, model.config.eos_token_id]])  # of a tokenizer that ends prompts with EOS, too
+    assert model(ids, labels=ids).loss.isfinite()
