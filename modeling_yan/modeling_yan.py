@@ -88,7 +88,8 @@ class YanFlowOutput(ModelOutput):
         draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
             and the encoder is trained.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
-        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
+            in evaluation the mean over rows of that of each.
         gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
@@ -163,6 +164,7 @@ class YanPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
+    num_loss_rows = 0  # in that pass
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -197,7 +199,8 @@ class YanPreTrainedModel(PreTrainedModel):
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
         super().__init__(config, *args, **kwargs)
 
-    def _keep_terms(self, terms: dict[str, torch.Tensor]):
+    def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int):
+        self.num_loss_rows = num_rows
         self.loss_terms = {name: term.detach() for name, term in terms.items()}
 
     def _check_length(self, length: int, name: str, num_slots: int = 0):
@@ -345,7 +348,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
         regularisers = latent_regularisers(self, latents, attention_mask)
         terms = {"ce_loss": ce_loss, **regularisers}
-        self._keep_terms(terms)
+        self._keep_terms(terms, len(labels))
         return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
@@ -411,8 +414,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
-        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call. Tokens are
-        not settled on the way, as `generate` does for a model with `self_conditioning`.
+        In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target, and
+        the loss of a batch is the mean of those that its rows have alone. Tokens are not settled on the way, as
+        `generate` does for a model with `self_conditioning`.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
@@ -445,7 +449,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
-            terms = self._objective(canvas, condition, num_flow_steps)
+            rows = self._number_rows(canvas, prompt["input_ids"], attention_mask)
+            terms = self._objective(canvas, condition, num_flow_steps, rows)
             terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 

@@ -18,9 +18,9 @@ class RunningMeans:
     def __init__(self):
         self.totals, self.count = {}, 0
 
-    def add(self, scalars: dict[str, torch.Tensor]):
-        self.totals = {name: self.totals.get(name, 0) + scalar.float() for name, scalar in scalars.items()}
-        self.count += 1
+    def add(self, scalars: dict[str, torch.Tensor], weight: int = 1):
+        self.totals = {name: self.totals.get(name, 0) + weight * scalar.float() for name, scalar in scalars.items()}
+        self.count += weight
 
     def take(self) -> dict[str, float]:
         """The means since the last call, over all processes; nothing where nothing was added."""
@@ -39,7 +39,7 @@ class YanTrainerCallback(TrainerCallback):
     """Adds the means of the model's `loss_terms` to every log of a Trainer; models without such terms are left alone.
 
     A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
-    `evaluate` and `predict` those over their batches, under their prefix. Every new Trainer has one, before its
+    `evaluate` and `predict` those over their rows, under their prefix. Every new Trainer has one, before its
     trackers, which therefore see the terms. It also takes back what Seq2SeqTrainer writes into the model's generation
     config.
     """
@@ -48,10 +48,10 @@ class YanTrainerCallback(TrainerCallback):
         self.training, self.evaluation = RunningMeans(), RunningMeans()
         self.latest = None
 
-    def _collect(self, model, means):
+    def _collect(self, model, means, by_row: bool = False):
         terms = getattr(model, "loss_terms", None)
         if terms is not None and terms is not self.latest:  # else the step made no pass with labels
-            means.add(terms)
+            means.add(terms, model.num_loss_rows if by_row else 1)
             self.latest = terms
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -64,7 +64,7 @@ class YanTrainerCallback(TrainerCallback):
         self._collect(model, self.training)
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
-        self._collect(model, self.evaluation)
+        self._collect(model, self.evaluation, by_row=True)
         if getattr(args, "predict_with_generate", False):
             reopen_options(model)
 

@@ -89,7 +89,7 @@ class TestPosterior:
         model = make_lively_model(decoder_dropout=0.0, **settings).train()
         ids, labels = torch.randint(4, 64, (64, 6)), torch.randint(4, 64, (64, 8))
         x_0 = model.start_noise((64, 8), model.lm_head.weight)
-        model._draw_path = lambda x_1: (x_0, torch.zeros(64))
+        model._draw_path = lambda x_1, rows: (x_0, torch.zeros(64))
         chosen, group = [], model.flow.experts.group
         model.flow.experts.group = lambda experts: chosen.append(experts) or group(experts)
         output = model(ids, labels=labels)

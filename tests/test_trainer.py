@@ -121,6 +121,21 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "chain"}])
+def test_evaluation_gives_one_number_whatever_the_batch(make_model, tokenizer, rows, tmp_path, fields):
+    model = make_model(vocab_size=len(tokenizer), **SMALL, initializer_range=0.2, **fields)
+    rows = [{**row, "labels": row["labels"] + [7 + index]} for index, row in enumerate(rows)]
+    results = []
+    for size, order in ((1, rows), (3, rows), (16, rows[::-1]), (16, rows + rows)):
+        trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_eval_batch_size=size)
+        metrics = trainer.evaluate(order)
+        results.append([metrics[name] for name in metrics if "loss" in name or "entropy" in name])
+    for found in results[1:]:
+        assert found == pytest.approx(results[0], rel=1e-4)
+    alone = {trainer.evaluate([row])["eval_loss"] for row in rows}
+    assert len(alone) == len(rows)
+
+
 def recombined(config, terms) -> float:
     """The objective from its logged terms."""
     weighted = sum(getattr(config, f"{name}_weight") * terms[f"{name}_loss"] for name in ("mse", "ce", "load_balance"))
