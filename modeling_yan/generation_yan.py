@@ -22,7 +22,7 @@ from .flow_matching_yan import SOLVERS, extrapolate, hashed_normal, hashed_unifo
 from .layers_yan import count_positions
 from .reading_yan import END_CHOICES, best_of_text_and_fill
 from .recording_yan import Recordings
-from .trainer_yan import open_options
+from .trainer_yan import open_options, refuse_prompt_learning
 
 FLOW_FIELDS = (
     "num_flow_steps",
@@ -267,6 +267,7 @@ class YanGenerationMixin(GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
+        refuse_prompt_learning(getattr(self.prepare_inputs_for_generation, "__self__", self))  # PEFT puts its own here
         options, asked, given = self._options_of_call(generation_config, kwargs)
         seed = options.seed
         if seed is None:

@@ -256,6 +256,8 @@ class YanModel(YanPreTrainedModel):
             ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
                 of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -295,6 +297,7 @@ class YanForAutoencoding(YanPreTrainedModel):
     """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -311,12 +314,14 @@ class YanForAutoencoding(YanPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> YanAutoencodingOutput:
         """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
 
         Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is
-        added to the latents, so that the decoder forgives what the flow will miss.
+        added to the latents, so that the decoder forgives what the flow will miss. The loss is a mean over labels; of
+        a batch that is a part of one of `num_items_in_batch` labels it is the share in that one's.
 
         Raises:
             ValueError: `labels` are not shaped like the input.
@@ -329,6 +334,8 @@ class YanForAutoencoding(YanPreTrainedModel):
             self._check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0))
         logits = self.lm_head(self.decoder(self._add_noise(latents)))
         terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
+        if labels is not None and num_items_in_batch is not None:
+            terms["loss"] = terms["loss"] * (labels != IGNORE_INDEX).sum() / num_items_in_batch
         return YanAutoencodingOutput(
             **terms,
             logits=logits,

@@ -41,7 +41,7 @@ class YanTrainerCallback(TrainerCallback):
     A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
     `evaluate` and `predict` those over their rows, under their prefix. Every new Trainer has one, before its
     trackers, which therefore see the terms. It also takes back what Seq2SeqTrainer writes into the model's generation
-    config.
+    config, tells a collator that draws at random which epoch it is, and refuses what a Trainer can't train.
     """
 
     def __init__(self):
@@ -54,8 +54,19 @@ class YanTrainerCallback(TrainerCallback):
             means.add(terms, model.num_loss_rows if by_row else 1)
             self.latest = terms
 
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if hasattr(model, "loss_terms"):
+            refuse_prompt_learning(model)
+            refuse_label_smoothing(args, model)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = RunningMeans()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        collator = getattr(train_dataloader, "collate_fn", None)
+        collator = getattr(collator, "data_collator", collator)  # inside of what removes columns
+        if hasattr(collator, "set_epoch"):
+            collator.set_epoch(int(state.epoch or 0))
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         self._collect(model, self.training)
@@ -95,6 +106,26 @@ def reopen_options(model):
     for name in getattr(model, "open_options", ()):
         if getattr(model.generation_config, name) == defaults[name]:
             setattr(model.generation_config, name, None)
+
+
+def refuse_prompt_learning(model):
+    """Raise ValueError for a model of PEFT that learns a prompt: `generate` would not see it."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
+            "has no place for learned prompts"
+        )
+
+
+def refuse_label_smoothing(args, model):
+    """Raise ValueError if the Trainer would put a smoothed cross-entropy in the place of the model's own loss."""
+    has_other_terms = hasattr(model, "flow") or model.config.mmd_weight or model.config.latent_norm_weight
+    if args.label_smoothing_factor and has_other_terms:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: must be 0, because the Trainer would train the "
+            "smoothed cross-entropy alone, without the model's other loss terms"
+        )
 
 
 @dataclass

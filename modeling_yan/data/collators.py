@@ -4,6 +4,7 @@ B: rows of the batch; L: width of an autoencoder batch; Ls, Lt: widths of the so
 loops over tokens in Python: rows are cut one by one, everything behind that works on whole batches.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -114,20 +115,47 @@ def _hide_spans(rows: Ragged, starts: np.ndarray, spans: np.ndarray, mask_token_
 
 
 class SeededDraws:
-    """A generator that gives equal draws for an equal seed, and different ones in every worker of a data loader."""
+    """A generator that gives equal draws for an equal seed, and different ones in every worker of a data loader.
+
+    Once it knows its epoch, the draws for a batch are a function of the seed, the epoch and the batch: a run that is
+    resumed in the middle, where none of the batches before have been made, has those of an unbroken one.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.epoch: int | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self._worker_seed: int | None = None
 
-    def __call__(self) -> torch.Generator:
-        """The generator, seeded anew when this copy wakes up in a worker (workers begin as copies of each other)."""
+    def __call__(self, rows: Sequence[Mapping[str, Ids]]) -> torch.Generator:
+        """The generator for a batch.
+
+        It is seeded anew when this copy wakes up in a worker, because workers begin as copies of each other.
+        """
         worker = get_worker_info()
-        if worker is not None and worker.seed != self._worker_seed:
+        if self.epoch is not None:
+            self.generator.manual_seed(_hash_batch(rows, f"{self.seed} {self.epoch}"))
+        elif worker is not None and worker.seed != self._worker_seed:
             self._worker_seed = worker.seed
             self.generator.manual_seed((self.seed + worker.seed) % 2**63)
         return self.generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generator": self.generator.get_state()}  # itself it can't be pickled
+
+    def __setstate__(self, state: dict[str, Any]):
+        vars(self).update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+
+
+def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:
+    """A number that depends on the ids of the rows, and on their order."""
+    digest = hashlib.blake2b(salt.encode(), digest_size=7)
+    for row in rows:
+        for name, ids in sorted(row.items()):
+            digest.update(f"{name} {len(ids)}".encode() + np.asarray(ids, np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "big")
 
 
 class AutoencoderCollator:
@@ -147,8 +175,9 @@ class AutoencoderCollator:
 
     `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
 
-    Batches follow `seed`, or the `generator` of a call. Sources are encoded as a prompt is, with the special tokens
-    that the tokenizer adds to one, and texts and targets without.
+    Batches follow `seed`, or the `generator` of a call; from a call of `set_epoch` on, which a Trainer makes, also the
+    epoch, and neither the batches before nor the workers matter. Sources are encoded as a prompt is, with the special
+    tokens that the tokenizer adds to one, and texts and targets without.
     """
 
     def __init__(
@@ -181,8 +210,8 @@ class AutoencoderCollator:
         self.num_truncated = 0
 
     def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
-        generator = self.draws() if generator is None else generator
         rows = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
+        generator = self.draws(rows) if generator is None else generator
         is_pair = np.array(["target" in row for row in rows])
         texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
         text = _flatten(self._choose_windows(texts, generator))
@@ -197,6 +226,10 @@ class AutoencoderCollator:
             input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the draws be a function of the seed, the epoch and the batch alone."""
+        self.draws.epoch = epoch
 
     def _with_slots(self, row: dict[str, Ids]) -> dict[str, Ids]:
         """The row with the model's own answer slots before its source, and a target no longer than they are."""

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from modeling_yan.data import (
     AutoencoderCollator,
-    CompletionCollator,
     FlowCollator,
     collators,
     generate_clozes,
@@ -273,42 +272,6 @@ def test_flow_cuts_long_targets_without_eos_and_keeps_the_end_of_long_sources(to
     assert batch["input_ids"].tolist() == [[13, 14, 15, 16], [0, 0, 0, 10]]
     assert batch["labels"].tolist() == [[20, 21, 22, 23], [20, 21, 22, tokenizer.eos_token_id]]
     assert collator.num_truncated == 1
-
-
-@pytest.mark.parametrize("head", [[], [1], [MASK] * 3, [1, MASK, MASK]])
-def test_a_long_source_keeps_its_answer_slot_and_its_end(tokenizer, head):
-    slot = head if MASK in head else []
-    batch = FlowCollator(tokenizer, 8, 8)([{"source": [*head, *range(20, 40)], "target": [11]}])
-    assert batch["input_ids"].tolist() == [[*slot, *range(32 + len(slot), 40)]]
-
-
-def test_what_is_cut_is_said_once(tokenizer, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(collators.logger, "warning", warnings.append)
-    collator = FlowCollator(tokenizer, max_source_length=4, canvas_length=4)
-    collator([{"source": [10] * 4, "target": [11] * 3}])
-    assert not warnings
-    for _ in range(2):
-        collator([{"source": [10] * 5, "target": [11] * 3}, {"source": [10], "target": [11] * 6}])
-    assert ["5 tokens to max_source_length=4" in warnings[0], "6 tokens to canvas_length=4" in warnings[1]] == [
-        True
-    ] * 2
-    assert (len(warnings), collator.num_truncated, collator.num_cut_targets) == (2, 2, 2)
-
-
-@pytest.mark.parametrize("collator_class", [FlowCollator, CompletionCollator])
-def test_lengths_come_from_the_model(tokenizer, tiny_model, collator_class):
-    tiny_model.config.num_answer_slots = 8
-    collator = collator_class(tokenizer, model=tiny_model)
-    pairs = getattr(collator, "pairs", collator)
-    assert (pairs.max_source_length, pairs.canvas_length) == (40, 8)
-    pairs = getattr(collator := collator_class(tokenizer, 12, model=tiny_model), "pairs", collator)
-    assert (pairs.max_source_length, pairs.canvas_length) == (12, 8)
-    for limits in ({"max_source_length": 41}, {"canvas_length": 9}):
-        with pytest.raises(ValueError, match=rf"{next(iter(limits))}=\d+: must be at most"):
-            collator_class(tokenizer, **limits, model=tiny_model)
-    with pytest.raises(ValueError, match="canvas_length is None"):
-        collator_class(tokenizer, max_source_length=8)
 
 
 def test_flow_gives_an_empty_source_one_token_to_look_at(tokenizer):
