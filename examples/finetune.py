@@ -70,13 +70,12 @@ def main():
     options, training = parser.parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    limits = {"max_source_length": model.config.max_prompt_length, "canvas_length": model.config.canvas_length}
     trainer = Seq2SeqTrainer(
         model=add_lora(model, options.lora_rank) if options.lora else model,
         args=training,
         train_dataset=read_rows(options.train_file),
         eval_dataset=read_rows(options.validation_file),
-        data_collator=FlowCollator(tokenizer, **limits),
+        data_collator=FlowCollator(tokenizer, model=model),
         processing_class=tokenizer,
         compute_metrics=score_with(tokenizer),
     )

@@ -22,22 +22,34 @@ def interpolate(x_0: torch.Tensor, x_1: torch.Tensor, time: torch.Tensor) -> tor
     return (1 - time) * x_0 + time * x_1
 
 
-def hashed_uniform(seed: int, shape: tuple[int, ...], device=None) -> torch.Tensor:
+def hashed_uniform(
+    seed: int, shape: tuple[int, ...], device=None, rows: torch.LongTensor | None = None
+) -> torch.Tensor:
     """Uniform numbers in (0, 1), float32, that are a pure function of the seed and of each element's index.
 
     An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
-    in every batch. Each axis is folded in by one round of a 32-bit integer hash.
+    in every batch. Each axis is folded in by one round of a 32-bit integer hash. `rows`, integers in the place of the
+    first axis' indices, make it a function of what they stand for, wherever in the batch that is.
     """
     compute = _hash_operator if uses_operators() else _hash_indices
-    return compute(seed, list(shape), device)
+    return compute(seed, list(shape), device, rows)
 
 
-def _hash_indices(seed: int, shape: list[int], device: torch.device | None) -> torch.Tensor:
+def _hash_indices(
+    seed: int, shape: list[int], device: torch.device | None, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     state = torch.full([1] * len(shape), (seed + 0x9E3779B9) % 2**32, dtype=torch.int64, device=device)
     for axis, size in enumerate(shape):
-        index = torch.arange(size, dtype=torch.int64, device=device).view(-1, *[1] * (len(shape) - axis - 1))
-        state = _hash32(_hash32(state) + index)
+        is_given = axis == 0 and rows is not None
+        index = rows if is_given else torch.arange(size, dtype=torch.int64, device=device)
+        state = _hash32(_hash32(state) + index.view(-1, *[1] * (len(shape) - axis - 1)))
     return ((state >> 9).float() + 0.5) / 2**23
+
+
+def hash_tokens(ids: torch.LongTensor, places: torch.LongTensor, is_valid: torch.Tensor) -> torch.LongTensor:
+    """A 32-bit number (B,) for the valid ones of the token ids (B, L) at their places (B or 1, L) of a text."""
+    numbers = _hash32((places.long() * 0x9E3779B1 + ids) & 0xFFFFFFFF)
+    return numbers.masked_fill(~is_valid, 0).sum(1) & 0xFFFFFFFF
 
 
 def _hash32(x):
@@ -48,13 +60,15 @@ def _hash32(x):
 
 # Opaque, because each round reads its input twice and inductor inlines it: 2^18 copies of the first one.
 _hash_operator = opaque_operator(
-    _hash_indices, lambda seed, shape, device: torch.empty(shape, dtype=torch.float32, device=device)
+    _hash_indices, lambda seed, shape, device, rows=None: torch.empty(shape, dtype=torch.float32, device=device)
 )
 
 
-def hashed_normal(seed: int, shape: tuple[int, ...], device=None) -> torch.Tensor:
+def hashed_normal(
+    seed: int, shape: tuple[int, ...], device=None, rows: torch.LongTensor | None = None
+) -> torch.Tensor:
     """Standard normal numbers, float32, made from `hashed_uniform` by the inverse of the normal distribution."""
-    return math.sqrt(2) * torch.erfinv(2 * hashed_uniform(seed, shape, device) - 1)
+    return math.sqrt(2) * torch.erfinv(2 * hashed_uniform(seed, shape, device, rows) - 1)
 
 
 def sample_times(batch_size: int, alpha: float, beta: float, device=None) -> torch.Tensor:
@@ -138,8 +152,17 @@ def gate_entropy(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
 def load_balance(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """KL(mean gate || uniform), in nats: 0 when all K experts are used equally; `log_gate` (B, L, K)."""
-    usage = torch.stack([masked_mean(gate, mask) for gate in log_gate.exp().unbind(-1)])
-    return (usage * usage.clamp(min=1e-20).log()).sum() + math.log(usage.numel())
+    return _divergence(torch.stack([masked_mean(gate, mask) for gate in log_gate.exp().unbind(-1)]))
+
+
+def load_balance_of_rows(log_gate: torch.Tensor) -> torch.Tensor:
+    """The mean over the rows of what `load_balance` gives for each of them alone."""
+    return _divergence(log_gate.exp().mean(1)).mean()
+
+
+def _divergence(usage):
+    """KL(usage || uniform) of shares (..., K)."""
+    return (usage * usage.clamp(min=1e-20).log()).sum(-1) + math.log(usage.shape[-1])
 
 
 def gaussian_mmd(latents: torch.Tensor, max_samples: int = 2000, seed: int | None = None) -> torch.Tensor:

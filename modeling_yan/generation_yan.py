@@ -21,6 +21,7 @@ from .layers_yan import count_positions
 from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
+from .trainer_yan import refuse_prompt_learning
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
@@ -137,6 +138,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
         """
+        refuse_prompt_learning(getattr(self.prepare_inputs_for_generation, "__self__", self))  # PEFT puts its own here
         options, asked, given = self._options_of_call(generation_config, kwargs)
         deadline, criteria = Deadline(options.max_time), all_criteria(stopping_criteria, options, tokenizer)
         seed = options.seed

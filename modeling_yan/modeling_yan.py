@@ -38,7 +38,7 @@ from .layers_yan import (
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .reading_yan import best_text
-from .trainer_yan import refuse_causal_batch, token_output
+from .trainer_yan import refuse_echo, token_output
 from .transitions_yan import YanTransitions
 
 IGNORE_INDEX = -100
@@ -89,7 +89,8 @@ class YanFlowOutput(ModelOutput):
         draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
             and the encoder is trained.
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
-        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats.
+        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
+            in evaluation the mean over rows of that of each.
         gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
@@ -164,6 +165,7 @@ class YanPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
+    num_loss_rows = 0  # in that pass
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -198,7 +200,8 @@ class YanPreTrainedModel(PreTrainedModel):
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
         super().__init__(config, *args, **kwargs)
 
-    def _keep_terms(self, terms: dict[str, torch.Tensor]):
+    def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int):
+        self.num_loss_rows = num_rows
         self.loss_terms = {name: term.detach() for name, term in terms.items()}
 
     def _check_length(self, length: int, name: str, num_slots: int = 0):
@@ -254,6 +257,8 @@ class YanModel(YanPreTrainedModel):
             ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
                 of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -293,6 +298,7 @@ class YanForAutoencoding(YanPreTrainedModel):
     """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -309,12 +315,14 @@ class YanForAutoencoding(YanPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> YanAutoencodingOutput:
         """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
 
         Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is
-        added to the latents, so that the decoder forgives what the flow will miss.
+        added to the latents, so that the decoder forgives what the flow will miss. The loss is a mean over labels; of
+        a batch that is a part of one of `num_items_in_batch` labels it is the share in that one's.
 
         Raises:
             ValueError: `labels` are not shaped like the input.
@@ -327,6 +335,8 @@ class YanForAutoencoding(YanPreTrainedModel):
             self._check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0))
         logits = self.lm_head(self.decoder(self._add_noise(latents)))
         terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
+        if labels is not None and num_items_in_batch is not None:
+            terms["loss"] = terms["loss"] * (labels != IGNORE_INDEX).sum() / num_items_in_batch
         return YanAutoencodingOutput(
             **terms,
             logits=logits,
@@ -346,7 +356,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
         regularisers = latent_regularisers(self, latents, attention_mask)
         terms = {"ce_loss": ce_loss, **regularisers}
-        self._keep_terms(terms)
+        self._keep_terms(terms, len(labels))
         return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
@@ -395,7 +405,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
         if not fused_lm_head:
             return super().__call__(*args, **kwargs)
-        refuse_causal_batch(kwargs.get("input_ids"), kwargs["labels"])
         outputs = super().__call__(*args, **kwargs)
         return token_output(outputs.loss, outputs.logits, kwargs["labels"])
 
@@ -413,8 +422,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
-        In evaluation mode nothing is drawn at random: noise and times are fixed, the same for every call. Tokens are
-        not settled on the way, as `generate` does for a model with `self_conditioning`.
+        In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target, and
+        the loss of a batch is the mean of those that its rows have alone. Tokens are not settled on the way, as
+        `generate` does for a model with `self_conditioning`.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
@@ -425,8 +435,11 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
                 labels it may be 0: the encoder's draft in the answer slots, read off without a flow.
 
         Raises:
-            ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
+            ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
+                fewer than one step.
         """
+        if labels is not None:
+            refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
         prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
         outputs = self.model(**prompt, **kwargs)
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
@@ -444,7 +457,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
-            terms = self._objective(canvas, condition, num_flow_steps)
+            rows = self._number_rows(canvas, prompt["input_ids"], attention_mask)
+            terms = self._objective(canvas, condition, num_flow_steps, rows)
             terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 

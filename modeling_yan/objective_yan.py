@@ -14,9 +14,12 @@ from .flow_matching_yan import (
     extrapolate,
     gate_entropy,
     gaussian_mmd,
+    hash_tokens,
+    hashed_normal,
     hashed_uniform,
     interpolate,
     load_balance,
+    load_balance_of_rows,
     masked_mean,
     mixture_nll,
     sample_times,
@@ -26,6 +29,7 @@ from .flow_matching_yan import (
     token_log_likelihood,
 )
 from .generation_yan import CanvasPlan
+from .layers_yan import count_positions
 
 PRIOR_TEMPERATURE = 4.0  # of the gate in the posterior that experts are drawn from
 
@@ -117,12 +121,26 @@ class YanObjectiveMixin:
         first_step = torch.randint(1, num_flow_steps + 1, (len(canvas),), device=canvas.device)
         return SettledTarget(self, canvas, is_settled, first_step / num_flow_steps)
 
-    def _draw_path(self, x_1):
-        """Start points and times of a training batch; fixed ones in evaluation mode."""
+    def _number_rows(self, canvas, input_ids, attention_mask) -> torch.LongTensor | None:
+        """A number (B,) for the prompt and the target of each row, which decide what evaluation draws for it.
+
+        So a row's loss depends neither on its place in the batch nor on its padding. None in training.
+        """
+        if self.training:
+            return None
+        numbers = hash_tokens(canvas, count_positions(canvas), canvas != self.config.eos_token_id)
+        if input_ids is None:
+            return numbers
+        is_valid = torch.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.bool()
+        return (3 * numbers + hash_tokens(input_ids, count_positions(input_ids, attention_mask), is_valid)) % 2**32
+
+    def _draw_path(self, x_1, rows=None):
+        """Start points and times of a training batch; in evaluation mode those of the `rows` (B,)."""
         if self.training:
             x_0 = self.config.init_noise * torch.randn_like(x_1)
             return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
-        return self.start_noise(x_1.shape[:2], x_1), hashed_uniform(1, (len(x_1),), x_1.device)
+        x_0 = self.config.init_noise * hashed_normal(0, tuple(x_1.shape), x_1.device, rows)
+        return x_0.to(x_1.dtype), hashed_uniform(1, (len(x_1),), x_1.device, rows)
 
     def _nll(self, target, velocities, log_gate):
         """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
@@ -131,13 +149,16 @@ class YanObjectiveMixin:
             return mixture_nll(target, velocities, log_gate, sigma)
         return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
 
-    def _objective(self, canvas, condition, num_flow_steps):
-        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L)."""
+    def _objective(self, canvas, condition, num_flow_steps, rows=None):
+        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L).
+
+        In evaluation mode they are the means of what every row has by itself; `rows` as of `_draw_path`.
+        """
         config = self.config
         if config.train_expert_choice == "posterior":
-            return self._text_objective(canvas, condition, num_flow_steps)
+            return self._text_objective(canvas, condition, num_flow_steps, rows)
         x_1 = self._encode_target(canvas)
-        noise, time = self._draw_path(x_1)
+        noise, time = self._draw_path(x_1, rows)
         x_0 = self.start(noise, condition)
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1])
@@ -152,7 +173,7 @@ class YanObjectiveMixin:
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
             "ce_loss": token_cross_entropy(logits, canvas),
-            "load_balance_loss": load_balance(log_gate),
+            "load_balance_loss": load_balance(log_gate) if self.training else load_balance_of_rows(log_gate),
         }
         if velocity.probabilities is not None:
             terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
@@ -165,11 +186,11 @@ class YanObjectiveMixin:
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
         loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
         terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
-        self._keep_terms(terms)
+        self._keep_terms(terms, len(canvas))
         expert_usage = log_gate.exp().mean((0, 1)).detach()
         return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
 
-    def _text_objective(self, canvas, condition, num_flow_steps):
+    def _text_objective(self, canvas, condition, num_flow_steps, rows=None):
         """The same for `train_expert_choice="posterior"`: the likelihood of the text, summed over its experts.
 
         -log sum_k pi(k) prod_i p(y_i | D(x1_hat_k)), over the experts k of all tokens
@@ -191,7 +212,7 @@ class YanObjectiveMixin:
             terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
             return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
 
-        noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size))
+        noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
         x_0 = self.start(noise, condition)
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
         velocity.choose = choose if config.num_experts > 1 else None
@@ -218,7 +239,7 @@ class YanObjectiveMixin:
             terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
         usage = terms.pop("expert_usage")
         loss = weighted_sum(config, terms)
-        self._keep_terms(terms)
+        self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
 
     def _one_pass_objective(self, canvas, condition):

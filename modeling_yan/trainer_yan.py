@@ -18,9 +18,9 @@ class RunningMeans:
     def __init__(self):
         self.totals, self.count = {}, 0
 
-    def add(self, scalars: dict[str, torch.Tensor]):
-        self.totals = {name: self.totals.get(name, 0) + scalar.float() for name, scalar in scalars.items()}
-        self.count += 1
+    def add(self, scalars: dict[str, torch.Tensor], weight: int = 1):
+        self.totals = {name: self.totals.get(name, 0) + weight * scalar.float() for name, scalar in scalars.items()}
+        self.count += weight
 
     def take(self) -> dict[str, float]:
         """The means since the last call, over all processes; nothing where nothing was added."""
@@ -39,23 +39,34 @@ class YanTrainerCallback(TrainerCallback):
     """Adds the means of the model's `loss_terms` to every log of a Trainer; models without such terms are left alone.
 
     A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
-    `evaluate` and `predict` those over their batches, under their prefix. Every new Trainer has one, before its
+    `evaluate` and `predict` those over their rows, under their prefix. Every new Trainer has one, before its
     trackers, which therefore see the terms. It also takes back what Seq2SeqTrainer writes into the model's generation
-    config.
+    config, tells a collator that draws at random which epoch it is, and refuses what a Trainer can't train.
     """
 
     def __init__(self):
         self.training, self.evaluation = RunningMeans(), RunningMeans()
         self.latest = None
 
-    def _collect(self, model, means):
+    def _collect(self, model, means, by_row: bool = False):
         terms = getattr(model, "loss_terms", None)
         if terms is not None and terms is not self.latest:  # else the step made no pass with labels
-            means.add(terms)
+            means.add(terms, model.num_loss_rows if by_row else 1)
             self.latest = terms
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if hasattr(model, "loss_terms"):
+            refuse_prompt_learning(model)
+            refuse_label_smoothing(args, model)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = RunningMeans()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        collator = getattr(train_dataloader, "collate_fn", None)
+        collator = getattr(collator, "data_collator", collator)  # inside of what removes columns
+        if hasattr(collator, "set_epoch"):
+            collator.set_epoch(int(state.epoch or 0))
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         self._collect(model, self.training)
@@ -64,7 +75,7 @@ class YanTrainerCallback(TrainerCallback):
         self._collect(model, self.training)
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
-        self._collect(model, self.evaluation)
+        self._collect(model, self.evaluation, by_row=True)
         if getattr(args, "predict_with_generate", False):
             reopen_options(model)
 
@@ -95,6 +106,26 @@ def reopen_options(model):
     for name in getattr(model, "open_options", ()):
         if getattr(model.generation_config, name) == defaults[name]:
             setattr(model.generation_config, name, None)
+
+
+def refuse_prompt_learning(model):
+    """Raise ValueError for a model of PEFT that learns a prompt: `generate` would not see it."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
+            "has no place for learned prompts"
+        )
+
+
+def refuse_label_smoothing(args, model):
+    """Raise ValueError if the Trainer would put a smoothed cross-entropy in the place of the model's own loss."""
+    has_other_terms = hasattr(model, "flow") or model.config.mmd_weight or model.config.latent_norm_weight
+    if args.label_smoothing_factor and has_other_terms:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: must be 0, because the Trainer would train the "
+            "smoothed cross-entropy alone, without the model's other loss terms"
+        )
 
 
 @dataclass
@@ -130,13 +161,23 @@ def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTen
     )
 
 
-def refuse_causal_batch(input_ids: torch.LongTensor | None, labels: torch.LongTensor):
-    """Raise ValueError if the labels (B, L) are the ids of the prompt itself, as in batches for causal models."""
-    if input_ids is None or input_ids.shape != labels.shape:
+def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_id: int | None):
+    """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
+
+    A model that sees what it is to write learns to copy it. One row alone may be a pair whose target is its source: if
+    all its tokens are labels, EOS behind them, it passes.
+    """
+    if input_ids is None or input_ids.shape != labels.shape or torch.compiler.is_compiling():
         return
-    targets = labels != -100
-    if targets.any() and torch.equal(input_ids[targets], labels[targets]):
-        raise ValueError(
-            "the labels are the prompt's own tokens: give SFTTrainer data_collator=CompletionCollator(...) of "
-            "modeling_yan.data, which separates prompt and completion"
-        )
+    is_target, is_repeated = labels != -100, input_ids == labels
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        is_repeated = is_repeated & attention_mask.bool()
+    if not (is_repeated | ~is_target).all() or not is_target.any():
+        return
+    if len(labels) == 1 and is_target.all() and labels[0, -1] == eos_token_id:
+        return
+    raise ValueError(
+        f"labels of shape {tuple(labels.shape)} repeat input_ids: must be what the model is to write, and input_ids "
+        "the prompt without it. FlowCollator of modeling_yan.data makes such batches of rows with source and target, "
+        "CompletionCollator for TRL's SFTTrainer; collators for causal models do not"
+    )

@@ -139,7 +139,7 @@ class TestPrompts:
 class TestOptions:
     @pytest.mark.parametrize("num_steps", [0, -1])
     def test_no_solver_steps(self, model, prompts, num_steps):
-        for call in (model.generate, model, lambda *args, **kwargs: model(*args, labels=prompts, **kwargs)):
+        for call in (model.generate, model, lambda *args, **kwargs: model(*args, labels=prompts.flip(1), **kwargs)):
             with pytest.raises(ValueError, match=f"num_flow_steps={num_steps}: must be (an integer of )?at least"):
                 call(prompts, num_flow_steps=num_steps)
 
@@ -164,7 +164,7 @@ class TestOptions:
 
     def test_labels_without_an_eos_token_to_end_them(self, make_model, prompts):
         with pytest.raises(ValueError, match="eos_token_id"):
-            make_model(eos_token_id=None)(prompts, labels=prompts)
+            make_model(eos_token_id=None)(prompts, labels=prompts.flip(1))
 
 
 class TestCheckpoints:

@@ -822,7 +822,7 @@ def test_a_prompt_of_pad_tokens_that_are_meant_brings_no_warning(model, prompts,
     prompts[0, -1] = PAD
     model.generate(prompts, attention_mask=torch.ones_like(prompts))
     assert not warnings
-    model(prompts, labels=prompts)
+    model(prompts, labels=prompts.flip(1))
     assert "attention_mask" in warnings[0]  # where nobody said that they are meant
 
 

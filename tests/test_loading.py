@@ -51,7 +51,7 @@ def outputs(path):
             "latents": load(AutoModel, path)(prompts).last_hidden_state,
             "restored": load(AutoModelForMaskedLM, path)(prompts).logits,
             "logits": writer(prompts).logits,
-            "loss": writer(prompts, labels=prompts).loss,
+            "loss": writer(prompts, labels=prompts.flip(1)).loss,
             "text": writer.generate(prompts, max_new_tokens=20),
             "sampled": writer.generate(prompts, do_sample=True, seed=3, num_return_sequences=2),
         }
@@ -102,7 +102,7 @@ def outputs(path, prompts) -> dict[str, torch.Tensor]:
         "latents": YanModel.from_pretrained(path)(prompts).last_hidden_state,
         "restored": YanForAutoencoding.from_pretrained(path)(prompts).logits,
         "logits": writer(prompts).logits,
-        "loss": writer(prompts, labels=prompts).loss,
+        "loss": writer(prompts, labels=prompts.flip(1)).loss,
         "text": writer.generate(prompts, max_new_tokens=20),
         "sampled": writer.generate(prompts, do_sample=True, seed=3, num_return_sequences=2),
     }

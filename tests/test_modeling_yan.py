@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
-from modeling_yan.flow_matching_yan import hashed_uniform
+from modeling_yan.flow_matching_yan import hashed_normal, hashed_uniform
 
 TERMS = ("nll", "mse", "ce", "gate_entropy", "load_balance")
 SWITCHES = ("encoder", "decoder", "embeddings", "flow")
@@ -112,7 +112,9 @@ def test_a_whole_model_survives_saving_and_loading(lively_model, tmp_path):
     weights = model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in loaded.state_dict().items())
     # Weights of a file lie elsewhere between the borders of cache lines, and products then add in another order.
-    torch.testing.assert_close(loaded(ids, labels=ids).loss, model(ids, labels=ids).loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loaded(ids, labels=ids.flip(1)).loss, model(ids, labels=ids.flip(1)).loss, rtol=1e-5, atol=1e-5
+    )
     encoder = YanModel.from_pretrained(tmp_path)
     assert torch.equal(encoder(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
@@ -154,16 +156,17 @@ def test_the_terms_equal_their_definitions(lively_model):
     model, ids, labels = lively_model(flow_sigma=2.0), random_ids(), random_ids(3, 8)
     output = model(ids, labels=labels)
     x_1, prompt = model.model(labels).last_hidden_state, model.model(ids).last_hidden_state
-    x_0, time = model.start_noise((3, 8), x_1), hashed_uniform(1, (3,))
+    rows = model._number_rows(labels, ids, None)
+    x_0, time = hashed_normal(0, (3, 8, 32), rows=rows), hashed_uniform(1, (3,), rows=rows)
     x_t = torch.stack([(1 - t) * a + t * b for t, a, b in zip(time, x_0, x_1)])
     condition, modulation = model.condition(prompt, canvas_length=8), model.flow.modulation(time)
     states = model.flow.trunk(x_t, model.model.embeddings.position_embeddings.weight[:8], modulation, condition)
     gate = model.flow.log_gate(states, modulation, condition).exp()
-    usage = gate.mean((0, 1))
+    usage = gate.mean(1)
     expected = {
         "nll_loss": gaussian_mixture_nll(x_1 - x_0, model.flow.experts(states) - x_t.unsqueeze(2), gate, sigma=2.0),
         "gate_entropy": torch.distributions.Categorical(gate).entropy().mean(),
-        "load_balance_loss": (usage * (4 * usage).log()).sum(),
+        "load_balance_loss": (usage * (4 * usage).log()).sum(-1).mean(),
         "ce_loss": nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()),
     }
     for name, value in expected.items():
@@ -288,7 +291,7 @@ def test_evaluation_draws_nothing_at_random(lively_model, inputs):
 def test_training_draws_fresh_noise_and_times(lively_model):
     model = lively_model(decoder_dropout=0.0).train()
     ids = random_ids()
-    first, second = (model(ids, labels=ids, num_flow_steps=2) for _ in range(2))
+    first, second = (model(ids, labels=ids.flip(1), num_flow_steps=2) for _ in range(2))
     assert first.nll_loss != second.nll_loss
     assert not torch.equal(first.logits, second.logits)
 
@@ -358,7 +361,9 @@ def test_padding_changes_neither_latents_nor_logits(lively_model, side):
     latents = model.model(padded, mask).last_hidden_state[mask.bool()].view(3, 6, 32)
     torch.testing.assert_close(latents, model.model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(padded, mask).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(model(padded, mask, labels=ids).loss, model(ids, labels=ids).loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(padded, mask, labels=ids.flip(1)).loss, model(ids, labels=ids.flip(1)).loss, rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(model(padded).logits, model(ids).logits, atol=0.1)  # the mask is what does it
 
 
@@ -376,10 +381,13 @@ def test_batch_mates_change_nothing(lively_model):
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
-def test_embeddings_may_be_given_instead_of_ids(lively_model):
+def test_embeddings_may_be_given_instead_of_ids(lively_model, monkeypatch):
     model, ids = lively_model(), random_ids()
     embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embeds, labels=ids).loss, model(ids, labels=ids).loss)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
+    monkeypatch.setattr(model, "_number_rows", lambda *args: torch.arange(3))  # embeddings are no text to draw by
+    losses = [model(**given, labels=ids.flip(1)).loss for given in ({"input_ids": ids}, {"inputs_embeds": embeds})]
+    torch.testing.assert_close(*losses)
     positions = torch.arange(6).expand(3, -1)
     torch.testing.assert_close(model(ids, position_ids=positions).logits, model(ids).logits)
     assert not torch.allclose(model(ids, position_ids=positions + 3).logits, model(ids).logits)
@@ -426,9 +434,9 @@ def test_both_stages_learn_a_few_pairs_by_heart(make_model):
 
 def test_a_single_expert_trains_as_plain_flow_matching(make_model):
     model, ids = make_model(num_experts=1, num_flow_layers=1, decoder_dropout=0.0), random_ids(8, 5)
-    losses = train(model, 10, input_ids=ids, labels=ids)
+    losses = train(model, 10, input_ids=ids, labels=ids.flip(1))
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
-    output = model(ids, labels=ids)
+    output = model(ids, labels=ids.flip(1))
     assert output.gate_entropy == 0
     assert output.load_balance_loss == 0
 
@@ -446,10 +454,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model):
     model, ids = make_model(hidden_dropout=0.1).train(), random_ids()
     passes = []
     model.model.layers[0].feed_forward.register_forward_hook(lambda *_: passes.append(1))
-    plain, num_plain = gradients(model, input_ids=ids, labels=ids, num_flow_steps=2), len(passes)
+    plain, num_plain = gradients(model, input_ids=ids, labels=ids.flip(1), num_flow_steps=2), len(passes)
     model.gradient_checkpointing_enable()
     checkpointed, num_checkpointed = (
-        gradients(model, input_ids=ids, labels=ids, num_flow_steps=2),
+        gradients(model, input_ids=ids, labels=ids.flip(1), num_flow_steps=2),
         len(passes) - num_plain,
     )
     assert num_checkpointed > num_plain  # something was indeed computed twice
@@ -511,7 +519,7 @@ def test_half_precision_gives_nearly_the_same(make_model, dtype):
 def test_autocast_trains(make_model):
     model, ids = make_model().train(), random_ids()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(ids, labels=ids).loss
+        loss = model(ids, labels=ids.flip(1)).loss
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -542,7 +550,7 @@ def test_a_row_without_any_valid_token_gives_no_nan(lively_model, implementation
 def test_a_batch_with_nothing_in_it_gives_no_nan(make_model, model_class, nothing):
     model, ids = make_model(model_class, mmd_weight=0.1), random_ids()
     mask = torch.zeros_like(ids) if nothing in ("mask", "both") else torch.ones_like(ids)
-    labels = torch.full_like(ids, -100) if nothing in ("labels", "both") else ids
+    labels = torch.full_like(ids, -100) if nothing in ("labels", "both") else ids.flip(1)
     loss = model(ids, mask, labels=labels).loss
     assert loss.isfinite()
     loss.backward()

@@ -30,11 +30,12 @@ def make_lively_model(make_model):
     return make
 
 
-def first_step(model, ids, length):
-    """Where every expert leads in evaluation mode, and the prior."""
+def first_step(model, ids, noise):
+    """Where every expert leads from the noise (B or 1, L, D), and the prior."""
     prompt = model.with_answer_slots(ids)
+    length = noise.shape[1]
     condition = model.condition(model.model(**prompt).last_hidden_state, canvas_length=length)
-    x_0 = model.start(model.start_noise((len(ids), length), condition.mean), condition)
+    x_0 = model.start(noise, condition)
     modulation = model.flow.modulation(torch.zeros(1))
     states = model.flow.trunk(x_0, model._positions(length), modulation, condition)
     ends = x_0.unsqueeze(2) + model.flow.velocities(states, x_0)
@@ -48,7 +49,8 @@ def test_the_texts_likelihood_sums_over_all_experts(make_lively_model, scope, fi
     ids, labels = torch.randint(4, 64, (2, 5)), torch.randint(4, 64, (2, 4))
     with torch.no_grad():
         found = model(ids, labels=labels, canvas_length=4, num_flow_steps=1)
-        ends, prior = first_step(model, ids, 4)
+        rows = model._number_rows(labels, model.with_answer_slots(ids)["input_ids"], None)
+        ends, prior = first_step(model, ids, model._draw_path(torch.empty(2, 4, 32), rows)[0])
         log_likelihood = model.decode(ends).log_softmax(-1).gather(-1, labels[..., None, None].expand(-1, -1, 3, 1))
     total = 0
     for row in range(2):
@@ -199,7 +201,7 @@ def test_a_model_without_gradients_writes_what_forward_says(make_lively_model):
 def test_the_gate_of_a_chain_is_that_of_every_token(make_lively_model):
     model, ids = make_lively_model(expert_scope="chain"), torch.randint(4, 64, (2, 6))
     output = model.generate(ids, return_dict_in_generate=True)
-    _, prior = first_step(model, ids[:1].expand(2, -1), 8)
+    _, prior = first_step(model, ids, model.start_noise((1, 8), torch.empty(0)))
     assert output.gate[0].shape == (2, 8, 3)
     torch.testing.assert_close(output.gate[0].sum(-1), torch.ones(2, 8))
     expected = chain_marginals(prior.log_gate[:, 0], prior.log_transitions).exp()

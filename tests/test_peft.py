@@ -109,3 +109,18 @@ def test_a_merged_adapter_writes_the_same(base, batch, tmp_path):
     for written in (merged, YanForFlowGeneration.from_pretrained(tmp_path / "merged").eval()):
         torch.testing.assert_close(written(**batch).logits, expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(written.generate(**batch), tokens)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_learned_prompts_are_refused(base, batch, tmp_path, kind):
+    model = peft.get_peft_model(base, getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"peft_type=.*LoRA"):
+        Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    if kind == "PrefixTuningConfig":
+        with pytest.raises(ValueError, match="past_key_values"):
+            model(**batch)
+    del batch["labels"]
+    with pytest.raises(ValueError, match=r"peft_type=.*LoRA"):
+        model.generate(**batch)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**batch), base.generate(**batch))

@@ -1,19 +1,23 @@
 """transformers' own Trainer and Seq2SeqTrainer train and evaluate the models as they are."""
 
+import copy
+
 import pytest
 import torch
 from torch import distributed, multiprocessing
 from transformers import (
+    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.data import AutoencoderCollator, train_tokenizer
+from modeling_yan.data import AutoencoderCollator, FlowCollator, train_tokenizer
 from modeling_yan.evaluation import exact_match
 from modeling_yan.trainer_yan import RunningMeans
 
@@ -116,6 +120,21 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
     assert isinstance(predictions.predictions, type(predictions.label_ids))
     torch.testing.assert_close(torch.tensor(predictions.predictions), expected.logits, atol=1e-5, rtol=1e-5)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "chain"}])
+def test_evaluation_gives_one_number_whatever_the_batch(make_model, tokenizer, rows, tmp_path, fields):
+    model = make_model(vocab_size=len(tokenizer), **SMALL, initializer_range=0.2, **fields)
+    rows = [{**row, "labels": row["labels"] + [7 + index]} for index, row in enumerate(rows)]
+    results = []
+    for size, order in ((1, rows), (3, rows), (16, rows[::-1]), (16, rows + rows)):
+        trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_eval_batch_size=size)
+        metrics = trainer.evaluate(order)
+        results.append([metrics[name] for name in metrics if "loss" in name or "entropy" in name])
+    for found in results[1:]:
+        assert found == pytest.approx(results[0], rel=1e-4)
+    alone = {trainer.evaluate([row])["eval_loss"] for row in rows}
+    assert len(alone) == len(rows)
 
 
 def recombined(config, terms) -> float:
@@ -293,3 +312,74 @@ def test_a_model_saved_after_an_evaluation_writes_the_same(model, tokenizer, row
     trainer.save_model()
     loaded = YanForFlowGeneration.from_pretrained(tmp_path)
     assert torch.equal(written(loaded, tokenizer, rows[:7]), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_labels_that_are_the_input_are_refused(make_model, tokenizer, tmp_path, batch_size):
+    model = make_model(vocab_size=len(tokenizer), canvas_length=40, **SMALL)
+    rows = [dict(tokenizer(text)) for text in SENTENCES]
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_train_batch_size=batch_size)
+    trainer.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"repeat input_ids.*FlowCollator"):
+            run()
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "</s>"])
+def test_a_target_may_be_a_copy_of_its_source(make_model, tokenizer, pad_token):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
+    model = make_model(vocab_size=len(tokenizer), canvas_length=40, **SMALL)
+    rows = [{"source": text, "target": text} for text in SENTENCES]
+    for batch in (rows, rows[:1], rows[1:2]):
+        assert model(**FlowCollator(tokenizer, 40, 40)(batch)).loss.isfinite()
+    ids = torch.tensor([[9, 8, model.config.eos_token_id]])  # of a tokenizer that ends prompts with EOS, too
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("width", [None, 8])
+def test_label_smoothing_is_refused_where_it_replaces_the_loss(model, tokenizer, rows, tmp_path, width):
+    rows = [{**row, "labels": (row["labels"] * 8)[: width or 3]} for row in rows]
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: must be 0"):
+        make_trainer(Trainer, model, tokenizer, rows, tmp_path, label_smoothing_factor=0.1)
+
+
+def test_label_smoothing_of_a_plain_autoencoder_works(make_model, tokenizer, tmp_path):
+    options = {"max_steps": 1, "remove_unused_columns": False, "label_smoothing_factor": 0.1}
+    rows = [{"text": text} for text in SENTENCES]
+    model = make_model(YanForAutoencoding, vocab_size=len(tokenizer), **SMALL)
+    trainer, losses = make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
+    trainer.data_collator = AutoencoderCollator(tokenizer, max_length=16)
+    trainer.train()
+    assert losses.of("loss")[0] > 0
+    model = make_model(YanForAutoencoding, vocab_size=len(tokenizer), **SMALL, latent_norm_weight=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
+
+
+def test_accumulation_changes_no_update_of_the_autoencoder(make_model, tokenizer, tmp_path):
+    generator, norms = torch.Generator().manual_seed(0), []
+    ids = torch.randint(4, 64, (8, 10), generator=generator)
+    labels = ids.where(torch.arange(10) < torch.tensor([[1], [2], [9], [10], [1], [7], [3], [10]]), -100)
+    rows = [{"input_ids": row, "labels": targets} for row, targets in zip(ids, labels)]
+    for size in (8, 2):
+        model = make_model(YanForAutoencoding, vocab_size=len(tokenizer), **SMALL, decoder_dropout=0.0)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1}
+        trainer, logs = make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
+        trainer.data_collator = default_data_collator
+        trainer.train()
+        norms.append((logs.of("grad_norm")[0], logs.of("loss")[0]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_resuming_the_autoencoder_in_the_middle_changes_nothing(make_model, tokenizer, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "remove_unused_columns": False}
+    weights = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-5")):  # the second update of the second epoch
+        model = make_model(YanForAutoencoding, vocab_size=len(tokenizer), **SMALL, latent_noise=0.1)
+        rows = [{"text": text + " " + other} for text in SENTENCES for other in SENTENCES]
+        trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
+        trainer.data_collator = AutoencoderCollator(tokenizer, max_length=40, mask_ratio=0.4)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())

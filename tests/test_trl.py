@@ -1,5 +1,7 @@
 """TRL's own SFTTrainer trains the flow on rows of prompt and completion."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
@@ -31,12 +33,12 @@ def model(make_model, tokenizer):
 def make_trainer(model, tokenizer, tmp_path, collator=CompletionCollator, **options):
     defaults = {"max_steps": 2, "per_device_train_batch_size": 3, "logging_steps": 1, "learning_rate": 1e-2}
     defaults |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    peft_config = options.pop("peft_config", None)
+    peft_config, rows = options.pop("peft_config", None), datasets.Dataset.from_list(options.pop("rows", ROWS))
     return trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(str(tmp_path), **{**defaults, **options}),
-        train_dataset=datasets.Dataset.from_list(ROWS),
-        eval_dataset=datasets.Dataset.from_list(ROWS),
+        train_dataset=rows,
+        eval_dataset=rows,
         processing_class=tokenizer,
         data_collator=collator and collator(tokenizer, max_source_length=16, canvas_length=12),
         peft_config=peft_config,
@@ -138,7 +140,8 @@ def test_token_scores_follow_the_targets_wherever_their_padding_is():
     [
         ({"prompt": "a", "completion": "b"}, "completion"),
         ({"input_ids": [5, 6], "labels": [5]}, "of one length"),
-        ({"input_ids": [5, 6, 7], "labels": [5, -100, 7]}, "only before the completion"),
+        ({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}, "has no label"),
+        ({"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "assistant_only_loss=True"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(tokenizer, row, message):
@@ -147,7 +150,63 @@ def test_rows_that_are_no_pairs_are_refused(tokenizer, row, message):
 
 
 def test_a_row_without_prompt_gets_a_bos(tokenizer):
-    collator = CompletionCollator(tokenizer, max_source_length=8, canvas_length=4)
-    batch = collator([{"input_ids": [9, 8, tokenizer.eos_token_id], "labels": [9, 8, tokenizer.eos_token_id]}])
+    collator = CompletionCollator(tokenizer, max_source_length=8, canvas_length=8, allow_no_prompts=True)
+    (target,) = tokenizer(["a cat"])["input_ids"]
+    ids = [*target, tokenizer.eos_token_id]
+    batch = collator([{"input_ids": ids, "labels": ids}])
     assert batch["input_ids"][batch["attention_mask"].bool()].tolist() == [tokenizer.bos_token_id]
-    assert batch["labels"].tolist() == [[9, 8, tokenizer.eos_token_id, -100]]
+    assert batch["labels"][batch["labels"] != -100].tolist() == ids
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_completion_has_the_tokens_that_its_text_has_alone(model, tokenizer, tmp_path, space):
+    rows = [{**row, "completion": space + row["completion"].strip()} for row in ROWS]
+    trainer = make_trainer(model, tokenizer, tmp_path, rows=rows, shuffle_dataset=False)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    pairs = [{"source": row["prompt"], "target": row["completion"].strip()} for row in rows]
+    expected = FlowCollator(tokenizer, max_source_length=16, canvas_length=12)(pairs)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_half_a_character_stays_as_it_is(tokenizer):
+    """As where TRL cuts a row at its `max_length`."""
+    half = tokenizer.convert_tokens_to_ids("Ã")
+    batch = CompletionCollator(tokenizer, 8, 8)([{"input_ids": [9, half], "labels": [-100, half]}])
+    assert batch["labels"].tolist() == [[half, tokenizer.eos_token_id, -100, -100]]
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ':' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% else %}{{ ' ' + message['content'] + ' ' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def chat(*contents) -> dict:
+    roles = ("user", "assistant") * 2
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
+def test_chats_are_one_pair_a_turn_or_refused(model, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    rows = [
+        chat("Where is Mary?", "In the garden.", "Who has the milk?", "John."),
+        chat("Who has the apple?", "Mary."),
+    ]
+    options = {"rows": rows, "shuffle_dataset": False}
+    trainer = make_trainer(model, tokenizer, tmp_path, **options, assistant_only_loss=True)
+    trainer.data_collator = CompletionCollator(tokenizer, max_source_length=40, canvas_length=12)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    first = "user: Where is Mary? assistant:"
+    sources = [
+        first,
+        first + " In the garden.</s>user: Who has the milk? assistant:",
+        "user: Who has the apple? assistant:",
+    ]
+    targets = ["In the garden.", "John.", "Mary."]
+    pairs = [{"source": source, "target": target} for source, target in zip(sources, targets, strict=True)]
+    expected = FlowCollator(tokenizer, max_source_length=40, canvas_length=12)(pairs)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="assistant_only_loss=True"):
+        make_trainer(model, tokenizer, tmp_path, **options).train()

@@ -4,6 +4,7 @@ B: rows of the batch; L: width of an autoencoder batch; Ls, Lt: widths of the so
 loops over tokens in Python: rows are cut one by one, everything behind that works on whole batches.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ import numpy as np
 import torch
 from torch import LongTensor
 from torch.utils.data import get_worker_info
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100  # the label that a loss leaves out
 MAX_MASK_RATIO = 0.5  # up to here there is always a kept token for every span to stand before
@@ -111,20 +115,47 @@ def _hide_spans(rows: Ragged, starts: np.ndarray, spans: np.ndarray, mask_token_
 
 
 class SeededDraws:
-    """A generator that gives equal draws for an equal seed, and different ones in every worker of a data loader."""
+    """A generator that gives equal draws for an equal seed, and different ones in every worker of a data loader.
+
+    Once it knows its epoch, the draws for a batch are a function of the seed, the epoch and the batch: a run that is
+    resumed in the middle, where none of the batches before have been made, has those of an unbroken one.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
+        self.epoch: int | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self._worker_seed: int | None = None
 
-    def __call__(self) -> torch.Generator:
-        """The generator, seeded anew when this copy wakes up in a worker (workers begin as copies of each other)."""
+    def __call__(self, rows: Sequence[Mapping[str, Ids]]) -> torch.Generator:
+        """The generator for a batch.
+
+        It is seeded anew when this copy wakes up in a worker, because workers begin as copies of each other.
+        """
         worker = get_worker_info()
-        if worker is not None and worker.seed != self._worker_seed:
+        if self.epoch is not None:
+            self.generator.manual_seed(_hash_batch(rows, f"{self.seed} {self.epoch}"))
+        elif worker is not None and worker.seed != self._worker_seed:
             self._worker_seed = worker.seed
             self.generator.manual_seed((self.seed + worker.seed) % 2**63)
         return self.generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generator": self.generator.get_state()}  # itself it can't be pickled
+
+    def __setstate__(self, state: dict[str, Any]):
+        vars(self).update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+
+
+def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:
+    """A number that depends on the ids of the rows, and on their order."""
+    digest = hashlib.blake2b(salt.encode(), digest_size=7)
+    for row in rows:
+        for name, ids in sorted(row.items()):
+            digest.update(f"{name} {len(ids)}".encode() + np.asarray(ids, np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "big")
 
 
 class AutoencoderCollator:
@@ -144,8 +175,9 @@ class AutoencoderCollator:
 
     `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
 
-    Batches follow `seed`, or the `generator` of a call. Sources are encoded as a prompt is, with the special tokens
-    that the tokenizer adds to one, and texts and targets without.
+    Batches follow `seed`, or the `generator` of a call; from a call of `set_epoch` on, which a Trainer makes, also the
+    epoch, and neither the batches before nor the workers matter. Sources are encoded as a prompt is, with the special
+    tokens that the tokenizer adds to one, and texts and targets without.
     """
 
     def __init__(
@@ -178,8 +210,8 @@ class AutoencoderCollator:
         self.num_truncated = 0
 
     def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
-        generator = self.draws() if generator is None else generator
         rows = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
+        generator = self.draws(rows) if generator is None else generator
         is_pair = np.array(["target" in row for row in rows])
         texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
         text = _flatten(self._choose_windows(texts, generator))
@@ -194,6 +226,10 @@ class AutoencoderCollator:
             input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the draws be a function of the seed, the epoch and the batch alone."""
+        self.draws.epoch = epoch
 
     def _with_slots(self, row: dict[str, Ids]) -> dict[str, Ids]:
         """The row with the model's own answer slots before its source, and a target no longer than they are."""
@@ -259,14 +295,10 @@ class AutoencoderCollator:
         """(B,) start and end of the mask tokens that begin a source; equal if too few for the text."""
         heads = _flatten([ids[: self.max_length] for ids in sources])
         heads = _pad(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
-        begins = [token for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) if token is not None]
-        starts = np.isin(heads[:, 0], begins)
-        is_slot = heads == self.tokenizer.mask_token_id
-        is_slot[:, 0] |= starts
-        ends = np.logical_and.accumulate(is_slot, axis=1).sum(1)
+        starts, ends = _find_slots(heads, self.tokenizer)
         if self.num_answer_slots:  # what masks a prompt begins with is its own
             ends = np.minimum(ends, self.num_answer_slots)
-        return starts.astype(np.int64), np.where(ends - starts >= lengths, ends, starts)
+        return starts, np.where(ends - starts >= lengths, ends, starts)
 
     def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
         """The part of every source that fits, beside its text unless that has its slot there."""
@@ -284,25 +316,39 @@ class FlowCollator:
     """Rows of `source` and `target`, strings or token ids -> `input_ids`, `attention_mask` (B, Ls), `labels` (B, Lt).
 
     Sources are encoded as a prompt is, with the special tokens that the tokenizer adds to one, and padded on its
-    `padding_side`; one longer than `max_source_length` keeps its end, where the question is, and is counted in
-    `num_truncated`. An empty source becomes a single BOS. A target gets one EOS and then -100; one that does not fit
-    into `canvas_length` with its EOS is cut and has none, because its text goes on in the next canvas, and is counted
-    in `num_cut_targets`. An empty target is its EOS alone, which teaches to write nothing: `TaskMixture` leaves such
-    rows out. Each worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a
-    multiple of `multiple_of`, at most the two limits.
+    `padding_side`; one longer than `max_source_length` keeps the answer slot that it begins with, if there is one, and
+    its end, where the question is, and is counted in `num_truncated`. An empty source becomes a single BOS. A target
+    gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, because
+    its text goes on in the next canvas, and is counted in `num_cut_targets`. The first row that is cut brings a
+    warning. An empty target is its EOS alone, which teaches to write nothing: `TaskMixture` leaves such rows out. Each
+    worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
+    `multiple_of`, at most the two limits.
+
+    Args:
+        max_source_length, canvas_length: Longest source, and longest target with its EOS, in tokens; if None, what
+            the `model` can take.
 
     Raises:
-        ValueError: A row without source or target, or an empty source where the tokenizer has no BOS.
+        ValueError: A row without source or target, or an empty source where the tokenizer has no BOS; a length that is
+            missing, or beyond the model's.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_source_length: int, canvas_length: int, multiple_of: int = 4
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_source_length: int | None = None,
+        canvas_length: int | None = None,
+        multiple_of: int = 4,
+        model: PreTrainedModel | None = None,
     ):
-        _check_length("max_source_length", max_source_length)
-        _check_length("canvas_length", canvas_length)
+        limits = {"max_source_length": max_source_length, "canvas_length": canvas_length}
+        if model is not None:
+            limits = _fit_to_model(limits, model.config)
+        for name, length in limits.items():
+            _check_length(name, length)
         self.tokenizer = tokenizer
-        self.max_source_length = max_source_length
-        self.canvas_length = canvas_length
+        self.max_source_length = limits["max_source_length"]
+        self.canvas_length = limits["canvas_length"]
         self.multiple_of = multiple_of
         self.num_truncated = 0
         self.num_cut_targets = 0
@@ -322,16 +368,30 @@ class FlowCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _cut_source(self, ids: Ids) -> Ids:
-        self.num_truncated += len(ids) > self.max_source_length
         if not len(ids) and self.tokenizer.bos_token_id is None:
             raise ValueError("a source is empty and the tokenizer has no BOS to stand for it: see prepare_tokenizer")
-        return ids[-self.max_source_length :] if len(ids) else [self.tokenizer.bos_token_id]
+        if not len(ids):
+            return [self.tokenizer.bos_token_id]
+        limit, excess = self.max_source_length, len(ids) - self.max_source_length
+        if excess <= 0:
+            return ids
+        if not self.num_truncated:
+            _warn_of_cut(f"a source of {len(ids)} tokens to max_source_length={limit}", "num_truncated")
+        self.num_truncated += 1
+        head = _flatten([ids[:limit]]).tokens
+        begin, end = (int(place[0]) for place in _find_slots(head[None], self.tokenizer))
+        start = end if end > begin else 0  # a slot stays, and with it what stands before it
+        return np.concatenate([head[:start], _flatten([ids[start + excess :]]).tokens])
 
     def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
         target = _flatten([ids[: self.canvas_length] for ids in targets])
         width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
         labels = _pad(target, width, IGNORED)
         has_end = target.lengths < self.canvas_length
+        if not (self.num_cut_targets or has_end.all()):
+            longest = max(map(len, targets))
+            limit = f"canvas_length={self.canvas_length}, of which an EOS takes one"
+            _warn_of_cut(f"a target of {longest} tokens to {limit}", "num_cut_targets")
         self.num_cut_targets += np.count_nonzero(~has_end)
         labels[has_end, target.lengths[has_end]] = self.tokenizer.eos_token_id
         return labels
@@ -379,7 +439,31 @@ def _entry(row: Row, key: str) -> str | Ids:
     return row[key]
 
 
-def _check_length(name: str, value: int) -> None:
+def _find_slots(heads: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) start and end of the mask tokens that ids (B, N) begin with; a BOS may stand before them."""
+    begins = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
+    starts = np.isin(heads[:, 0], begins)
+    is_slot = heads == tokenizer.mask_token_id
+    is_slot[:, 0] |= starts
+    return starts.astype(np.int64), np.logical_and.accumulate(is_slot, axis=1).sum(1)
+
+
+def _fit_to_model(limits: dict[str, int | None], config) -> dict[str, int]:
+    """The lengths, those of the model in the place of None; ValueError for one that it can't take."""
+    longest = {"max_source_length": config.max_prompt_length, "canvas_length": config.canvas_length}
+    for name, length in limits.items():
+        if length is not None and length > longest[name]:
+            raise ValueError(f"{name}={length}: must be at most {longest[name]}, which is what the model takes")
+    return {name: longest[name] if length is None else length for name, length in limits.items()}
+
+
+def _warn_of_cut(what: str, counter: str) -> None:
+    logger.warning(f"A row is too long: the collator cuts {what}. It counts such rows in {counter}.")
+
+
+def _check_length(name: str, value: int | None) -> None:
+    if value is None:
+        raise ValueError(f"{name} is None, but must be at least 1, or model be given, which knows it")
     if value < 1:
         raise ValueError(f"{name} is {value}, but must be at least 1")
 

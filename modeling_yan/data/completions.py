@@ -3,41 +3,72 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .collators import IGNORED, Batch, FlowCollator, Ids
+
+BROKEN = "\ufffd"  # what a decoder writes for half a character
 
 
 class CompletionCollator:
     """Rows as SFTTrainer prepares them -> the batches of `FlowCollator`: prompts are sources, completions targets.
 
     A row has `input_ids`, prompt and completion in one, and `labels`, -100 on the prompt and the ids on the
-    completion. The EOS that SFTTrainer puts behind a completion counts as its end. Without a prompt the source is a
-    single BOS. Sources and targets are cut as in `FlowCollator`.
+    completion. Of a chat with `assistant_only_loss` every turn of the assistant is a pair by itself, with all that
+    came before it as its source. A completion gets the tokens that its text has alone, as targets do everywhere, and
+    not those that it has behind a prompt without a space. The EOS that SFTTrainer puts behind a completion counts as
+    its end. Without a prompt the source is a single BOS. Sources and targets are cut as in `FlowCollator`.
 
     Args:
         tokenizer: The `processing_class` of the trainer.
-        max_source_length, canvas_length: Longest prompt, and longest completion with its EOS, in tokens.
+        max_source_length, canvas_length, model: As in `FlowCollator`.
+        allow_no_prompts: Whether a batch may have no prompt at all, which teaches to write out of nothing. A chat
+            without `assistant_only_loss` looks like that, too.
 
     Raises:
-        ValueError: A row has other keys (`packing` and datasets that were not prepared give such), or ignored tokens
-            in or behind its completion.
+        ValueError: A row has other keys (`packing` and datasets that were not prepared give such), or no label; or
+            no row of a batch has a prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_source_length: int, canvas_length: int):
-        self.eos_token_id = tokenizer.eos_token_id
-        self.pairs = FlowCollator(tokenizer, max_source_length=max_source_length, canvas_length=canvas_length)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_source_length: int | None = None,
+        canvas_length: int | None = None,
+        model: PreTrainedModel | None = None,
+        allow_no_prompts: bool = False,
+    ):
+        self.tokenizer, self.allow_no_prompts = tokenizer, allow_no_prompts
+        self.pairs = FlowCollator(tokenizer, max_source_length, canvas_length, model=model)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        return self.pairs([self._take_apart(row) for row in rows])
+        pairs = [pair for row in rows for pair in self._take_apart(row)]
+        if not (self.allow_no_prompts or any(pair["source"] for pair in pairs)):
+            raise ValueError(
+                "no row of the batch has a prompt: the labels are all of it. Set assistant_only_loss=True for chats, "
+                "give rows of prompt and completion, or learn texts out of nothing with allow_no_prompts=True of "
+                "CompletionCollator"
+            )
+        return self.pairs(pairs)
 
-    def _take_apart(self, row: Mapping[str, Any]) -> dict[str, Ids]:
+    def _take_apart(self, row: Mapping[str, Any]) -> list[dict[str, Ids]]:
+        """A pair for every run of labels."""
         if not {"input_ids", "labels"} <= row.keys() or len(row["input_ids"]) != len(row["labels"]):
             raise ValueError(f"a row has the keys {sorted(row)}, but input_ids and labels of one length are needed")
-        start = next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
-        target = list(row["labels"][start:])
-        if IGNORED in target:
-            raise ValueError(f"labels {row['labels']}: {IGNORED} is allowed only before the completion")
-        if target and target[-1] == self.eos_token_id:
-            target.pop()
-        return {"source": list(row["input_ids"][:start]), "target": target}
+        is_target = np.asarray(row["labels"]) != IGNORED
+        edges = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
+        if not len(edges):
+            raise ValueError(f"a row of {len(is_target)} tokens has no label: does max_length cut the completion off?")
+        ids = list(row["input_ids"])
+        return [
+            {"source": ids[:start], "target": self._target(ids[start:stop])} for start, stop in edges.reshape(-1, 2)
+        ]
+
+    def _target(self, ids: list[int]) -> list[int]:
+        """The tokens of the same text when it stands alone, without its EOS."""
+        ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+        text = self.tokenizer.decode(ids)
+        alone = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        is_same = BROKEN not in text and self.tokenizer.decode(alone) == text
+        return alone if is_same else ids

@@ -7,10 +7,17 @@ import torch
 
 
 def make_optimizer(arguments, model):
-    """AdamW without decay on biases, norms and embeddings, and the schedule of its learning rate."""
+    """AdamW, and the schedule of its learning rate.
+
+    Only the weights of linear layers and convolutions decay: not biases, norms and embeddings, and not what a Mamba
+    has as bare parameters, of which 0 means something else (the rate A = -exp(A_log) at which it forgets).
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_decayed = {name: parameter.dim() > 1 and id(parameter) not in embeddings for name, parameter in trained}
+    is_decayed = {
+        name: name.endswith("weight") and parameter.dim() > 1 and id(parameter) not in embeddings
+        for name, parameter in trained
+    }
     groups = [
         {"params": [p for name, p in trained if is_decayed[name]], "weight_decay": arguments.weight_decay},
         {"params": [p for name, p in trained if not is_decayed[name]], "weight_decay": 0.0},

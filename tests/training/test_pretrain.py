@@ -164,6 +164,20 @@ class TestLearning:
         assert all("embeddings" not in names[p] and "bias" not in names[p] and "norm" not in names[p] for p in decayed)
         assert id(model.flow.modulation.proj.weight) in decayed
 
+    def test_decay_leaves_what_is_no_weight_of_a_layer(self, arguments, make_model):
+        model = make_model()
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        optimizer, _ = make_optimizer(arguments(weight_decay=0.1, learning_rate=1e-3, warmup_steps=0), model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(10):
+            optimizer.step()
+        kinds = "A_log", ".D", "bias", "norm", "embeddings"
+        kept = {name for name in before if any(kind in name for kind in kinds)}
+        changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+        assert not changed & kept
+        assert any("in_proj" in name or "q_proj" in name for name in changed)
+
 
 class TestLoading:
     def test_stage_two_starts_from_stage_one(self, arguments, data, runs):
