@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -62,6 +63,20 @@ def merging() -> AbstractContextManager:
     return config.patch(post_grad_custom_pre_pass=config.post_grad_custom_pre_pass or _merging_pass())
 
 
+def is_bare(module: nn.Module, *types: type) -> bool:
+    """Whether it is of one of these types, and reading its weights does what calling it would do.
+
+    It does not if the module has an adapter, a quantized weight, or a hook, which may fetch the weight from a disk.
+    """
+    is_patched = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    return type(module) in types and not is_patched and type(module.weight) is nn.Parameter
+
+
+def _operator_name(name: str) -> str:
+    """A name that torch takes for an operator: it has to be ASCII, and a user's folder, part of it, need not be."""
+    return re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", name.replace(".", "_"), flags=re.ASCII)
+
+
 def opaque_operator(function: Callable, fake: Callable) -> Callable:
     """`function` as one operator of the compiled graph; `fake` gives empty tensors shaped like its results.
 
@@ -69,7 +84,7 @@ def opaque_operator(function: Callable, fake: Callable) -> Callable:
     operator is named after the module it is defined in: this code, loaded a second time from a checkpoint's folder,
     registers operators of its own.
     """
-    name = re.sub(r"\W", "_", f"{function.__module__}_{function.__name__}")
+    name = _operator_name(f"{function.__module__}_{function.__name__}")
     operator = torch.library.custom_op(f"yan::{name}", function, mutates_args=())
     operator.register_fake(fake)
     return operator

@@ -196,7 +196,9 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         if inputs is not None and input_ids is not None:
             raise ValueError("the prompt was given twice, as inputs and as input_ids")
         ids = inputs if inputs is not None else input_ids
-        ids = torch.empty(1, 0, dtype=torch.long, device=self.device) if ids is None else ids
+        if ids is None:  # of a model that is offloaded, the weights are on no device
+            device = getattr(getattr(self, "_hf_hook", None), "execution_device", self.device)
+            ids = torch.empty(1, 0, dtype=torch.long, device=device)
         if not torch.is_tensor(ids) or ids.dim() != 2 or ids.is_floating_point() or len(ids) == 0:
             found = f"{tuple(ids.shape)} of {ids.dtype}" if torch.is_tensor(ids) else type(ids).__name__
             raise ValueError(f"the prompt is {found}: must be a tensor of integers (B, S), B at least 1")

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compilation_yan import opaque_operator, uses_operators
+from .compilation_yan import is_bare, opaque_operator, uses_operators
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, silence
 
@@ -94,9 +94,7 @@ def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is nothing but a product: not a layer with an adapter or a hook, or with a quantized weight."""
-    is_linear = type(layer) in (nn.Linear, YanAlignedLinear, YanIdentityLinear)
-    is_patched = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
-    return is_linear and not is_patched and type(layer.weight) is nn.Parameter
+    return is_bare(layer, nn.Linear, YanAlignedLinear, YanIdentityLinear)
 
 
 def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .compilation_yan import is_exporting, opaque_operator, uses_operators
+from .compilation_yan import is_bare, is_exporting, opaque_operator, uses_operators
 from .scan_triton_yan import CHUNK_STEPS, triton, triton_scan, triton_scan_gradients
 
 try:
@@ -189,7 +189,7 @@ def _kernel_scan(x, dt, a_matrix, b, c):
 
 
 class YanMamba(nn.Module):
-    """One direction of a Mamba-1 mixer, with the parameter names of transformers' `MambaMixer`."""
+    """What one direction of a Mamba-1 mixer has around its scan, with the parameter names of transformers' `MambaMixer`."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,8 +221,14 @@ class YanMamba(nn.Module):
             init.zeros_(self.conv1d.bias)
         init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
 
-    def scan_inputs(self, hidden_states, padding_mask=None):
-        """From states (B, L, D): the arguments (x, dt, a_matrix, b, c) of one scan, and the output gate (B, L, E)."""
+    def forward(self, hidden_states, padding_mask=None):
+        """What comes before the scan, from states (B, L, D); `padding_mask` (B, L) is 0 on padding at either end.
+
+        Every weight is read in the call of its own module, here or in `output`: hooks fetch it for that alone.
+
+        Returns:
+            The arguments (x, dt, a_matrix, b, c) of one scan, its skip connection and its output gate, (B, L, E) both.
+        """
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         # Padding is silenced twice: the convolution reads its neighbours, and its bias revives it afterwards.
         x = silence(x, padding_mask)
@@ -231,7 +237,7 @@ class YanMamba(nn.Module):
         sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
         rank_states, b, c = self.x_proj(x).split(sizes, dim=-1)
         dt = F.softplus(self.dt_proj(rank_states))
-        return (x, dt, -torch.exp(self.A_log.float()), b, c), gate
+        return (x, dt, -torch.exp(self.A_log.float()), b, c), x * self.D.to(x.dtype), gate
 
     def _convolve(self, x):
         """The causal convolution of x (B, L, E).
@@ -240,7 +246,7 @@ class YanMamba(nn.Module):
         stands around. On a GPU without a compiler each copy would be a kernel of its own.
         """
         length = x.shape[1]
-        if type(self.conv1d) is not nn.Conv1d or (x.is_cuda and not uses_operators()):
+        if not is_bare(self.conv1d, nn.Conv1d) or (x.is_cuda and not uses_operators()):
             return self.conv1d(x.transpose(1, 2))[..., :length].transpose(1, 2)
         kernel = self.conv1d.weight.to(x.dtype).squeeze(1).t().contiguous()
         shifted = F.pad(x, (0, 0, len(kernel) - 1, 0))
@@ -249,15 +255,9 @@ class YanMamba(nn.Module):
             total = torch.addcmul(total, shifted[:, k : k + length], kernel[k])
         return total if self.conv1d.bias is None else total + self.conv1d.bias.to(x.dtype)
 
-    def output(self, x, y, gate):
-        """Skip connection, gate and projection: scan input x and output y (B, L, E) to (B, L, D)."""
-        return self.out_proj((y + x * self.D.to(x.dtype)) * F.silu(gate))
-
-    def forward(self, hidden_states, padding_mask=None):
-        """Causal mixing of `hidden_states` (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
-        inputs, gate = self.scan_inputs(hidden_states, padding_mask)
-        y = selective_scan(*(tensor.unsqueeze(0) for tensor in inputs))[0]
-        return self.output(inputs[0], y, gate)
+    def output(self, y, skip, gate):
+        """The scan's result y, with skip connection and gate (B, L, E), projected to (B, L, D)."""
+        return self.out_proj((y + skip) * F.silu(gate))
 
 
 def silence(states, padding_mask):
@@ -277,11 +277,9 @@ class YanBidirectionalMamba(nn.Module):
     def forward(self, hidden_states, padding_mask=None):
         """Mix `hidden_states` (B, L, D) both ways; `padding_mask` (B, L) is 0 on padding at either end."""
         reversed_mask = None if padding_mask is None else padding_mask.flip(1)
-        ahead, gate_ahead = self.forward_mamba.scan_inputs(hidden_states, padding_mask)
-        back, gate_back = self.backward_mamba.scan_inputs(hidden_states.flip(1), reversed_mask)
-        inputs = [torch.stack(pair) for pair in zip(ahead, back, strict=True)]
-        x, y = inputs[0], selective_scan(*inputs)
-        # x[0], not ahead[0]: inductor of torch 2.13 hands the memory of a stacked part on at the wrong offset.
-        out_ahead = self.forward_mamba.output(x[0], y[0], gate_ahead)
-        out_back = self.backward_mamba.output(x[1], y[1], gate_back).flip(1)
+        ahead, skip_ahead, gate_ahead = self.forward_mamba(hidden_states, padding_mask)
+        back, skip_back, gate_back = self.backward_mamba(hidden_states.flip(1), reversed_mask)
+        y = selective_scan(*(torch.stack(pair) for pair in zip(ahead, back, strict=True)))
+        out_ahead = self.forward_mamba.output(y[0], skip_ahead, gate_ahead)
+        out_back = self.backward_mamba.output(y[1], skip_back, gate_back).flip(1)
         return self.out_proj(torch.cat([out_ahead, out_back], dim=-1))

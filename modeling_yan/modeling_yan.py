@@ -514,15 +514,15 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             condition.draft = latents[:, : self.config.num_answer_slots]
         return condition
 
-    def _positions(self, canvas_length: int) -> torch.Tensor:
-        """Position embeddings (L, D) of a canvas."""
-        return self.model.embeddings.position_embeddings.weight[:canvas_length]
+    def _positions(self, canvas_length: int, device=None) -> torch.Tensor:
+        """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""
+        return self.model.embeddings.position_embeddings(torch.arange(canvas_length, device=device))
 
     def velocity_field(
         self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_numbers=None
     ) -> YanVelocity:
         """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
-        positions = self._positions(canvas_length)
+        positions = self._positions(canvas_length, condition.mean.device)
         return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_numbers)
 
     def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:

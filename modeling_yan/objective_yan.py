@@ -161,7 +161,7 @@ class YanObjectiveMixin:
         noise, time = self._draw_path(x_1, rows)
         x_0 = self.start(noise, condition)
         modulation = self.flow.modulation(time)
-        positions = self._positions(canvas.shape[1])
+        positions = self._positions(canvas.shape[1], canvas.device)
         x_t = interpolate(x_0, x_1, time)
         settled = self._draw_settled(canvas, num_flow_steps)
         seen = None if settled is None else settled.seen_at(time)

@@ -31,8 +31,10 @@ class YanTransitions(nn.Module):
         self.to_proj = YanZeroLinear(config.hidden_size, config.transition_rank, bias=False)
         self.gate = YanZeroLinear(config.hidden_size, config.transition_rank)
 
-    def forward(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+    def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
         """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
+
+        Not `forward`: a hook of that would move the embedding, of which only some rows are needed.
 
         Args:
             embedding: Of the tokens. candidates: Their ids. latents: (B, L, D), those that the canvas is read off.
@@ -46,7 +48,8 @@ class YanTransitions(nn.Module):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
             return projection(self.norm(self._constant(embedding(candidates))))
-        return select_rows(projection(self.norm(self._constant(embedding.weight))), candidates)
+        vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
+        return select_rows(projection(self.norm(self._constant(embedding(vocabulary)))), candidates)
 
     def _constant(self, tensor):
         return tensor.detach() if self.is_detached else tensor
@@ -63,7 +66,7 @@ class YanTransitions(nn.Module):
         candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
         others = logits.scatter(-1, candidates, IMPOSSIBLE).logsumexp(-1, keepdim=True)
         emissions = torch.cat([logits.gather(-1, candidates), others], dim=-1)
-        transitions = F.pad(self(embedding, candidates, latents), (0, 1, 0, 1))
+        transitions = F.pad(self.scores(embedding, candidates, latents), (0, 1, 0, 1))
         is_target = candidates == targets.unsqueeze(-1)
         is_other = ~is_target.any(-1)
         path = is_target.int().argmax(-1).masked_fill(is_other, self.num_candidates)
@@ -109,7 +112,7 @@ class YanTransitions(nn.Module):
     def _chain(self, embedding, logits, latents, eos):
         """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS."""
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
-        transitions, is_end = self(embedding, candidates, latents), None
+        transitions, is_end = self.scores(embedding, candidates, latents), None
         if eos:
             is_end = torch.stack([candidates == token for token in eos]).any(0)
             goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)

@@ -363,13 +363,16 @@ def test_the_operators_keep_the_rules_of_torch(operator, make_arguments):
 
 
 def test_code_that_is_loaded_again_leaves_the_first_operators_alone(monkeypatch):
-    name = "yan-copy.compilation_yan"  # as remote code: a module of its own, perhaps with a dash in its name
-    spec = importlib.util.spec_from_file_location(name, compilation_yan.__file__)
-    for _ in range(2):
-        copy = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, copy)
-        spec.loader.exec_module(copy)
+    copies = [compilation_yan]
+    # as remote code: a module of its own, named after a folder, whose name need not be one of Python's
+    for folder in ("yan-copy", "yan-copy", "Übung", "模型", "样本", "it's a copy"):
+        name = f"{folder}.compilation_yan"
+        spec = importlib.util.spec_from_file_location(name, compilation_yan.__file__)
+        copies.append(importlib.util.module_from_spec(spec))
+        monkeypatch.setitem(sys.modules, name, copies[-1])
+        spec.loader.exec_module(copies[-1])
     table, index = torch.randn(7, 5), torch.tensor([1, 6])
-    for function in (copy.select_rows, select_rows):
-        assert torch.equal(torch.compile(function, backend=TRACED, fullgraph=True)(table, index), table[index])
-    assert copy._select_operator._qualname != compilation_yan._select_operator._qualname
+    for copy in (copies[2], copies[-1], compilation_yan):
+        compiled = torch.compile(copy.select_rows, backend=TRACED, fullgraph=True)
+        assert torch.equal(compiled(table, index), table[index])
+    assert len({copy._select_operator._qualname for copy in copies}) == 6

@@ -16,7 +16,7 @@ from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, Ya
 
 PACKAGE = Path(modeling_yan.__file__).parent
 FLAT_MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-VARIANTS = ("attention", "mamba")
+FOLDERS = {"attention": "Übung", "mamba": "模型-2.0"}  # a user's folder becomes a part of the code's name
 AUTO_CLASSES = {
     AutoModel: YanModel,
     AutoModelForMaskedLM: YanForAutoencoding,
@@ -57,11 +57,11 @@ def outputs(path):
         }
 
 
-for variant in sys.argv[1:]:
-    config = AutoConfig.from_pretrained(variant, trust_remote_code=True)
-    first, again = outputs(variant), f"{variant}-again"
-    load(AutoModelForCausalLM, variant).save_pretrained(again)
-    results[variant] = {"config": config.to_dict(), "first": first, "again": outputs(again)}
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    first, again = outputs(folder), f"{folder}-again"
+    load(AutoModelForCausalLM, folder).save_pretrained(again)
+    results[folder] = {"config": config.to_dict(), "first": first, "again": outputs(again)}
 assert "modeling_yan" not in sys.modules
 torch.save(results, "results.pt")
 """
@@ -114,23 +114,24 @@ def elsewhere(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("elsewhere")
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1}
     sizes |= {"num_flow_layers": 1, "max_position_embeddings": 48, "canvas_length": 8, "initializer_range": 0.3}
-    for variant in VARIANTS:
+    for variant, folder in FOLDERS.items():
         torch.manual_seed(0)
         config = YanConfig(**sizes, encoder_mixer=variant, flow_mixer=variant)
-        YanForFlowGeneration(config).save_pretrained(root / variant)
+        YanForFlowGeneration(config).save_pretrained(root / folder)
     torch.save(torch.randint(4, 64, (3, 7)), root / "prompts.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *VARIANTS]
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *FOLDERS.values()]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return root
 
 
 def test_a_process_without_the_package_computes_the_same(elsewhere, variant):
-    result = torch.load(elsewhere / "results.pt")[variant]
-    assert fields(result["config"]) == fields(YanConfig.from_pretrained(elsewhere / variant).to_dict())
-    expected = outputs(elsewhere / variant, torch.load(elsewhere / "prompts.pt"))
+    folder = FOLDERS[variant]
+    result = torch.load(elsewhere / "results.pt")[folder]
+    assert fields(result["config"]) == fields(YanConfig.from_pretrained(elsewhere / folder).to_dict())
+    expected = outputs(elsewhere / folder, torch.load(elsewhere / "prompts.pt"))
     for loaded in ("first", "again"):
         assert result[loaded].keys() == expected.keys()
         for name, value in expected.items():
@@ -138,9 +139,9 @@ def test_a_process_without_the_package_computes_the_same(elsewhere, variant):
 
 
 def test_what_remote_code_saves_is_a_checkpoint_of_the_package(elsewhere, variant):
-    again = elsewhere / f"{variant}-again"
+    first, again = elsewhere / FOLDERS[variant], elsewhere / f"{FOLDERS[variant]}-again"
     assert {path.name for path in again.glob("*.py")} == FLAT_MODULES
-    assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (elsewhere / variant, again)))
+    assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (first, again)))
 
 
 def test_with_the_package_nothing_remote_is_trusted(folder, prompts):
@@ -191,6 +192,34 @@ def test_half_precision_weights_stay_as_they_are(model, prompts, tmp_path):
     assert torch.equal(loaded.generate(prompts), model.generate(prompts))
     full = YanForFlowGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     assert {parameter.dtype for parameter in full.parameters()} == {torch.float32}
+
+
+# in which every part takes part
+WHOLE = {
+    "expert_scope": "chain",
+    "train_expert_choice": "posterior",
+    "transition_rank": 4,
+    "transition_candidates": 64,
+}
+WHOLE |= {"start_point": "draft", "num_answer_slots": 8, "attention_conv_kernel": 3, "use_bias": True}
+
+
+@pytest.mark.parametrize("options", [WHOLE, {"self_conditioning": True}], ids=["all parts", "settled tokens"])
+@pytest.mark.parametrize("part", ["model", "all"])
+def test_weights_on_a_disk_are_read_in_the_call_of_their_own_module(make_model, prompts, tmp_path, part, options):
+    make_model(initializer_range=0.3, num_flow_steps=2, **options).save_pretrained(tmp_path)
+    plain = YanForFlowGeneration.from_pretrained(tmp_path)
+    places = {name: "disk" if part in (name, "all") else "cpu" for name, _ in plain.named_children()}
+    model = YanForFlowGeneration.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    if part != "all":
+        assert {weight.is_meta for weight in getattr(model, part).parameters()} == {True}
+    for write in (
+        lambda model: model.generate(prompts, max_new_tokens=20),
+        lambda model: model.generate(do_sample=True, seed=1, solver="heun", expert_choice="mixture"),
+        lambda model: model(prompts).logits,
+        lambda model: model(prompts, labels=prompts).loss,
+    ):
+        torch.testing.assert_close(write(model), write(plain), rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_in_shards(model, tmp_path):

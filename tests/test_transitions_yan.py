@@ -125,8 +125,10 @@ def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
     candidates = torch.randint(0, model.config.vocab_size, (4, 8, 5))
     assert candidates.numel() > model.config.vocab_size
     latents = torch.randn(4, 8, 32)
-    few = torch.cat([transitions(embedding, candidates[row, None, :2], latents[row, None, :2]) for row in range(4)])
-    torch.testing.assert_close(transitions(embedding, candidates, latents)[:, :1], few)
+    few = torch.cat(
+        [transitions.scores(embedding, candidates[row, None, :2], latents[row, None, :2]) for row in range(4)]
+    )
+    torch.testing.assert_close(transitions.scores(embedding, candidates, latents)[:, :1], few)
 
 
 def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_off(make_config, model):
