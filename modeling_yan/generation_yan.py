@@ -4,6 +4,7 @@ Letters of the shape comments: B prompts, R sequences per prompt, S prompt lengt
 K experts, N solver steps.
 """
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +17,15 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .checks_yan import (
+    check_device,
+    check_helpers,
+    check_mask,
+    check_options,
+    check_range,
+    check_tensor,
+    not_finite_weights,
+)
 from .compilation_yan import merging
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, extrapolate, hashed_normal, hashed_uniform, solve_flow
@@ -139,7 +149,7 @@ def _is_positive_int(value):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 _FIELD_RULES = (
@@ -154,10 +164,10 @@ _FIELD_RULES = (
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
     ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
-    ("seed", lambda value: isinstance(value, int), "an integer"),
+    ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("length_penalty", _is_number, "a number"),
-    ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("temperature", lambda value: _is_number(value) and 0 <= value < math.inf, "a finite number of at least 0"),
 )
 
 
@@ -266,7 +276,10 @@ class YanGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
+            TypeError: A generation config, streamer or generator that is none.
+            FloatingPointError: The model's numbers are not finite, so that there is no text to be read off.
         """
+        check_helpers(generation_config, streamer, generator)
         options, asked, given = self._options_of_call(generation_config, kwargs)
         seed = options.seed
         if seed is None:
@@ -291,6 +304,7 @@ class YanGenerationMixin(GenerationMixin):
             kept.append(num_kept)
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
+                self._check_written(tokens)
                 streamer.put(tokens.cpu())
             if written.shape[1] >= max_new_tokens or finished.all():
                 break
@@ -302,6 +316,7 @@ class YanGenerationMixin(GenerationMixin):
         sequences = torch.cat([before, written], dim=1)
         # the device is asked last, when nothing is left to launch
         sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
+        self._check_written(sequences)
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
     def adjust_generation_fn(self, *args, **kwargs):
@@ -356,12 +371,10 @@ class YanGenerationMixin(GenerationMixin):
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
+        check_options(options, self.config.vocab_size)
         self._check_length(options.canvas_length, "the canvas")
         self._check_num_sequences(options)
         self._check_fit(options)
-        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
-            allowed = f"[0, vocab_size={self.config.vocab_size})"
-            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
         if model_kwargs:
             raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
@@ -402,9 +415,8 @@ class YanGenerationMixin(GenerationMixin):
             raise ValueError("the prompt was given twice, as inputs and as input_ids")
         ids = inputs if inputs is not None else input_ids
         ids = torch.empty(1, 0, dtype=torch.long, device=self.device) if ids is None else ids
-        if not torch.is_tensor(ids) or ids.dim() != 2 or ids.is_floating_point() or len(ids) == 0:
-            found = f"{tuple(ids.shape)} of {ids.dtype}" if torch.is_tensor(ids) else type(ids).__name__
-            raise ValueError(f"the prompt is {found}: must be a tensor of integers (B, S), B at least 1")
+        check_tensor(ids, "the prompt", "a tensor of integers (B, S), int64 or int32, B at least 1", 2)
+        check_device(ids, "the prompt", self)
         if ids.shape[1] == 0:
             if options.bos_token_id is None:
                 raise ValueError("an empty prompt needs bos_token_id, which is None")
@@ -412,14 +424,14 @@ class YanGenerationMixin(GenerationMixin):
         if attention_mask is None:
             pad_token_id = options.pad_token_id
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
-        if attention_mask.shape != ids.shape:
-            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
+        check_mask(attention_mask, ids.shape)
+        check_device(attention_mask, "attention_mask", self)
         # on the host, where a check costs less than a launch
         host_mask, fewest, most = attention_mask.cpu(), ids.shape[1], ids.shape[1]
         if not host_mask.all():
             fewest, most = (int(number) for number in _count_valid(host_mask != 0))
         low, high = (int(number) for number in ids.cpu().aminmax())
-        self._check_range(low, high)
+        check_range(low, high, self.config.vocab_size)
         self._check_length(max(most, 1), "the prompt", self.config.num_answer_slots)
         if fewest > 0:
             return ids, *_left_align(ids, attention_mask, fewest, most)
@@ -484,18 +496,28 @@ class YanGenerationMixin(GenerationMixin):
     def read_off(self, latents, plan: CanvasPlan, token_numbers=None) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once.
 
-        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain.
+        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
+        or the logits no numbers, there is no likeliest token, and the id is -1.
         """
         eos, texts = plan.eos if plan.end_choice == "likeliest" else (), []
         for part in self._split_rows(latents):
             logits = self._allowed_logits(part, plan)
+            # a weight of the head that is NaN shows in every place, so one of them tells
+            is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
             if token_numbers is None:
-                texts.append(self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty))
+                text = self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty)
             else:
                 numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
                 options = numbers, eos, plan.temperature
-                texts.append(self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options))
+                text = self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options)
+            texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)
+
+    def _check_written(self, tokens):
+        """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
+        if tokens.numel() and int(tokens.min()) < 0:
+            found = not_finite_weights(self)
+            raise FloatingPointError(f"there is no text to be read off numbers that are not finite; {found}")
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
         """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
@@ -536,6 +558,7 @@ class YanGenerationMixin(GenerationMixin):
 
     def _extend_context(self, context, context_mask, tokens, options):
         """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
+        self._check_written(tokens)
         repeats = len(tokens) // len(context)
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.
