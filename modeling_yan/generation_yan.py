@@ -337,7 +337,8 @@ class YanGenerationMixin(GenerationMixin):
         keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
         call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
         is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
-        if not (is_simple and self._last_call and self._last_call[0] == call):
+        last = self._last_call  # once: another thread may replace it at any time
+        if not (is_simple and last and last[0] == call):
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
             asked = [kwargs, *(config.to_diff_dict() for config in configs)]
             _refuse_autoregressive_options(*asked)
@@ -345,7 +346,7 @@ class YanGenerationMixin(GenerationMixin):
             options = self._resolve_options(generation_config, kwargs)
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
         else:
-            _, options, asked = self._last_call
+            _, options, asked = last
         return options, asked, prompt
 
     def _resolve_options(self, generation_config, kwargs):
