@@ -3,6 +3,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -30,8 +31,30 @@ PROBABILITY_FIELDS = (
     "hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio expert_exploration"
 ).split()
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
+DEPTH_FIELDS = ("num_encoder_layers", "num_flow_layers", "num_decoder_layers", "num_experts")
+MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged file would keep it building for ever
+MOST = 2**31 - 1  # of everything that is counted
 
 
+def with_plain_errors(cls):
+    """Let a field of a wrong type raise a TypeError, which everyone expects, too."""
+    assign = cls.__setattr__
+
+    def __setattr__(self, name, value):
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise YanFieldTypeError(name, error.__cause__ or error) from error
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
+class YanFieldTypeError(StrictDataclassFieldValidationError, TypeError):
+    """A field of a config has a value of a type that it cannot have."""
+
+
+@with_plain_errors
 @strict
 class YanConfig(PreTrainedConfig):
     r"""Sizes, choices and loss weights of a YAN model.
@@ -97,6 +120,7 @@ class YanConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
+        TypeError: A field has a value of another type; the message names them, too.
     """
 
     model_type = "yan"
@@ -227,9 +251,11 @@ class YanConfig(PreTrainedConfig):
 
     def _check_ranges(self):
         for name in POSITIVE_FIELDS:
-            self._require(name, lambda value: value > 0 and math.isfinite(value), "greater than 0")
+            self._require(name, lambda value: 0 < value <= MOST, f"greater than 0 and at most {MOST}")
         for name in NON_NEGATIVE_FIELDS:
-            self._require(name, lambda value: value >= 0 and math.isfinite(value), "at least 0")
+            self._require(name, lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
+        for name in DEPTH_FIELDS:
+            self._require(name, lambda value: value <= MOST_PARTS, f"at most {MOST_PARTS}")
         for name in PROBABILITY_FIELDS:
             self._require(name, lambda value: 0 <= value < 1, "in [0, 1)")
         for name in TOKEN_ID_FIELDS:
@@ -247,14 +273,14 @@ class YanConfig(PreTrainedConfig):
             self._require("train_expert_choice", "posterior".__eq__, "'posterior' with expert_scope='chain'")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         self._require("num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
-        width = "None or greater than 0"
-        self._require("moe_intermediate_size", lambda value: value is None or value > 0, width)
+        width = f"None or greater than 0 and at most {MOST}"
+        self._require("moe_intermediate_size", lambda value: value is None or 0 < value <= MOST, width)
         slots = f"0 to below max_position_embeddings={self.max_position_embeddings}, and 0 without mask_token_id"
         most = self.max_position_embeddings if self.mask_token_id is not None else 1
         self._require("num_answer_slots", lambda value: 0 <= value < most, slots)
-        self._require("transition_rank", lambda value: value >= 0, "at least 0")
+        self._require("transition_rank", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
         odd = "0 or a positive odd number"
-        self._require("attention_conv_kernel", lambda value: value == 0 or (value > 0 and value % 2), odd)
+        self._require("attention_conv_kernel", lambda value: value == 0 or (0 < value <= MOST and value % 2), odd)
         layers, depth = self.cross_attention_layers, self.num_flow_layers
         if layers is not None and (not layers or len(set(layers)) < len(layers)):
             raise ValueError(f"cross_attention_layers={layers}: must be None or a non-empty list without repetition")
@@ -277,6 +303,8 @@ class YanConfig(PreTrainedConfig):
             self._require(name, lambda value: value >= least, steps)
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
         self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
+        floor = f"at most time_step_max={self.time_step_max}"
+        self._require("time_step_floor", lambda value: value <= self.time_step_max, floor)
         slowest = f"at least time_step_min={self.time_step_min}"
         self._require("time_step_max", lambda value: value >= self.time_step_min, slowest)
 

@@ -219,7 +219,7 @@ def solve_flow(
     Raises:
         ValueError: `num_steps` is not a positive integer or `solver` is unknown.
     """
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"num_flow_steps={num_steps!r}: must be an integer of at least 1")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}: must be one of {', '.join(SOLVERS)}")

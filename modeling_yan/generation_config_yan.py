@@ -1,10 +1,12 @@
 """Options of generation: what they are, what a model can honour of them, and what is refused."""
 
+import math
 from copy import deepcopy
 
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
+from .checks_yan import check_options
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS
 from .reading_yan import END_CHOICES
@@ -129,7 +131,7 @@ def _is_positive_int(value):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _are_strings(value):
@@ -149,10 +151,10 @@ _FIELD_RULES = (
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
     ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
-    ("seed", lambda value: isinstance(value, int), "an integer"),
+    ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("length_penalty", _is_number, "a number"),
-    ("temperature", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("temperature", lambda value: _is_number(value) and 0 <= value < math.inf, "a finite number of at least 0"),
     ("max_time", lambda value: _is_number(value) and value >= 0, "a number of seconds, at least 0"),
     ("stop_strings", lambda value: _are_strings(value), "a string or a list of strings, none of them empty"),
 )
@@ -173,7 +175,8 @@ class YanOptionsMixin:
         keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
         call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
         is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
-        if not (is_simple and self._last_call and self._last_call[0] == call):
+        last = self._last_call  # once: another thread may replace it at any time
+        if not (is_simple and last and last[0] == call):
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
             asked = [kwargs, *(config.to_diff_dict() for config in configs)]
             _refuse_other_options(*asked)
@@ -181,7 +184,7 @@ class YanOptionsMixin:
             options = self._resolve_options(generation_config, kwargs)
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
         else:
-            _, options, asked = self._last_call
+            _, options, asked = last
         return options, asked, prompt
 
     def _resolve_options(self, generation_config, kwargs):
@@ -207,12 +210,10 @@ class YanOptionsMixin:
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
+        check_options(options, self.config.vocab_size)
         self._check_length(options.canvas_length, "the canvas")
         self._check_num_sequences(options)
         self._check_fit(options)
-        if any(not 0 <= token < self.config.vocab_size for token in options.suppress_tokens or ()):
-            allowed = f"[0, vocab_size={self.config.vocab_size})"
-            raise ValueError(f"suppress_tokens={options.suppress_tokens}: must be in {allowed}")
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
         if model_kwargs:
             raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")

@@ -14,6 +14,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .checks_yan import (
+    check_device,
+    check_helpers,
+    check_mask,
+    check_range,
+    check_tensor,
+    not_finite_weights,
+)
 from .compilation_yan import merging
 from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
@@ -137,7 +145,10 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
 
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
+            TypeError: A generation config, streamer or generator that is none.
+            FloatingPointError: The model's numbers are not finite, so that there is no text to be read off.
         """
+        check_helpers(generation_config, streamer, generator)
         refuse_prompt_learning(getattr(self.prepare_inputs_for_generation, "__self__", self))  # PEFT puts its own here
         options, asked, given = self._options_of_call(generation_config, kwargs)
         deadline, criteria = Deadline(options.max_time), all_criteria(stopping_criteria, options, tokenizer)
@@ -164,6 +175,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             kept.append(num_kept)
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
+                self._check_written(tokens)
                 streamer.put(tokens.cpu())
             if written.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
                 break
@@ -175,6 +187,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         sequences = torch.cat([before, written], dim=1)
         # the device is asked last, when nothing is left to launch
         sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
+        self._check_written(sequences)
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -199,9 +212,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         if ids is None:  # of a model that is offloaded, the weights are on no device
             device = getattr(getattr(self, "_hf_hook", None), "execution_device", self.device)
             ids = torch.empty(1, 0, dtype=torch.long, device=device)
-        if not torch.is_tensor(ids) or ids.dim() != 2 or ids.is_floating_point() or len(ids) == 0:
-            found = f"{tuple(ids.shape)} of {ids.dtype}" if torch.is_tensor(ids) else type(ids).__name__
-            raise ValueError(f"the prompt is {found}: must be a tensor of integers (B, S), B at least 1")
+        check_tensor(ids, "the prompt", "a tensor of integers (B, S), int64 or int32, B at least 1", 2)
+        check_device(ids, "the prompt", self)
         if ids.shape[1] == 0:
             if options.bos_token_id is None:
                 raise ValueError("an empty prompt needs bos_token_id, which is None")
@@ -209,14 +221,14 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         if attention_mask is None:
             pad_token_id = options.pad_token_id
             attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
-        if attention_mask.shape != ids.shape:
-            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be {tuple(ids.shape)}")
+        check_mask(attention_mask, ids.shape)
+        check_device(attention_mask, "attention_mask", self)
         # on the host, where a check costs less than a launch
         host_mask, fewest, most = attention_mask.cpu(), ids.shape[1], ids.shape[1]
         if not host_mask.all():
             fewest, most = (int(number) for number in _count_valid(host_mask != 0))
         low, high = (int(number) for number in ids.cpu().aminmax())
-        self._check_range(low, high)
+        check_range(low, high, self.config.vocab_size)
         self._check_length(max(most, 1), "the prompt", self.config.num_answer_slots)
         if fewest > 0:
             return ids, *_left_align(ids, attention_mask, fewest, most)
@@ -282,18 +294,28 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     def read_off(self, latents, plan: CanvasPlan, token_numbers=None) -> torch.LongTensor:
         """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once.
 
-        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain.
+        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
+        or the logits no numbers, there is no likeliest token, and the id is -1.
         """
         eos, texts = plan.eos if plan.end_choice == "likeliest" else (), []
         for part in self._split_rows(latents):
             logits = self._allowed_logits(part, plan)
+            # a weight of the head that is NaN shows in every place, so one of them tells
+            is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
             if token_numbers is None:
-                texts.append(self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty))
+                text = self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty)
             else:
                 numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
                 options = numbers, eos, plan.temperature
-                texts.append(self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options))
+                text = self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options)
+            texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)
+
+    def _check_written(self, tokens):
+        """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
+        if tokens.numel() and int(tokens.min()) < 0:
+            found = not_finite_weights(self)
+            raise FloatingPointError(f"there is no text to be read off numbers that are not finite; {found}")
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
         """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
@@ -334,6 +356,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
 
     def _extend_context(self, context, context_mask, tokens, options):
         """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
+        self._check_written(tokens)
         repeats = len(tokens) // len(context)
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.

@@ -18,6 +18,16 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checks_yan import (
+    IGNORE_INDEX,
+    check_device,
+    check_embeddings,
+    check_ids,
+    check_labels,
+    check_mask,
+    check_positions,
+    is_integer,
+)
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
 from .filling_yan import YanFillingMixin
@@ -41,7 +51,6 @@ from .reading_yan import best_text
 from .trainer_yan import refuse_echo, token_output
 from .transitions_yan import YanTransitions
 
-IGNORE_INDEX = -100
 AUTO_MAP = {
     "AutoConfig": "configuration_yan.YanConfig",
     "AutoModel": "modeling_yan.YanModel",
@@ -154,7 +163,8 @@ class YanEmbeddings(nn.Module):
     def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        return self.dropout(inputs_embeds + self.position_embeddings(position_ids))
+        positions = self.position_embeddings(position_ids)
+        return self.dropout(inputs_embeds.to(positions.dtype) + positions)
 
 
 class YanPreTrainedModel(PreTrainedModel):
@@ -206,19 +216,27 @@ class YanPreTrainedModel(PreTrainedModel):
 
     def _check_length(self, length: int, name: str, num_slots: int = 0):
         longest = self.config.max_position_embeddings
-        if not 0 < length <= longest - num_slots:
+        if not (is_integer(length, 1) and length <= longest - num_slots):
             allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
             raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
 
-    def _check_ids(self, ids: torch.LongTensor):
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise ValueError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: must be integers (B, S)")
-        self._check_range(*torch.stack(ids.aminmax()).tolist())
-
-    def _check_range(self, low: int, high: int):
-        size = self.config.vocab_size
-        if low < 0 or high >= size:
-            raise ValueError(f"token ids from {low} to {high}: must be in [0, vocab_size={size})")
+    def _check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, num_slots: int = 0):
+        """Raise ValueError for a prompt that is none, before anything is computed."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            check_ids(input_ids, self.config)
+        else:
+            check_embeddings(inputs_embeds, self.config)
+        given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+        check_device(given, name, self)
+        shape = given.shape[:2]
+        self._check_length(shape[1], "the input", num_slots)
+        if attention_mask is not None:
+            check_mask(attention_mask, shape)
+            check_device(attention_mask, "attention_mask", self)
+        if position_ids is not None:
+            check_positions(position_ids, shape, self.config)
 
 
 class YanModel(YanPreTrainedModel):
@@ -259,15 +277,8 @@ class YanModel(YanPreTrainedModel):
         """
         if kwargs.get("past_key_values") is not None:
             raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        self._check_length(given.shape[1], "the input")
-        if attention_mask is not None and attention_mask.shape != given.shape[:2]:
-            shape, allowed = tuple(attention_mask.shape), tuple(given.shape[:2])
-            raise ValueError(f"attention_mask of shape {shape}: must be {allowed} as the input")
-        if given.device.type == "cpu" and input_ids is not None and not torch.compiler.is_compiling():
-            self._check_ids(input_ids)  # on an accelerator it would cost a synchronisation; generate checks there too
         if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if position_ids is None:
@@ -329,10 +340,9 @@ class YanForAutoencoding(YanPreTrainedModel):
         """
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         latents = outputs.last_hidden_state
+        labels = None if labels is None else check_labels(labels, self, len(latents))
         if labels is not None and labels.shape != latents.shape[:2]:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(latents.shape[:2])} as the input")
-        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0))
         logits = self.lm_head(self.decoder(self._add_noise(latents)))
         terms = {} if labels is None else self._loss_terms(logits, labels, latents, attention_mask)
         if labels is not None and num_items_in_batch is not None:
@@ -438,10 +448,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
                 fewer than one step.
         """
+        if self.config.num_answer_slots:  # without, the encoder looks
+            self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
         if labels is not None:
             refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
         prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
         outputs = self.model(**prompt, **kwargs)
+        labels = None if labels is None else check_labels(labels, self, len(outputs.last_hidden_state))
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")

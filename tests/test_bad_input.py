@@ -118,7 +118,7 @@ class TestPrompts:
             model.generate(prompts[:0])
 
     def test_a_list_instead_of_a_tensor(self, model, prompts):
-        with pytest.raises(ValueError, match="list: must be a tensor"):
+        with pytest.raises(ValueError, match=r"list .*must be a tensor"):
             model.generate(prompts.tolist())
 
     @pytest.mark.parametrize("shape", [(3, 5), (3, 7), (2, 6), (6,)])

@@ -4,14 +4,40 @@
 and in `state/` what Accelerate needs to go on: weights, optimizer, schedule, gradient scaler and random states.
 """
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ASIDE = ".unfinished-"  # what a killed save or a killed removal leaves behind
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def claim(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Make the folder, and have this process alone train into it. The system lets go when the process dies.
+
+    Raises:
+        OSError: It can't be written to, or another process is training into it.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK).open("a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{output_dir}: another process is training into this folder; wait for it, or choose another"
+            raise BlockingIOError(error.errno, message) from error
+        yield
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:

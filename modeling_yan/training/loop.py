@@ -29,7 +29,7 @@ from ..baselines import INPUTS
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
-from .checkpoints import list_checkpoints, remove_old, remove_unfinished, write_checkpoint
+from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .mixture import TaskMixture
 from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
@@ -51,10 +51,16 @@ def pretrain(arguments: PretrainingArguments) -> None:
     Raises:
         ValueError: Settings that do not fit the data, the tokenizer or the checkpoint to go on from.
         FileExistsError: `output_dir` holds the checkpoints of another run, and `resume` is off.
-        FloatingPointError: The loss is not finite. OSError: A checkpoint could not be written.
+        FloatingPointError: The loss is not finite.
+        OSError: A checkpoint could not be written; `output_dir` can't be, or another process is writing there.
     """
-    output_dir = Path(arguments.output_dir)
     accelerator = make_accelerator(arguments)
+    with claim(arguments.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        _pretrain(arguments, accelerator)
+
+
+def _pretrain(arguments, accelerator) -> None:
+    output_dir = Path(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, accelerator)
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
@@ -122,7 +128,6 @@ def find_checkpoint(arguments, accelerator) -> Path | None:
     """
     output_dir = Path(arguments.output_dir)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(output_dir)
     accelerator.wait_for_everyone()
     checkpoints = list_checkpoints(output_dir)

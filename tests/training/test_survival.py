@@ -1,6 +1,8 @@
 """Runs that are killed at any moment go on, and end bit for bit as a run that was never broken."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -98,6 +100,36 @@ class TestResuming:
         ((name, value),) = change.items()
         with pytest.raises(ValueError, match=rf"with {name}={value} \(was .*the batches would be others"):
             pretrain(replace(interrupted, resume=True, **change))
+
+
+class TestFolder:
+    def test_one_that_another_process_trains_into_is_refused(self, interrupted, fresh, runs, tmp_path):
+        fresh()
+        code = (
+            "import sys; from modeling_yan.training.checkpoints import claim\n"
+            "with claim(sys.argv[1]): print('claimed', flush=True); sys.stdin.read()"
+        )
+        words = [sys.executable, "-c", code, interrupted.output_dir]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"claimed\n"
+            with pytest.raises(OSError, match="another process is training into this folder"):
+                pretrain(replace(interrupted, resume=True))
+            other.kill()  # a process that is dead claims nothing
+        fresh()
+        pretrain(replace(interrupted, resume=True))
+        assert list_checkpoints(interrupted.output_dir)[-1].name == "checkpoint-6"
+
+    def test_one_that_cannot_be_written_to_is_refused_before_training(self, interrupted, monkeypatch, fresh):
+        fresh()
+        monkeypatch.setattr(Path, "open", refuse_to_write)  # the tests may run as root, who can write anywhere
+        with pytest.raises(PermissionError, match=interrupted.output_dir):
+            pretrain(replace(interrupted, resume=True))
+
+
+def refuse_to_write(path, mode="r", *args, **kwargs):
+    if set(mode) & set("wax"):
+        raise PermissionError(13, "Permission denied", str(path))
+    return open(path, mode, *args, **kwargs)
 
 
 class TestFullDisk:

@@ -1,0 +1,176 @@
+"""Checks of what a caller hands in. Every refusal names the argument, what was found, and what is allowed.
+
+Letters of the shape comments: B batch, S prompt length, D hidden size. Values are looked at on the CPU alone, because
+on an accelerator that would wait for the device; shapes and types everywhere.
+"""
+
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+IGNORE_INDEX = -100
+ID_TYPES = (torch.int64, torch.int32)
+SWITCHES = ("do_sample", "return_dict_in_generate", "return_prompt", "use_transitions", "compile_generation")
+LENGTHS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}  # and the least of each
+OPTION_IDS = ("pad_token_id", "bos_token_id")
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a few words: shape, type and device of a tensor, else its type and itself."""
+    if torch.is_tensor(value):
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        return f"a tensor {shape} of {value.dtype} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def check_tensor(value: Any, name: str, allowed: str, num_dims: int, types: tuple = ID_TYPES):
+    """Raise ValueError unless it is a plain tensor with these dimensions, none empty but the last of several."""
+    is_plain = torch.is_tensor(value) and not value.is_nested and value.layout == torch.strided
+    if not (is_plain and value.dtype in types and value.dim() == num_dims and value.shape[0] > 0):
+        raise ValueError(f"{name} is {describe(value)}: must be {allowed}")
+
+
+def check_device(value: torch.Tensor, name: str, model: torch.nn.Module):
+    """Raise ValueError for a tensor without values where the model has some."""
+    if value.is_meta and model.device.type != "meta":
+        raise ValueError(f"{name} is {describe(value)}: must be on {model.device}, as the model")
+
+
+def can_look_at(value: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at here: not on an accelerator, and not where code is traced."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(low: int, high: int, size: int, name: str = "token ids", field: str = "vocab_size"):
+    """Raise ValueError unless the ids from `low` to `high` are in [0, size)."""
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} from {low} to {high}: must be in [0, {field}={size})")
+
+
+def check_ids(ids: Any, config, name: str = "input_ids"):
+    """Raise ValueError unless these are token ids (B, S) of the config's vocabulary."""
+    check_tensor(ids, name, "a tensor of integers (B, S), int64 or int32, B at least 1", 2)
+    if can_look_at(ids) and ids.numel():
+        check_range(*torch.stack(ids.aminmax()).tolist(), config.vocab_size, f"{name}: token ids")
+
+
+def check_mask(mask: Any, shape: tuple[int, int]):
+    """Raise ValueError unless it is an attention mask (B, S) of this shape, of 1 and 0 or of True and False."""
+    allowed = f"a tensor {tuple(shape)} as the input, of 1 and 0"
+    if not torch.is_tensor(mask) or mask.is_complex() or mask.is_nested or tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"attention_mask is {describe(mask)}: must be {allowed}")
+    if mask.dtype != torch.bool and can_look_at(mask):
+        is_wrong = (mask != 0) & (mask != 1)
+        if is_wrong.any():
+            raise ValueError(f"attention_mask has the value {mask[is_wrong][0].item()}: must be {allowed}")
+
+
+def check_positions(position_ids: Any, shape: tuple[int, int], config):
+    """Raise ValueError unless these are places (B, S), or (1, S) for all rows, that the model has embeddings for."""
+    allowed = f"a tensor {tuple(shape)} or {(1, shape[1])} of integers"
+    check_tensor(position_ids, "position_ids", allowed, 2)
+    if position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
+        raise ValueError(f"position_ids is {describe(position_ids)}: must be {allowed}")
+    if can_look_at(position_ids):
+        bounds = torch.stack(position_ids.aminmax()).tolist()
+        check_range(*bounds, config.max_position_embeddings, "position_ids", "max_position_embeddings")
+
+
+def check_embeddings(inputs_embeds: Any, config):
+    """Raise ValueError unless these are embeddings (B, S, D) of the config's width."""
+    width, types = config.hidden_size, (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    allowed = f"a floating-point tensor (B, S, hidden_size={width}), B at least 1"
+    check_tensor(inputs_embeds, "inputs_embeds", allowed, 3, types)
+    if inputs_embeds.shape[2] != width:
+        raise ValueError(f"inputs_embeds is {describe(inputs_embeds)}: must be {allowed}")
+
+
+def check_labels(labels: Any, model: torch.nn.Module, num_rows: int) -> torch.LongTensor:
+    """The labels (B, L) as int64. Raise ValueError unless they are ids of the vocabulary or -100, for each row."""
+    check_tensor(labels, "labels", "a tensor of integers (B, L), int64 or int32, B at least 1", 2)
+    check_device(labels, "labels", model)
+    if len(labels) != num_rows:
+        raise ValueError(f"labels is {describe(labels)}: must have {num_rows} rows as the input")
+    if can_look_at(labels) and labels.numel():
+        low, high = torch.stack(labels.masked_fill(labels == IGNORE_INDEX, 0).aminmax()).tolist()
+        size = model.config.vocab_size
+        if low < 0 or high >= size:
+            allowed = f"[0, vocab_size={size}) or {IGNORE_INDEX}"
+            raise ValueError(f"labels from {low} to {high}: must be in {allowed}")
+    return labels.long()
+
+
+def is_integer(value: Any, least: int = 0) -> bool:
+    """Whether it is a whole number of at least `least`, and no truth value; symbols of `torch.export` are."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_helpers(generation_config, streamer, generator):
+    """Raise TypeError for an object that `generate` could not use, before anything is computed."""
+    for name, value, is_right, allowed in (
+        (
+            "generation_config",
+            generation_config,
+            isinstance(generation_config, GenerationConfig),
+            "a GenerationConfig",
+        ),
+        ("generator", generator, isinstance(generator, torch.Generator), "a torch.Generator"),
+        ("streamer", streamer, hasattr(streamer, "put") and hasattr(streamer, "end"), "a streamer with put and end"),
+    ):
+        if value is not None and not is_right:
+            raise TypeError(f"{name} is {describe(value)}: must be {allowed}")
+
+
+def check_options(options, vocab_size: int):
+    """Raise ValueError for a switch, a length or a token id of `generate` that is none."""
+    for name in SWITCHES:
+        _require(options, name, lambda value: isinstance(value, bool), "True or False")
+    for name, least in LENGTHS.items():
+        _require(options, name, lambda value, least=least: is_integer(value, least), f"an integer of at least {least}")
+    vocabulary = f"[0, vocab_size={vocab_size})"
+    for name in OPTION_IDS:
+        _require(options, name, lambda value: _is_id(value, vocab_size), f"an integer in {vocabulary}")
+    for name in ("eos_token_id", "suppress_tokens"):
+        _require(
+            options, name, lambda value: _are_ids(value, vocab_size), f"one or a list of integers in {vocabulary}"
+        )
+    forbidden = set(_as_list(options.suppress_tokens))
+    if options.min_new_tokens or options.min_length:
+        forbidden |= set(_as_list(options.eos_token_id))
+    if len(forbidden) == vocab_size:
+        raise ValueError(f"suppress_tokens={describe(options.suppress_tokens)}: must leave a token to write")
+
+
+def _require(options, name, is_allowed, allowed):
+    value = getattr(options, name, None)
+    if value is not None and not is_allowed(value):
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def _is_id(value, vocab_size):
+    value = value.tolist() if torch.is_tensor(value) else value  # transformers makes tensors of them, too
+    return is_integer(value) and value < vocab_size
+
+
+def _as_list(value) -> list:
+    value = value.tolist() if torch.is_tensor(value) else value
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _are_ids(value, vocab_size):
+    return all(_is_id(token, vocab_size) for token in _as_list(value))
+
+
+def not_finite_weights(model: torch.nn.Module) -> str:
+    """The names of the weights that hold NaN or infinity, for a message."""
+    names = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"weights with NaN or infinity: {', '.join(names[:3])}{more}" if names else "all weights are finite"
