@@ -251,7 +251,7 @@ class YanObjectiveMixin:
             embedding = self.model.embeddings.word_embeddings
             terms["transition_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
         loss = weighted_sum(self.config, terms)
-        self._keep_terms(terms)
+        self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": logits, "latents": draft}
 
     def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:

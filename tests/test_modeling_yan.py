@@ -226,7 +226,6 @@ def test_target_latents_are_regularised_only_where_the_encoder_learns_through_th
 
 def test_the_auto_regressive_shift_and_the_loss_scaling_of_the_trainer_are_declined():
     assert YanForFlowGeneration.accepts_loss_kwargs is False  # or Trainer takes the mean for a sum over the batches
-    assert YanForAutoencoding.accepts_loss_kwargs is False
 
 
 # --- labels
