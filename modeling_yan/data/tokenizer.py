@@ -20,6 +20,8 @@ PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"  # in the order of their 
 ROLES = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MASK}
 STAND_INS = {"bos_token": "cls_token", "eos_token": "sep_token"}
 MODEL_INPUTS = ["input_ids", "attention_mask"]
+# What was said, line by line: a model that was trained on plain prompts has no marks for who speaks.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n' }}{% endfor %}"
 NUM_BYTES = 256
 SPACE = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]  # how byte-level BPE spells " "
 
@@ -47,6 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         model_input_names=MODEL_INPUTS,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -55,6 +58,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
     A missing BOS or EOS becomes the CLS or the separator that the tokenizer has; what is still missing of `<pad>`,
     `<s>`, `</s>` and `<mask>` is added as a special token. Encoding then gives ids and attention mask, nothing else.
+    Messages of a chat become lines of a prompt, if the tokenizer has no template of its own.
 
     Returns:
         How many tokens the vocabulary gained; the model has to have room for them: see `fit_to_tokenizer`.
@@ -70,6 +74,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     }
     size = len(tokenizer)
     tokenizer.add_special_tokens(missing)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = list(MODEL_INPUTS)
     return len(tokenizer) - size
 

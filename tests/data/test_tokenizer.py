@@ -134,3 +134,15 @@ def test_a_table_without_text_is_refused(tmp_path):
     Dataset.from_list([{"words": "one"}]).to_parquet(str(tmp_path / "rows.parquet"))
     with pytest.raises(ValueError, match=r"rows\.parquet.*words"):
         list(read_texts(str(tmp_path / "rows.parquet")))
+
+
+def test_a_chat_becomes_a_plain_prompt(tmp_path):
+    tokenizer = train_tokenizer(["Where is the apple?"], 300)
+    messages = [{"role": "user", "content": "Anna took the apple."}, {"role": "user", "content": "Who has it?"}]
+    prompt = "Anna took the apple.\nWho has it?"
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template(messages, tokenize=False) == prompt
+    encoded = loaded.apply_chat_template(messages, return_dict=True)
+    assert encoded["input_ids"] == loaded(prompt)["input_ids"]
