@@ -1,6 +1,7 @@
 """Rows that teach a model plain prompts, as a person types them: the fourth round of docs/checkpoints.md.
 
-    python examples/experiments/plain_prompts.py --text_file text.jsonl.gz --tokenizer TOKENIZER --output pairs.jsonl.gz
+    python examples/experiments/plain_prompts.py --text_file text.jsonl.gz --tokenizer TOKENIZER \
+        --output pairs.jsonl.gz
 
 - stories: 45,000 in many wordings and 15,000 in the first one; an eighth of them begins with eight mask tokens, as
   prompts had to before a model had answer slots of its own;
