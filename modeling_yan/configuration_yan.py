@@ -51,7 +51,7 @@ class YanConfig(PreTrainedConfig):
         max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens.
         state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; `time_step_rank` is
             `ceil(hidden_size / 16)` if None.
-        time_step_min, time_step_max, time_step_floor, use_bias, use_conv_bias: As there, too.
+        time_step_min, time_step_max, time_step_floor, use_bias, use_conv_bias: As in `MambaConfig`.
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
@@ -94,7 +94,8 @@ class YanConfig(PreTrainedConfig):
         nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight: Weights of the loss terms, at
             least 0. Likelihood and squared error count per latent dimension, so that one set of weights serves every
             width.
-        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: The same.
+        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the gate's and
+            the latents' terms, at least 0.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
