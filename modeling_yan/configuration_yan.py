@@ -72,8 +72,9 @@ class YanConfig(PreTrainedConfig):
             lets a token know its neighbours, which attention to learned positions is slow to find.
         cross_attention_layers: Flow layers (0-based) that attend to the encoded prompt; all of them if None.
         max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens.
-        state_size, conv_kernel, expand, time_step_rank, time_step_min, time_step_max, time_step_floor, use_bias,
-        use_conv_bias: As in transformers' `MambaConfig`; `time_step_rank` is `ceil(hidden_size / 16)` if None.
+        state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; `time_step_rank` is
+            `ceil(hidden_size / 16)` if None.
+        time_step_min, time_step_max, time_step_floor, use_bias, use_conv_bias: As in `MambaConfig`.
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
@@ -114,9 +115,11 @@ class YanConfig(PreTrainedConfig):
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight, gate_entropy_weight,
-        gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the loss terms, at least 0.
-            Likelihood and squared error count per latent dimension, so that one set of weights serves every width.
+        nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight: Weights of the loss terms, at
+            least 0. Likelihood and squared error count per latent dimension, so that one set of weights serves every
+            width.
+        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the gate's and
+            the latents' terms, at least 0.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.

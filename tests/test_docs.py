@@ -1,0 +1,161 @@
+"""The pages of the documentation: their Python runs, their commands exist, their links lead somewhere.
+
+A ```python block runs unless the line before it is a comment that begins with `<!-- not run:`. A ```text block behind
+one holds what it prints.
+"""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+OLDER = ("results", "performance", "checkpoints", "differences", "log")  # records, which run for hours
+PAGES = [path for path in sorted(DOCS.glob("*.md")) + sorted(DOCS.glob("guides/*.md")) if path.stem not in OLDER]
+LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^(?P<note><!-- not run:.*?-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.M)
+MOST_LINES, MOST_WORDS = 150, 24
+
+
+class Block(NamedTuple):
+    """A fenced block of a page, and the number of its first line."""
+
+    language: str
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(match["language"], match["code"], text[: match.start("code")].count("\n"), match["note"] is None)
+        for match in FENCE.finditer(text)
+    ]
+
+
+def python_blocks(page: Path) -> list[tuple[Block, str | None]]:
+    """The blocks that run, each with what it has to print, if that stands behind it."""
+    end = Block("", "", 0, False)
+    return [
+        (block, after.code if after.language == "text" else None)
+        for block, after in pairwise([*blocks(page), end])
+        if block.language == "python" and block.runs
+    ]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder that looks like the repository's to a reader's code, and takes what it writes."""
+    for name in ("examples", "configuration"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page: Path):
+    """Run the blocks of a page one after the other, and hold what they print against the page."""
+    names = {"__name__": "__main__"}
+    for block, expected in python_blocks(page):
+        code = compile("\n" * block.line + block.code, str(page), "exec")  # errors name the page's own line
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        if expected is not None:
+            assert printed.getvalue() == expected, f"{page.name}, line {block.line}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs_and_prints_what_stands_there(page, workplace):
+    run_page(page)
+
+
+def test_a_page_that_is_wrong_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n```python\nprint(1 + 1)\n```\n```text\n3\n```\n")
+    with pytest.raises(AssertionError):
+        run_page(page)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in the ```bash blocks of a page."""
+    lines = "".join(block.code for block in blocks(page) if block.language == "bash").replace("\\\n", " ")
+    return [line.split() for line in lines.splitlines()]
+
+
+def scripts(words: list[str]) -> list[str]:
+    """The scripts and modules of this repository that a command runs."""
+    modules = [after for word, after in pairwise(words) if word == "-m" and after.startswith("modeling_yan")]
+    return [word for word in words if word.startswith("examples/") and word.endswith(".py")] + modules
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_files_of_a_command_exist(page):
+    named = [word for words in commands(page) for word in words if word.startswith(("examples/", "configuration/"))]
+    modules = [name for words in commands(page) for name in scripts(words) if not name.endswith(".py")]
+    named += [name.replace(".", "/") + ".py" for name in modules]
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
+
+
+SCRIPTS = sorted({script for page in PAGES for words in commands(page) for script in scripts(words)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_options_of_a_command_exist(script):
+    start = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *start, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for page in PAGES:
+        for words in commands(page):
+            if script in words:
+                given = {word for word in words[words.index(script) :] if word.startswith("--")}
+                assert {option for option in given if option not in shown} == set(), page.name
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site makes them."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in HEADING.findall(prose)]
+    return {re.sub(r"[-\s]+", "-", title) for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_links_of_a_page_lead_somewhere(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for link in LINK.findall(prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        folder = DOCS if page.is_relative_to(DOCS / "results") else page.parent  # parts of docs/results.md
+        target = (folder / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def sentences(page: Path) -> list[str]:
+    """The sentences of a page's prose, without code, tables and pictures."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    lines = [line for line in prose.splitlines() if not line.startswith(("|", "#", "!", ":::", "<!--", "    "))]
+    prose = LINK.sub("link", "\n".join(lines))
+    return re.split(r"[.!?:;](?:\s|\*|$)|\n\s*\n|\n[-\d]", prose)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short_and_so_are_its_sentences(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    assert re.search(r"^# .+\n\nAfter this (page|guide)", text), "a page begins with what the reader will have"
+    long = [sentence for sentence in sentences(page) if len(sentence.split()) > MOST_WORDS]
+    assert long == []
