@@ -388,7 +388,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             self.model.embeddings: not config.freeze_embeddings,
         }
         for part, is_trained in parts.items():
-            part.requires_grad_(is_trained)
+            for parameter in part.parameters():
+                if parameter.is_floating_point():  # a weight that is quantized to integers has no gradient
+                    parameter.requires_grad_(is_trained)
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
