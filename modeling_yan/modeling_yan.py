@@ -37,7 +37,7 @@ from .layers_yan import (
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .reading_yan import best_text
-from .trainer_yan import refuse_causal_batch, token_output
+from .trainer_yan import refuse_causal_batch, refuse_harness_likelihood, token_output
 from .transitions_yan import YanTransitions
 
 IGNORE_INDEX = -100
@@ -394,6 +394,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
+        if not torch.compiler.is_compiling():
+            refuse_harness_likelihood()
         if not fused_lm_head:
             return super().__call__(*args, **kwargs)
         refuse_causal_batch(kwargs.get("input_ids"), kwargs["labels"])
