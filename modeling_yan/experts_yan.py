@@ -280,8 +280,9 @@ class YanExperts(nn.Module):
             return sparse_heads(flat, groups.order, groups.sizes, *weights).view_as(states)
         tokens = select_rows(flat, groups.order)
         if weights is None:
-            parts = tokens.split(groups.sizes.tolist())
-            outputs = torch.cat([head(part) for head, part in zip(self.heads, parts, strict=True)])
+            parts = zip(self.heads, tokens.split(groups.sizes.tolist()), strict=True)
+            # quantized layers can't take nothing; in training, every head has to be part of the graph
+            outputs = torch.cat([head(part) for head, part in parts if len(part) or torch.is_grad_enabled()])
         else:
             product = static_grouped_linear if is_recordable else grouped_linear
             hidden = self.heads[0].act_fn(product(tokens, groups.sizes, *weights[:2]))

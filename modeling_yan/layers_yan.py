@@ -97,6 +97,12 @@ def is_plain(layer: nn.Module) -> bool:
     return is_bare(layer, nn.Linear, YanAlignedLinear, YanIdentityLinear)
 
 
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """What a linear layer computes in: the type of its weight or, where that is quantized to integers, of its bias."""
+    tensors = [tensor for tensor in (layer.weight, layer.bias) if torch.is_tensor(tensor)]  # methods in torch.ao
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
 def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:
     """Each layer's output for the same states (B, L, D).
 
@@ -292,7 +298,7 @@ class YanTimeEmbedding(nn.Module):
     def forward(self, times):
         angles = sinusoid_angles(1000.0 * times, self.num_frequencies, longest_period=10000.0)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return F.gelu(self.proj(features.to(self.proj.weight.dtype)))
+        return F.gelu(self.proj(features.to(dtype_of(self.proj))))
 
 
 def modulate(norm: nn.LayerNorm, states, shift, scale):

@@ -48,7 +48,7 @@ from .layers_yan import (
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .reading_yan import best_text
-from .trainer_yan import refuse_echo, token_output
+from .trainer_yan import refuse_echo, refuse_harness_likelihood, token_output
 from .transitions_yan import YanTransitions
 
 AUTO_MAP = {
@@ -409,10 +409,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             self.model.embeddings: not config.freeze_embeddings,
         }
         for part, is_trained in parts.items():
-            part.requires_grad_(is_trained)
+            for parameter in part.parameters():
+                if parameter.is_floating_point():  # a weight that is quantized to integers has no gradient
+                    parameter.requires_grad_(is_trained)
 
     def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
+        if not torch.compiler.is_compiling():
+            refuse_harness_likelihood()
         if not fused_lm_head:
             return super().__call__(*args, **kwargs)
         outputs = super().__call__(*args, **kwargs)

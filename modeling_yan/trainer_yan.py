@@ -1,8 +1,11 @@
 """What the trainers of transformers and TRL need of a YAN model: loss terms in their logs, scores of every token.
 
+And what is refused, because a client takes the model for a causal one.
+
 Letters of the shape comments: B batch, L width of the labels, V vocabulary.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -181,3 +184,19 @@ def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_i
         "the prompt without it. FlowCollator of modeling_yan.data makes such batches of rows with source and target, "
         "CompletionCollator for TRL's SFTTrainer; collators for causal models do not"
     )
+
+
+def refuse_harness_likelihood():
+    """Raise NotImplementedError if it is lm-evaluation-harness that asks, for the likelihood of a continuation.
+
+    It would take the logits of the canvas behind a text for the causal ones of the text itself, and get confident
+    numbers. Its tasks that generate are served.
+    """
+    frame = sys._getframe() if "lm_eval" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name == "_loglikelihood_tokens" and frame.f_globals["__name__"].startswith("lm_eval."):
+            raise NotImplementedError(
+                "output_type: must be generate_until for YAN in lm-evaluation-harness. Multiple choice, loglikelihood "
+                "and perplexity need the logits of a causal model, which YAN has not; see examples/lm_eval"
+            )
+        frame = frame.f_back

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from modeling_yan import YanForFlowGeneration
 
 pytest.importorskip("lm_eval")
 
@@ -21,6 +24,39 @@ def run(*words, home):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """The harness around a bundled model, which it asks in its own way how large a batch may be."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    options = {"batch_size": "auto", "max_batch_size": 4, "max_length": 96, "device": "cpu"}
+    return HFLM(pretrained=YanForFlowGeneration.from_pretrained(CHECKPOINT), tokenizer=tokenizer, **options)
+
+
+def requests(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
+
+
+QUESTION = "<mask>" * 8 + " Question: Where is the apple? Mary went to the kitchen. Mary took the apple."
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("loglikelihood", (QUESTION, " The apple is in the kitchen.")), ("loglikelihood_rolling", (QUESTION,))],
+)
+def test_what_needs_a_causal_model_is_refused(harness, kind, arguments):
+    with pytest.raises(NotImplementedError, match="output_type: must be generate_until"):
+        getattr(harness, kind)(requests(kind, arguments, arguments))
+
+
+def test_what_generates_is_served(harness):
+    options = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    assert harness.generate_until(requests("generate_until", (QUESTION, options))) == ["The apple is in the kitchen."]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Generation with fewer products: two linear layers that follow each other become one."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,4 +35,14 @@ def with_merged_projections(model):
     for module in model.modules():
         if isinstance(module, YanBidirectionalMamba):
             _merge_output(module)
+    return refuse_saving(model, "merged projections")
+
+
+def refuse_saving(model: nn.Module, what: str) -> nn.Module:
+    """The model itself, whose `save_pretrained` from now on raises NotImplementedError."""
+    model.save_pretrained = partial(_refuse, what)
     return model
+
+
+def _refuse(what, *args, **kwargs):
+    raise NotImplementedError(f"a model with {what} is no checkpoint: save the one that it was made from")

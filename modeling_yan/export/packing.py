@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from .merging import refuse_saving
+
 TYPICAL_TOKENS = 128  # of a product, for which the layout is chosen; any other number works
 
 
@@ -37,7 +39,7 @@ def with_packed_weights(model: nn.Module):
         is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if is_plain and "forward" not in vars(layer):
             _pack(layer)
-    return model
+    return refuse_saving(model, "packed weights")
 
 
 def _pack(layer: nn.Linear):

@@ -6,6 +6,8 @@ import warnings
 from torch import nn
 from torch.ao import quantization
 
+from .merging import refuse_saving
+
 PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")  # not the gate nor the time embedding
 EXACT = ("x_proj", "dt_proj", "out_proj")  # Mamba's step sizes, and outputs a hundred deviations from the mean
 
@@ -30,4 +32,5 @@ def with_int8_weights(model):
     layers = dict.fromkeys(chosen, quantization.default_dynamic_qconfig)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move to a package of its own
-        return quantization.quantize_dynamic(model, layers, inplace=True)
+        quantization.quantize_dynamic(model, layers, inplace=True)
+    return refuse_saving(model, "int8 weights")
