@@ -372,9 +372,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters."""
+        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters.
+
+        Where the folder is an adapter's, all of its base is frozen, and stays so.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freeze_switches()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not model._hf_peft_config_loaded:
+            model.apply_freeze_switches()
         return loaded
 
     def apply_freeze_switches(self):
