@@ -16,10 +16,10 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .compilation_yan import merging
+from .compilation_yan import is_exporting, merging
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS, extrapolate, hashed_normal, hashed_uniform, solve_flow
-from .layers_yan import count_positions
+from .layers_yan import count_positions, with_valid_first
 from .reading_yan import END_CHOICES, best_of_text_and_fill
 from .recording_yan import Recordings
 from .trainer_yan import open_options
@@ -560,6 +560,8 @@ def write_canvas(
         token_numbers: Uniform numbers (B R, L, C) to draw the chain of tokens with, or None for the best one.
         streamer: Gets drafts, if there is one.
     """
+    if is_exporting() and context_mask is not None:  # else they come aligned
+        context_mask, context = with_valid_first(context_mask, context)
     prompt = model.with_answer_slots(context, context_mask, count_positions(context, context_mask))
     context_mask = prompt["attention_mask"]
     latents = model.model(**prompt, return_dict=True).last_hidden_state

@@ -33,6 +33,9 @@ from .layers_yan import (
     YanZeroLinear,
     attention_mask_for,
     count_positions,
+    places_from_start,
+    select_places,
+    with_valid_first,
 )
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
@@ -93,9 +96,10 @@ class YanFlowOutput(ModelOutput):
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
-        logits: (B, L, V), L the width of the labels if there are any, else the canvas.
+        logits: (B, L, V) of the canvas; if there are labels, those of every label in its place, and where there is
+            none those of the fill behind the target.
         latents: The solved latents (B, L, D) that they are decoded from.
-        hidden_states, attentions: Of the encoded prompt, when asked for.
+        hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -421,8 +425,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         not settled on the way, as `generate` does for a model with `self_conditioning`.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
-            labels: (B, L) target ids; -100 marks what is no target, on either side. The target is moved to the
+            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`; its padding may be
+                anywhere.
+            labels: (B, L) target ids; -100 marks what is no target, wherever it stands. The target is moved to the
                 start of the canvas and followed by EOS up to its end, and the fill is trained on.
             canvas_length: Width of the canvas, `config.canvas_length` if None.
             num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
@@ -431,7 +436,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         Raises:
             ValueError: Labels wider than the canvas, a canvas beyond the positions, or fewer than one step.
         """
-        prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
+        prompt = input_ids, attention_mask, position_ids, inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and given is not None and attention_mask.shape == given.shape[:2]:
+            # with padding between the slots and the prompt, or within it, tokens would not know their neighbours
+            attention_mask, *others = with_valid_first(attention_mask, input_ids, position_ids, inputs_embeds)
+            prompt = others[0], attention_mask, *others[1:]
+        prompt = self.with_answer_slots(*prompt)
         outputs = self.model(**prompt, **kwargs)
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
@@ -449,7 +460,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
             terms = self._objective(canvas, condition, num_flow_steps)
-            terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
+            places = places_from_start(labels != IGNORE_INDEX)
+            terms |= {name: select_places(terms[name], places) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:

@@ -1,5 +1,7 @@
 """transformers' own Trainer and Seq2SeqTrainer train and evaluate the models as they are."""
 
+import copy
+
 import pytest
 import torch
 from torch import distributed, multiprocessing
@@ -116,6 +118,18 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
     assert isinstance(predictions.predictions, type(predictions.label_ids))
     torch.testing.assert_close(torch.tensor(predictions.predictions), expected.logits, atol=1e-5, rtol=1e-5)
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+def test_predictions_stand_where_the_labels_stand(model, tokenizer, rows, tmp_path):
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_eval_batch_size=7)
+    results = []
+    for padding_side in ("right", "left"):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = padding_side
+        trainer.data_collator = DataCollatorForSeq2Seq(tokenizer)
+        logits, labels = map(torch.tensor, trainer.predict(rows[:7])[:2])
+        results.append(logits[labels != -100])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
 def recombined(config, terms) -> float:
