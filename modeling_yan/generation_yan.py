@@ -22,10 +22,10 @@ from .checks_yan import (
     check_tensor,
     not_finite_weights,
 )
-from .compilation_yan import merging
+from .compilation_yan import is_exporting, merging
 from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
-from .layers_yan import count_positions
+from .layers_yan import count_positions, with_valid_first
 from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
@@ -379,6 +379,8 @@ def write_canvas(
         token_numbers: Uniform numbers (B R, L, C) to draw the chain of tokens with, or None for the best one.
         streamer: Gets drafts, if there is one.
     """
+    if is_exporting() and context_mask is not None:  # else they come aligned
+        context_mask, context = with_valid_first(context_mask, context)
     prompt = model.with_answer_slots(context, context_mask, count_positions(context, context_mask))
     context_mask = prompt["attention_mask"]
     latents = model.model(**prompt, return_dict=True).last_hidden_state

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compilation_yan import is_bare, opaque_operator, uses_operators
+from .compilation_yan import is_bare, opaque_operator, select_rows, uses_operators
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, silence
 
@@ -53,6 +53,33 @@ def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None 
     if attention_mask is None:
         return torch.arange(sequence.shape[1], device=sequence.device).unsqueeze(0)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def places_from_start(valid: torch.Tensor) -> torch.LongTensor:
+    """Where each place (B, L) of a row goes if the valid ones are moved to the start, in order, the others behind."""
+    valid = valid.bool()
+    behind = valid.sum(1, keepdim=True) + (~valid).cumsum(1)
+    return torch.where(valid, valid.cumsum(1), behind) - 1
+
+
+def select_places(states: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:
+    """The states (B, W, D) at the given places (B, W) of states (B, L, D)."""
+    first = states.shape[1] * torch.arange(len(states), device=states.device).unsqueeze(1)
+    return select_rows(states.flatten(0, 1), first + places)
+
+
+def with_valid_first(attention_mask: torch.Tensor, *sequences: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The mask (B, S) and sequences (B or 1, S, ...), if there, with every row's valid tokens moved to its start."""
+    places = places_from_start(attention_mask)
+
+    def move(sequence):
+        if sequence is None:
+            return None
+        sequence = sequence.expand(len(places), *sequence.shape[1:])
+        index = places.view(*places.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
+        return sequence.new_empty(sequence.shape).scatter(1, index, sequence)
+
+    return [move(sequence) for sequence in (attention_mask, *sequences)]
 
 
 def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:

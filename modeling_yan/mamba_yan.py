@@ -189,7 +189,7 @@ def _kernel_scan(x, dt, a_matrix, b, c):
 
 
 class YanMamba(nn.Module):
-    """What one direction of a Mamba-1 mixer has around its scan; parameters are named as in `MambaMixer`."""
+    """One direction of a Mamba-1 mixer but for its scan, with the parameter names of transformers' `MambaMixer`."""
 
     def __init__(self, config):
         super().__init__()

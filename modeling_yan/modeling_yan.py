@@ -44,6 +44,9 @@ from .layers_yan import (
     YanZeroLinear,
     attention_mask_for,
     count_positions,
+    places_from_start,
+    select_places,
+    with_valid_first,
 )
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
@@ -104,9 +107,10 @@ class YanFlowOutput(ModelOutput):
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
-        logits: (B, L, V), L the width of the labels if there are any, else the canvas.
+        logits: (B, L, V) of the canvas; if there are labels, those of every label in its place, and where there is
+            none those of the fill behind the target.
         latents: The solved latents (B, L, D) that they are decoded from.
-        hidden_states, attentions: Of the encoded prompt, when asked for.
+        hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -393,9 +397,14 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters."""
+        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters.
+
+        Where the folder is an adapter's, all of its base is frozen, and stays so.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).apply_freeze_switches()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not model._hf_peft_config_loaded:
+            model.apply_freeze_switches()
         return loaded
 
     def apply_freeze_switches(self):
@@ -441,8 +450,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         `generate` does for a model with `self_conditioning`.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`.
-            labels: (B, L) target ids; -100 marks what is no target, on either side. The target is moved to the
+            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`; its padding may be
+                anywhere.
+            labels: (B, L) target ids; -100 marks what is no target, wherever it stands. The target is moved to the
                 start of the canvas and followed by EOS up to its end, and the fill is trained on.
             canvas_length: Width of the canvas, `config.canvas_length` if None.
             num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
@@ -456,7 +466,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
         if labels is not None:
             refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
-        prompt = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
+        prompt = input_ids, attention_mask, position_ids, inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and given is not None and attention_mask.shape == given.shape[:2]:
+            # with padding between the slots and the prompt, or within it, tokens would not know their neighbours
+            attention_mask, *others = with_valid_first(attention_mask, input_ids, position_ids, inputs_embeds)
+            prompt = others[0], attention_mask, *others[1:]
+        prompt = self.with_answer_slots(*prompt)
         outputs = self.model(**prompt, **kwargs)
         labels = None if labels is None else check_labels(labels, self, len(outputs.last_hidden_state))
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
@@ -476,7 +492,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             canvas = self.labels_to_canvas(labels, canvas_length)
             rows = self._number_rows(canvas, prompt["input_ids"], attention_mask)
             terms = self._objective(canvas, condition, num_flow_steps, rows)
-            terms |= {name: terms[name][:, : labels.shape[1]] for name in ("logits", "latents")}
+            places = places_from_start(labels != IGNORE_INDEX)
+            terms |= {name: select_places(terms[name], places) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:

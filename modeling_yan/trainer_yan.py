@@ -139,7 +139,7 @@ class YanTokenOutput(ModelOutput):
         loss: The objective.
         log_probs: Minus the objective at every target token, so that minus their mean is the objective.
         entropy: Entropy of the decoded tokens, nats. is_top1: Whether a decoded token is the target.
-        label_mask: Where the targets are; they begin at the left. All others are 0 elsewhere.
+        label_mask: Where the targets are. All others are 0 elsewhere.
     """
 
     loss: torch.Tensor | None = None
@@ -150,16 +150,14 @@ class YanTokenOutput(ModelOutput):
 
 
 def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTensor) -> YanTokenOutput:
-    """Scores of the decoded tokens, logits (B, L, V), against labels (B, L) with -100 on either side."""
-    order = (labels == -100).long().argsort(dim=1, stable=True)
-    targets = labels.gather(1, order)
-    mask = targets != -100
+    """Scores of the decoded tokens, logits (B, L, V), against the labels (B, L) in their places."""
+    mask = labels != -100
     log_probs = logits.detach().float().log_softmax(-1)
     return YanTokenOutput(
         loss=loss,
         log_probs=-loss * mask,
         entropy=-(log_probs.exp() * log_probs).sum(-1) * mask,
-        is_top1=(log_probs.argmax(-1) == targets) & mask,
+        is_top1=(log_probs.argmax(-1) == labels) & mask,
         label_mask=mask,
     )
 

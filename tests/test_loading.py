@@ -16,6 +16,7 @@ from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, Ya
 
 PACKAGE = Path(modeling_yan.__file__).parent
 FLAT_MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+BUNDLED = sorted((PACKAGE.parent / "examples/checkpoints").iterdir())
 FOLDERS = {"attention": "Übung", "mamba": "模型-2.0"}  # a user's folder becomes a part of the code's name
 AUTO_CLASSES = {
     AutoModel: YanModel,
@@ -62,6 +63,8 @@ for folder in sys.argv[1:]:
     first, again = outputs(folder), f"{folder}-again"
     load(AutoModelForCausalLM, folder).save_pretrained(again)
     results[folder] = {"config": config.to_dict(), "first": first, "again": outputs(again)}
+for folder in Path("bundled.txt").read_text().splitlines():
+    results[folder] = load(AutoModelForCausalLM, folder).generate(prompts)
 assert "modeling_yan" not in sys.modules
 torch.save(results, "results.pt")
 """
@@ -119,6 +122,7 @@ def elsewhere(tmp_path_factory) -> Path:
         config = YanConfig(**sizes, encoder_mixer=variant, flow_mixer=variant)
         YanForFlowGeneration(config).save_pretrained(root / folder)
     torch.save(torch.randint(4, 64, (3, 7)), root / "prompts.pt")
+    (root / "bundled.txt").write_text("\n".join(map(str, BUNDLED)))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *FOLDERS.values()]
@@ -142,6 +146,17 @@ def test_what_remote_code_saves_is_a_checkpoint_of_the_package(elsewhere, varian
     first, again = elsewhere / FOLDERS[variant], elsewhere / f"{FOLDERS[variant]}-again"
     assert {path.name for path in again.glob("*.py")} == FLAT_MODULES
     assert same_weights(*(YanForFlowGeneration.from_pretrained(path) for path in (first, again)))
+
+
+@pytest.mark.parametrize("checkpoint", BUNDLED, ids=lambda path: path.name)
+def test_a_bundled_checkpoint_carries_the_code_of_the_package(elsewhere, checkpoint):
+    """By links to it: `ln -s ../../../modeling_yan/NAME_yan.py` in the folder, for every module of the model."""
+    for name in FLAT_MODULES:
+        assert (checkpoint / name).read_text() == (PACKAGE / name).read_text()
+    assert {path.name for path in checkpoint.glob("*.py")} == FLAT_MODULES
+    prompts = torch.load(elsewhere / "prompts.pt")
+    expected = YanForFlowGeneration.from_pretrained(checkpoint).generate(prompts)
+    assert torch.equal(torch.load(elsewhere / "results.pt")[str(checkpoint)], expected)
 
 
 def test_with_the_package_nothing_remote_is_trusted(folder, prompts):

@@ -95,6 +95,7 @@ def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batc
         peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval(),
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval(),
     ):
+        assert [name for name, weight in loaded.named_parameters() if weight.requires_grad] == []
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)  # memory alignment
         assert torch.equal(loaded.generate(**batch), tokens)
 

@@ -137,6 +137,18 @@ def test_evaluation_gives_one_number_whatever_the_batch(make_model, tokenizer, r
     assert len(alone) == len(rows)
 
 
+def test_predictions_stand_where_the_labels_stand(model, tokenizer, rows, tmp_path):
+    trainer, _ = make_trainer(Trainer, model, tokenizer, rows, tmp_path, per_device_eval_batch_size=7)
+    results = []
+    for padding_side in ("right", "left"):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = padding_side
+        trainer.data_collator = DataCollatorForSeq2Seq(tokenizer)
+        logits, labels = map(torch.tensor, trainer.predict(rows[:7])[:2])
+        results.append(logits[labels != -100])
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
 def recombined(config, terms) -> float:
     """The objective from its logged terms."""
     weighted = sum(getattr(config, f"{name}_weight") * terms[f"{name}_loss"] for name in ("mse", "ce", "load_balance"))

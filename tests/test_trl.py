@@ -124,15 +124,15 @@ def test_sft_trains_a_lora_adapter(model, tokenizer, tmp_path):
 
 def test_token_scores_follow_the_targets_wherever_their_padding_is():
     loss = torch.tensor(1.5)
-    logits = torch.zeros(2, 3, 4)
-    logits[:, 0, 3] = 100.0  # the first token is certain, the others are uniform over four
-    for labels in ([[3, 1, -100], [2, -100, -100]], [[-100, 3, 1], [-100, -100, 2]]):
+    for labels, first in (([[3, 1, -100], [2, -100, -100]], [0, 0]), ([[-100, 3, 1], [-100, -100, 2]], [1, 2])):
+        logits, mask = torch.zeros(2, 3, 4), torch.tensor(labels) != -100
+        logits[range(2), first, 3] = 100.0  # the first token is certain, the others are uniform over four
         scores = token_output(loss, logits, torch.tensor(labels))
-        assert scores.label_mask.tolist() == [[True, True, False], [True, False, False]]
-        assert scores.is_top1.tolist() == [[True, False, False], [False, False, False]]
+        assert torch.equal(scores.label_mask, mask)
+        assert scores.is_top1[mask].tolist() == [True, False, False]
         assert (-scores.log_probs.sum() / scores.label_mask.sum()).item() == pytest.approx(1.5)
-        expected = [[0.0, 1.3863, 0.0], [0.0, 0.0, 0.0]]
-        torch.testing.assert_close(scores.entropy, torch.tensor(expected), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores.entropy[mask], torch.tensor([0.0, 1.3863, 0.0]), atol=1e-4, rtol=0)
+        assert not scores.entropy[~mask].any()
 
 
 @pytest.mark.parametrize(

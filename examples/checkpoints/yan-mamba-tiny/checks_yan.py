@@ -1,0 +1,1 @@
+../../../modeling_yan/checks_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/compilation_yan.py

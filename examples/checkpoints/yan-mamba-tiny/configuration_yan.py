@@ -1,0 +1,1 @@
+../../../modeling_yan/configuration_yan.py

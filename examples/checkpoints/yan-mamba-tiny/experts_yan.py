@@ -1,0 +1,1 @@
+../../../modeling_yan/experts_yan.py

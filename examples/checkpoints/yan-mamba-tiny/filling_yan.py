@@ -1,0 +1,1 @@
+../../../modeling_yan/filling_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/flow_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/generation_yan.py

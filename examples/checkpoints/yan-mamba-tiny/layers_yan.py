@@ -1,0 +1,1 @@
+../../../modeling_yan/layers_yan.py

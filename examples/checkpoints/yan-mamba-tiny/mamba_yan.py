@@ -1,0 +1,1 @@
+../../../modeling_yan/mamba_yan.py

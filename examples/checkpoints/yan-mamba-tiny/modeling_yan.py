@@ -1,0 +1,1 @@
+../../../modeling_yan/modeling_yan.py

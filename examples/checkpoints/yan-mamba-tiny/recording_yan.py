@@ -1,0 +1,1 @@
+../../../modeling_yan/recording_yan.py

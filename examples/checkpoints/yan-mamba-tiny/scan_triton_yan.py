@@ -1,0 +1,1 @@
+../../../modeling_yan/scan_triton_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/stopping_yan.py

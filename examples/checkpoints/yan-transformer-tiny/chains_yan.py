@@ -1,0 +1,1 @@
+../../../modeling_yan/chains_yan.py

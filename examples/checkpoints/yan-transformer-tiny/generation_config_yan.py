@@ -1,0 +1,1 @@
+../../../modeling_yan/generation_config_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/reading_yan.py

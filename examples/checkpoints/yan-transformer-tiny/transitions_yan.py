@@ -1,0 +1,1 @@
+../../../modeling_yan/transitions_yan.py
