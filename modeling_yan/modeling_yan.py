@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -195,6 +196,14 @@ class YanPreTrainedModel(PreTrainedModel):
             module.reset_identity()
         elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        """As in transformers, but a damaged file of weights raises an OSError that names the folder."""
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{name}: the file of weights is cut off or damaged ({error})") from error
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and this code; every class of the family can be loaded from the folder."""

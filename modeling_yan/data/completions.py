@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .collators import IGNORED, Batch, FlowCollator, Ids
+from .collators import IGNORED, Batch, FlowCollator, Ids, check_rows
 
 
 class CompletionCollator:
@@ -29,6 +29,7 @@ class CompletionCollator:
         self.pairs = FlowCollator(tokenizer, max_source_length=max_source_length, canvas_length=canvas_length)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        check_rows(rows)
         return self.pairs([self._take_apart(row) for row in rows])
 
     def _take_apart(self, row: Mapping[str, Any]) -> dict[str, Ids]:
