@@ -159,10 +159,10 @@ _FIELD_RULES = (
         "an integer of at least 0",
     ),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
-    ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
-    ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
+    ("solver", lambda value: value in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
+    ("expert_choice", lambda value: value in tuple(EXPERT_CHOICES), f"one of {', '.join(EXPERT_CHOICES)}"),
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
-    ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
+    ("end_choice", lambda value: value in tuple(END_CHOICES), f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
@@ -351,6 +351,7 @@ class YanGenerationMixin(GenerationMixin):
 
     def _resolve_options(self, generation_config, kwargs):
         """Keyword, then passed config, then the model's config, then the defaults."""
+        check_options(kwargs, self.config.vocab_size)  # transformers would not say which one it can't compare
         num_sequences = kwargs.get("num_return_sequences")
         # transformers would refuse several that are neither sampled nor beams
         others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
@@ -372,7 +373,7 @@ class YanGenerationMixin(GenerationMixin):
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
-        check_options(options, self.config.vocab_size)
+        check_options(vars(options), self.config.vocab_size)
         self._check_length(options.canvas_length, "the canvas")
         self._check_num_sequences(options)
         self._check_fit(options)
@@ -517,8 +518,8 @@ class YanGenerationMixin(GenerationMixin):
     def _check_written(self, tokens):
         """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
-            found = not_finite_weights(self)
-            raise FloatingPointError(f"there is no text to be read off numbers that are not finite; {found}")
+            found = not_finite_weights(self) or "all weights are finite"
+            raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
         """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
@@ -613,7 +614,8 @@ def write_canvas(
             velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
-    tokens = model.read_off(x_1, plan, token_numbers)
+    # a gate that is NaN still chooses an expert
+    tokens = model.read_off(x_1, plan, token_numbers).masked_fill(velocity.log_gate.isnan().any(-1), -1)
     if not plan.keep_path:
         return Canvas(tokens, velocity.num_trunk_passes)
     how = {"trajectory": torch.stack(path, 1), "experts": velocity.experts, "gate": velocity.log_gate.exp()}

@@ -41,7 +41,7 @@ def config_cases():
                 yield pytest.param(name, value, id=f"config-{name}-{kind}")
 
 
-@pytest.mark.parametrize(("name", "value"), config_cases())
+@pytest.mark.parametrize(("name", "value"), list(config_cases()))
 def test_config(name, value):
     small = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_attention_heads": 4}
     with pytest.raises(ERRORS, match=name):
@@ -150,7 +150,7 @@ def forward_cases():
             yield pytest.param("flow", argument, value, id=f"forward-flow-{argument}-{kind}")
 
 
-@pytest.mark.parametrize(("name", "argument", "value"), forward_cases())
+@pytest.mark.parametrize(("name", "argument", "value"), list(forward_cases()))
 def test_forward(models, name, argument, value):
     given = {argument: value} if argument in ("input_ids", "inputs_embeds") else {"input_ids": IDS, argument: value}
     words = {"input_ids": "input_ids|the input|token", "canvas_length": "canvas", "inputs_embeds": "embeds|the input"}
@@ -167,30 +167,30 @@ def test_generate_is_as_strict(models, kind):
 
 
 OPTIONS = {
-    **dict.fromkeys(("do_sample", "return_dict_in_generate", "return_prompt", "use_transitions"), {"one": 1}),
-    **dict.fromkeys(("max_new_tokens", "max_length"), {"zero": 0, "true": True, "fraction": 2.5}),
-    **dict.fromkeys(("min_new_tokens", "min_length", "seed"), {"true": True, "fraction": 2.5}),
-    **dict.fromkeys(("canvas_length", "num_return_sequences"), {"zero": 0, "true": True, "beyond": POSITIONS + 1}),
+    "do_sample return_dict_in_generate return_prompt use_transitions": {"one": 1},
+    "max_new_tokens max_length": {"zero": 0, "true": True, "fraction": 2.5},
+    "min_new_tokens min_length seed": {"true": True, "fraction": 2.5},
+    "canvas_length num_return_sequences": {"zero": 0, "true": True, "beyond": POSITIONS + 1},
     "temperature": {"negative": -1, "true": True, "NaN": NAN, "infinity": INF},
     "num_flow_steps": {"negative": -1, "true": True},
-    "pad_token_id": {"negative": -1, "beyond": VOCABULARY, "true": True},
-    "bos_token_id": {"negative": -1, "beyond": VOCABULARY, "true": True},
+    "pad_token_id bos_token_id": {"negative": -1, "beyond": VOCABULARY, "true": True},
     "eos_token_id": {"negative": -1, "beyond": VOCABULARY, "list-beyond": [2, VOCABULARY], "nested": [[2]]},
     "suppress_tokens": {"negative": [-1], "beyond": [VOCABULARY], "floats": [2.0], "all": list(range(VOCABULARY))},
-    **dict.fromkeys(("streamer", "generator", "generation_config"), {"one": 1, "true": True}),
-    **dict.fromkeys(("solver", "expert_choice", "end_choice", "commit_threshold"), {"number": 7}),
+    "streamer generator generation_config": {"one": 1, "true": True},
+    "solver expert_choice end_choice commit_threshold": {"number": 7},
     "lenght": {"typo": 3},
 }
 
 
 def option_cases():
-    for name, values in OPTIONS.items():
-        junk = {} if name == "lenght" else {kind: JUNK[kind] for kind in ("text", "mapping", "object")}
-        for kind, value in {**junk, **values}.items():
-            yield pytest.param(name, value, id=f"generate-{name}-{kind}")
+    for names, values in OPTIONS.items():
+        junk = {} if names == "lenght" else {kind: JUNK[kind] for kind in ("text", "mapping", "object")}
+        for name in names.split():
+            for kind, value in {**junk, **values}.items():
+                yield pytest.param(name, value, id=f"generate-{name}-{kind}")
 
 
-@pytest.mark.parametrize(("name", "value"), option_cases())
+@pytest.mark.parametrize(("name", "value"), list(option_cases()))
 def test_generate(models, name, value):
     with pytest.raises(ERRORS, match=name.removesuffix("_length") if name == "canvas_length" else name):
         models["flow"].generate(IDS, **{name: value})
@@ -220,20 +220,17 @@ def test_forward_of_labels_in_int32_and_of_embeddings_in_double(models):
     assert torch.equal(models["encoder"](inputs_embeds=EMBEDS.double()).last_hidden_state, right)
 
 
-WEIGHTS = ("model.layers.0", "model.norm", "flow.layers.0", "flow.gate", "flow.experts", "decoder", "lm_head", "embed")
+WEIGHTS = ("model.norm", "flow.gate", "flow.experts", "flow.modulation", "decoder", "lm_head.bias", "word_embed")
 
 
-@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "infinity"])
 @pytest.mark.parametrize("part", [pytest.param(part, id=f"weights-{part}") for part in WEIGHTS])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["likeliest", "drawn"])
-def test_weights(make_model, variant, part, value, do_sample):
-    """One number of one weight that is none: no text, and the error names the weight."""
-    if variant == "mamba" and value == INF:
-        pytest.skip("the same as with attention")
+def test_weights(make_model, part, do_sample):
+    """One row of one weight is NaN, as after a training that diverged: no text, and the error names the weight."""
     model = make_model(initializer_range=0.3)
     name, weight = next((name, weight) for name, weight in model.named_parameters() if part in name)
     with torch.no_grad():
-        weight[..., 0] = value
+        weight[..., 0] = NAN
     with pytest.raises(FloatingPointError, match=name.replace(".", r"\.")):
         model.generate(IDS, do_sample=do_sample, seed=1, max_new_tokens=20)
 
