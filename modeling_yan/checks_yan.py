@@ -129,7 +129,7 @@ def check_helpers(generation_config, streamer, generator):
             raise TypeError(f"{name} is {describe(value)}: must be {allowed}")
 
 
-def check_options(options, vocab_size: int):
+def check_options(options: dict[str, Any], vocab_size: int):
     """Raise ValueError for a switch, a length or a token id of `generate` that is none."""
     for name in SWITCHES:
         _require(options, name, lambda value: isinstance(value, bool), "True or False")
@@ -142,15 +142,14 @@ def check_options(options, vocab_size: int):
         _require(
             options, name, lambda value: _are_ids(value, vocab_size), f"one or a list of integers in {vocabulary}"
         )
-    forbidden = set(_as_list(options.suppress_tokens))
-    if options.min_new_tokens or options.min_length:
-        forbidden |= set(_as_list(options.eos_token_id))
+    suppressed, is_long = options.get("suppress_tokens"), options.get("min_new_tokens") or options.get("min_length")
+    forbidden = {*_as_list(suppressed), *(_as_list(options.get("eos_token_id")) if is_long else ())}
     if len(forbidden) == vocab_size:
-        raise ValueError(f"suppress_tokens={describe(options.suppress_tokens)}: must leave a token to write")
+        raise ValueError(f"suppress_tokens={describe(suppressed)}: must leave a token to write")
 
 
 def _require(options, name, is_allowed, allowed):
-    value = getattr(options, name, None)
+    value = options.get(name)
     if value is not None and not is_allowed(value):
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
@@ -170,7 +169,8 @@ def _are_ids(value, vocab_size):
 
 
 def not_finite_weights(model: torch.nn.Module) -> str:
-    """The names of the weights that hold NaN or infinity, for a message."""
-    names = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    """Which weights hold NaN or infinity, for a message; empty if none does."""
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    names = [name for name, weight in weights if not weight.is_meta and not weight.isfinite().all()]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"weights with NaN or infinity: {', '.join(names[:3])}{more}" if names else "all weights are finite"
+    return f"NaN or infinity in {', '.join(names[:3])}{more}" if names else ""

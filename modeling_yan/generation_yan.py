@@ -314,8 +314,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     def _check_written(self, tokens):
         """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
-            found = not_finite_weights(self)
-            raise FloatingPointError(f"there is no text to be read off numbers that are not finite; {found}")
+            found = not_finite_weights(self) or "all weights are finite"
+            raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
         """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
@@ -414,7 +414,8 @@ def write_canvas(
             velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
-    tokens = model.read_off(x_1, plan, token_numbers)
+    # a gate that is NaN still chooses an expert
+    tokens = model.read_off(x_1, plan, token_numbers).masked_fill(velocity.log_gate.isnan().any(-1), -1)
     if not plan.keep_path:
         return Canvas(tokens, velocity.num_trunk_passes)
     how = {"trajectory": torch.stack(path, 1), "experts": velocity.experts, "gate": velocity.log_gate.exp()}

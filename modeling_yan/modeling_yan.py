@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from .checks_yan import (
     check_mask,
     check_positions,
     is_integer,
+    not_finite_weights,
 )
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
@@ -202,6 +204,17 @@ class YanPreTrainedModel(PreTrainedModel):
             module.reset_identity()
         elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
+        try:
+            loaded = super().from_pretrained(name, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{name}: the file of weights is cut off or damaged ({error})") from error
+        if found := not_finite_weights(loaded[0] if isinstance(loaded, tuple) else loaded):
+            raise ValueError(f"{name}: the weights must be finite, and there is {found}")
+        return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, config and this code; every class of the family can be loaded from the folder."""
@@ -480,6 +493,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         self._check_length(canvas_length, "the canvas")
         condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
+        if not is_integer(num_flow_steps):
+            raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
         if labels is None and num_flow_steps == 0:
             self._check_draft(canvas_length)
             x_1_hat = self.draft(outputs.last_hidden_state, canvas_length)

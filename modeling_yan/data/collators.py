@@ -7,6 +7,7 @@ loops over tokens in Python: rows are cut one by one, everything behind that wor
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,10 +68,9 @@ def mask_spans(
 
 
 def _check_masking(mask_ratio: float, max_span_len: int) -> None:
-    if not 0 <= mask_ratio <= MAX_MASK_RATIO:
-        raise ValueError(f"mask_ratio is {mask_ratio}, but must be from 0 to {MAX_MASK_RATIO}")
-    if max_span_len < 1:
-        raise ValueError(f"max_span_len is {max_span_len}, but must be at least 1")
+    if not isinstance(mask_ratio, Real) or isinstance(mask_ratio, bool) or not 0 <= mask_ratio <= MAX_MASK_RATIO:
+        raise ValueError(f"mask_ratio is {mask_ratio!r}, but must be from 0 to {MAX_MASK_RATIO}")
+    _check_length("max_span_len", max_span_len)
 
 
 def _draw_spans(
@@ -197,6 +197,9 @@ class AutoencoderCollator:
         _check_masking(target_mask_ratio, max_span_len)
         _check_masking(source_mask_ratio, max_span_len)
         _check_length("max_length", max_length)
+        _check_length("multiple_of", multiple_of)
+        _check_length("num_answer_slots", num_answer_slots, least=0)
+        _check_length("seed", seed, least=-(2**63))
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_ratio = mask_ratio
@@ -346,6 +349,7 @@ class FlowCollator:
             limits = _fit_to_model(limits, model.config)
         for name, length in limits.items():
             _check_length(name, length)
+        _check_length("multiple_of", multiple_of)
         self.tokenizer = tokenizer
         self.max_source_length = limits["max_source_length"]
         self.canvas_length = limits["canvas_length"]
@@ -354,6 +358,7 @@ class FlowCollator:
         self.num_cut_targets = 0
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
+        check_rows(rows)
         rows = encode_rows(self.tokenizer, [{key: _entry(row, key) for key in ("source", "target")} for row in rows])
         source = _flatten([self._cut_source(row["source"]) for row in rows])
         source_width = _bucket(int(source.lengths.max()), self.multiple_of, self.max_source_length)
@@ -397,6 +402,15 @@ class FlowCollator:
         return labels
 
 
+def check_rows(rows: Sequence[Row]) -> None:
+    """Raise ValueError unless there is at least one row, and each is a mapping."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not rows:
+        raise ValueError(f"rows={rows!r:.60}: must be a list of at least one row")
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {row!r:.60}: must be a mapping from names to texts or token ids")
+
+
 def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[dict[str, Ids]]:
     """Rows as token ids: `source` and `target` of a pair, else the `input_ids`; ids that are there already stay.
 
@@ -406,6 +420,7 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list
     Raises:
         ValueError: a row has neither text nor target, or a target without source.
     """
+    check_rows(rows)
     is_pair = [row.get("target") is not None for row in rows]
     learned = iter(_encode(tokenizer, [_learned_text(row) for row in rows], add_special_tokens=False))
     sources = [_entry(row, "source") for row, pair in zip(rows, is_pair) if pair]
@@ -428,7 +443,7 @@ def _learned_text(row: Row) -> str | Ids:
     """What the autoencoder learns to restore: the target of a pair, or the text."""
     for name in ("target", "input_ids"):
         if row.get(name) is not None:
-            return row[name]
+            return _entry(row, name)
     return _entry(row, "text")
 
 
@@ -436,6 +451,8 @@ def _entry(row: Row, key: str) -> str | Ids:
     if row.get(key) is None:
         found = sorted(name for name, value in row.items() if value is not None)
         raise ValueError(f'a row has the keys {found}, but "{key}" is needed')
+    if not isinstance(row[key], str | Sequence | np.ndarray | torch.Tensor) or isinstance(row[key], bytes):
+        raise ValueError(f'"{key}" of a row is {row[key]!r:.60}: must be a string or token ids')
     return row[key]
 
 
@@ -461,11 +478,11 @@ def _warn_of_cut(what: str, counter: str) -> None:
     logger.warning(f"A row is too long: the collator cuts {what}. It counts such rows in {counter}.")
 
 
-def _check_length(name: str, value: int | None) -> None:
+def _check_length(name: str, value: int | None, least: int = 1) -> None:
     if value is None:
-        raise ValueError(f"{name} is None, but must be at least 1, or model be given, which knows it")
-    if value < 1:
-        raise ValueError(f"{name} is {value}, but must be at least 1")
+        raise ValueError(f"{name} is None, but must be at least {least}, or model be given, which knows it")
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
 
 
 def _bucket(length: int, multiple_of: int, limit: int) -> int:
@@ -479,8 +496,13 @@ def _lengths(sequences: Sequence[Ids]) -> np.ndarray:
 def _flatten(sequences: Sequence[Ids]) -> Ragged:
     lengths = _lengths(sequences)
     if all(isinstance(ids, list) for ids in sequences):  # faster than an array for each
-        return Ragged(np.fromiter(chain.from_iterable(sequences), np.int64, int(lengths.sum())), lengths)
-    return Ragged(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]), lengths)
+        tokens = np.array(list(chain.from_iterable(sequences)))
+    else:
+        tokens = np.concatenate([np.asarray(ids) for ids in sequences])
+    if len(tokens) and (tokens.dtype.kind not in "iu" or tokens.ndim != 1 or tokens.min() < 0):
+        found = tokens.min() if tokens.dtype.kind in "iu" else f"{tokens.reshape(-1)[0]!r} of {tokens.dtype}"
+        raise ValueError(f"token ids hold {found}: must be lists of integers of at least 0")
+    return Ragged(tokens.astype(np.int64), lengths)
 
 
 def _is_between(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:

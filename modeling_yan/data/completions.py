@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .collators import IGNORED, Batch, FlowCollator, Ids
+from .collators import IGNORED, Batch, FlowCollator, Ids, check_rows
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 
@@ -43,6 +43,7 @@ class CompletionCollator:
         self.pairs = FlowCollator(tokenizer, max_source_length, canvas_length, model=model)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        check_rows(rows)
         pairs = [pair for row in rows for pair in self._take_apart(row)]
         if not (self.allow_no_prompts or any(pair["source"] for pair in pairs)):
             raise ValueError(

@@ -76,7 +76,7 @@ def parse_json(content: bytes, where: str) -> Any:
     """What the JSON says, or a ValueError that begins with `where`."""
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:  # both broken UTF-8 and broken JSON
+    except (ValueError, RecursionError) as error:  # broken UTF-8, broken JSON, or brackets within brackets without end
         raise ValueError(f"{where}: not JSON in UTF-8 ({error}); {ALLOWED}") from error
 
 

@@ -1,9 +1,11 @@
 """The settings of a pre-training run: a dataclass, the command line, and recipe files in YAML."""
 
+import math
 import sys
 from argparse import Action, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import yaml
@@ -25,6 +27,8 @@ AT_LEAST = {  # the smallest allowed value of every number
     "warmup_steps": 0,
     "decay_steps": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
     "max_words": 2,
     "dataset_rows": 0,
     "shuffle_buffer": 1,
@@ -116,8 +120,9 @@ class PretrainingArguments:
 
     def __post_init__(self):
         for name, low in AT_LEAST.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {low}")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not low <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be a finite number of at least {low}")
         for name, allowed in {
             "stage": STAGE_NAMES,
             "lr_scheduler_type": SCHEDULES,
@@ -125,8 +130,10 @@ class PretrainingArguments:
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, allowed))}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: must be at least 0 and below 1")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
 
     def task_weights(self) -> dict[str, float] | None:
         """The weights of `tasks`, or None. Raises ValueError for an entry that is no TASK=WEIGHT."""
