@@ -12,37 +12,15 @@ int64, of the exported shape.
 """
 
 import argparse
-from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from modeling_yan.export import export_generation
+from modeling_yan.commands.export import add_export_options, export
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of a YanForFlowGeneration")
-    parser.add_argument("--output", type=Path, required=True, help="file that ends in .pt2, or .onnx for onnx")
-    parser.add_argument("--format", default="graph", choices=("graph", "native", "onnx"), help="native: AOTInductor")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens; shorter prompts are padded")
-    parser.add_argument("--canvas_length", type=int, help="tokens; the model's if not given")
-    parser.add_argument("--num_flow_steps", type=int, help="the model's if not given")
-    options = parser.parse_args(arguments)
-    suffix = ".onnx" if options.format == "onnx" else ".pt2"
-    if options.output.suffix != suffix:
-        parser.error(f"output={options.output}: must end in {suffix}")
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    sizes = (options.batch_size, options.prompt_length, options.canvas_length, options.num_flow_steps)
-    program = export_generation(model, *sizes)
-    if options.format == "native":
-        torch._inductor.aoti_compile_and_package(program, package_path=str(options.output))
-    elif options.format == "onnx":
-        torch.onnx.export(program, f=options.output, external_data=False, verbose=False)
-    else:
-        torch.export.save(program, options.output)
-    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+    add_export_options(parser)
+    export(parser.parse_args(arguments, argparse.Namespace(debug=True)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """YAN: non-autoregressive language models that write a whole text in three flow-matching steps (arXiv 2604.15009)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-from .configuration_yan import YanConfig
-from .generation_yan import YanGenerationConfig, YanGenerationOutput
-from .modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel, YanPreTrainedModel
+import sys
+from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,12 +15,26 @@ __all__ = [
     "YanPreTrainedModel",
 ]
 
-AutoConfig.register("yan", YanConfig, exist_ok=True)
-YanConfig.register_for_auto_class()
-for auto_class, model_class in {
-    AutoModel: YanModel,
-    AutoModelForMaskedLM: YanForAutoencoding,
-    AutoModelForCausalLM: YanForFlowGeneration,
-}.items():
-    auto_class.register(YanConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)  # so that saving writes the code beside the weights
+
+def _is_command(words: list[str]) -> bool:
+    """Whether a process with these words is the command `yan`, which loads torch once it knows what is asked."""
+    return words[1:3] == ["-m", "modeling_yan"] or (len(words) > 1 and Path(words[1]).name in ("yan", "yan.exe"))
+
+
+def __getattr__(name):
+    """A public class in a process that has not loaded them yet."""
+    if name in __all__:
+        return getattr(import_module(".registration", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not _is_command(sys.orig_argv):
+    from .registration import (
+        YanConfig,
+        YanForAutoencoding,
+        YanForFlowGeneration,
+        YanGenerationConfig,
+        YanGenerationOutput,
+        YanModel,
+        YanPreTrainedModel,
+    )

@@ -79,6 +79,12 @@ def test_the_metadata_names_the_dependencies_and_the_licence(wheel):
     assert "Apache-2.0" in metadata
 
 
+def test_the_wheel_installs_the_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        entries = archive.read("modeling_yan-0.1.0.dist-info/entry_points.txt").decode()
+    assert "yan = modeling_yan.commands:main" in entries.splitlines()
+
+
 @pytest.mark.parametrize("mixer", ["attention", "mamba"])
 def test_the_installed_wheel_works_away_from_the_tree(installed, tmp_path, mixer):
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -29,6 +29,7 @@ WORD = rf"(?<!\w){LETTERS}(?:['\u2019-]{LETTERS})*"
 # The head is taken as short as possible, or "well-known." would be cut at its hyphen.
 LAST_WORD = re.compile(rf"(?P<head>\S+\s.*?)(?P<word>{WORD})(?P<end>[.!?]+[{CLOSING}]*)", re.DOTALL)
 
+FILL_IN = "Fill in."  # ends the source of infilling, so that target and source begin alike
 CLASSIFICATION = "classification"  # not in TEXT_TASKS: it takes a label beside the text
 TextTask = Callable[[str, random.Random, str], Row | None]
 
@@ -60,7 +61,7 @@ def infilling(
     masks = [mask_token * (count_tokens(span) if count_tokens else 1) for span in masked]
     shown = kept[0] + [word for mask, part in zip(masks, kept[1:]) for word in (mask, *part)]
     return {
-        "source": " ".join([*shown, "Fill in."]),  # behind the text, so that target and source begin alike
+        "source": " ".join([*shown, FILL_IN]),
         "target": " ".join(words),
         "task": "infilling",
         "masked": masked,

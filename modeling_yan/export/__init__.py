@@ -2,12 +2,14 @@
 
 from .merging import with_merged_projections
 from .packing import with_packed_weights
-from .program import YanCanvasProgram, export_generation
+from .program import YanCanvasProgram, check_program_path, export_generation, save_program
 from .quantization import with_int8_weights
 
 __all__ = [
     "YanCanvasProgram",
+    "check_program_path",
     "export_generation",
+    "save_program",
     "with_int8_weights",
     "with_merged_projections",
     "with_packed_weights",

@@ -3,11 +3,16 @@
 Letters of the shape comments: B prompts, S prompt length, L canvas length.
 """
 
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from ..generation_config_yan import COMMIT_THRESHOLD
 from ..generation_yan import CanvasPlan, write_canvas
+
+SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files that a program is saved in, by format
 
 
 class YanCanvasProgram(nn.Module):
@@ -68,3 +73,31 @@ def export_generation(
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():
         return torch.export.export(program, (ids, torch.ones_like(ids)), strict=False)
+
+
+def check_program_path(path: str | os.PathLike, format: str = "graph"):
+    """Raise ValueError where a program in this format can't be saved under this name."""
+    if format not in SUFFIXES:
+        raise ValueError(f"format={format!r}: must be one of {', '.join(SUFFIXES)}")
+    if Path(path).suffix != SUFFIXES[format]:
+        raise ValueError(f"output={str(path)!r}: must end in {SUFFIXES[format]}")
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike, format: str = "graph"):
+    """Write a program of `export_generation` to a file.
+
+    "graph" runs with `torch.export.load(path).module()(ids, mask)`. "native" is machine code for this kind of
+    processor, takes minutes to make and runs with `torch._inductor.aoti_load_package(path)(ids, mask)`. "onnx" needs
+    the packages of the extra "onnx" to be made and runs without torch, with
+    `onnxruntime.InferenceSession(path).run(None, {"input_ids": ids, "attention_mask": mask})`.
+
+    Raises:
+        ValueError: A format that is none of these, or a path that does not end in .pt2, or in .onnx for "onnx".
+    """
+    check_program_path(path, format)
+    if format == "native":
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    elif format == "onnx":
+        torch.onnx.export(program, f=path, external_data=False, verbose=False)
+    else:
+        torch.export.save(program, path)

@@ -3,7 +3,7 @@
 import math
 import sys
 from argparse import Action, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -164,7 +164,10 @@ def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> li
     path = finder.parse_known_args(words)[0].recipe
     if path is None:
         return words
-    recipe = yaml.safe_load(Path(path).read_text())
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: must be YAML; {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe maps names to values, this one holds {type(recipe).__name__}")
     unknown = sorted(set(recipe) - set(known))
@@ -180,8 +183,11 @@ def _as_words(action: Action, value) -> list[str]:
     return [option, *map(str, value if isinstance(value, list) else [value])]
 
 
-def parse_arguments(words: Sequence[str]) -> PretrainingArguments:
-    """Settings from the words of a command line; `--recipe FILE` gives those that the command line leaves out."""
-    parser = HfArgumentParser(PretrainingArguments)
+def parse_arguments(words: Sequence[str], make_parser: Callable = HfArgumentParser) -> PretrainingArguments:
+    """Settings from the words of a command line; `--recipe FILE` gives those that the command line leaves out.
+
+    `make_parser` makes the parser of a dataclass.
+    """
+    parser = make_parser(PretrainingArguments)
     arguments, _ = parser.parse_args_into_dataclasses(words_with_recipe(parser, words))
     return arguments

@@ -1,0 +1,56 @@
+"""Models for the commands."""
+
+from importlib import import_module
+
+
+def prepare_library(is_quiet: bool = False):
+    """Load the library and, where it should be quiet, leave stderr to what the commands say."""
+    from transformers.utils import logging
+
+    import_module("modeling_yan.registration")
+    if is_quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def load_config(name: str):
+    """The config of a YAN checkpoint. Raises ValueError for a name without one, or another kind of model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"MODEL={name!r}: must be a folder with a config.json, or a model on the hub") from error
+    if config.model_type != "yan":
+        raise ValueError(f"MODEL={name!r}: its model_type={config.model_type!r} must be 'yan'")
+    return config
+
+
+def load_model(name: str, device: str | None = None):
+    """A `YanForFlowGeneration` in evaluation mode; if no device is named, on a GPU where there is one.
+
+    Raises:
+        ValueError: No such checkpoint, one without the flow's weights, or no such device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load_config(name)
+    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"MODEL={name!r}: has no weights for {missing[0]} and {len(missing) - 1} more tensors")
+    try:
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    except (RuntimeError, AssertionError) as error:  # torch has both of them for a device that is not there
+        raise ValueError(f"device={device!r}: {error}") from error
+
+
+def load_tokenizer(name: str):
+    """The tokenizer beside a checkpoint."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"MODEL={name!r}: must hold a tokenizer") from error
