@@ -494,7 +494,7 @@ class YanGenerationMixin(GenerationMixin):
             else:
                 numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
                 options = numbers, eos, plan.temperature
-                texts.append(self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options))
+                texts.append(self.transitions.draw(self.get_input_embeddings(), logits, part, *options))
         return torch.cat(texts)
 
     def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
