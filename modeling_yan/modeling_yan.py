@@ -38,10 +38,11 @@ from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .pretrained_yan import (
     YanHeadTransform,
-    YanLatentStatistics,
-    YanPretrainedEncoder,
+    YanLatents,
     YanPretrainedMixin,
     YanProjection,
+    build_backbone,
+    check_fit,
 )
 from .reading_yan import best_text
 from .trainer_yan import refuse_causal_batch, token_output
@@ -198,7 +199,7 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
             module.reset_identity()
         elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
-        elif isinstance(module, YanLatentStatistics):
+        elif isinstance(module, YanLatents):
             module.reset_statistics()
         elif isinstance(module, YanProjection):
             module.reset_rotation()
@@ -244,7 +245,8 @@ class YanModel(YanPreTrainedModel):
             self.layers = nn.ModuleList(YanEncoderLayer(config, index) for index in range(config.num_encoder_layers))
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:
-            self.encoder = YanPretrainedEncoder(config)
+            self.encoder, self.latents = build_backbone(config.encoder), YanLatents(config)
+            check_fit(config, self.encoder)
         self.post_init()
 
     @property
@@ -261,6 +263,7 @@ class YanModel(YanPreTrainedModel):
             self.embeddings.word_embeddings = value
         else:
             self.encoder.set_input_embeddings(value)
+            self.config.encoder.vocab_size = value.num_embeddings
 
     def forward(
         self,
@@ -293,7 +296,7 @@ class YanModel(YanPreTrainedModel):
         if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if self.config.encoder is not None:
-            return self.encoder(input_ids, attention_mask, inputs_embeds, **kwargs)
+            return self.encode_pretrained(input_ids, attention_mask, inputs_embeds, **kwargs)
         if position_ids is None:
             position_ids = count_positions(given, attention_mask)
         return self._encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
@@ -427,7 +430,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanGenerationM
             self.model.embeddings: not config.freeze_embeddings,
         }
         if config.encoder is not None:
-            parts |= self.model.encoder.switches()  # last: the head may be tied to the encoder's words
+            parts |= self.model.pretrained_switches()  # last: the head may be tied to the encoder's words
         for part, is_trained in parts.items():
             part.requires_grad_(is_trained)
 

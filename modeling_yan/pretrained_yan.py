@@ -51,7 +51,9 @@ def backbone_class(config) -> type:
         ValueError: A config of another kind of model.
     """
     is_decoder = getattr(config, "is_decoder", False)
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder and not is_decoder:
+    is_known = type(config).__module__.startswith("transformers.")  # others may be missing where the model is loaded
+    is_masked = is_known and type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if is_masked and not config.is_encoder_decoder and not is_decoder:
         return AutoModel
     encoders = MODEL_FOR_TEXT_ENCODING_MAPPING
     if type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel"):
@@ -79,25 +81,18 @@ def longest_input(backbone: nn.Module) -> float:
     return math.inf
 
 
-class YanLatentStatistics(nn.Module):
-    """Latents with mean 0 and variance 1 in every dimension, by statistics of a user's rows; as they are if fresh."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("std", torch.ones(hidden_size))
-
-    @torch.no_grad()
-    def reset_statistics(self):
-        init.zeros_(self.mean)
-        init.ones_(self.std)
-
-    def forward(self, states):
-        return (states - self.mean) / self.std
+def check_fit(config, backbone: nn.Module):
+    """Raise ValueError if the encoder has not the positions or the words of a YAN config."""
+    longest, positions = longest_input(backbone), config.max_position_embeddings
+    if positions > longest:
+        raise ValueError(f"max_position_embeddings={positions}: must be at most the {longest} of the encoder")
+    found, allowed = backbone.get_input_embeddings().weight.shape, (config.vocab_size, config.word_embedding_size)
+    if found != allowed:
+        raise ValueError(f"the encoder's input embeddings are {tuple(found)}: must be {allowed}")
 
 
 class YanProjection(nn.Linear):
-    """From the encoder's width to a narrower or wider latent, without bias; starts as a random rotation."""
+    """From the encoder's width to that of the latents, without bias; starts as a random rotation."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -107,73 +102,28 @@ class YanProjection(nn.Linear):
         init.orthogonal_(self.weight)
 
 
-class YanPretrainedEncoder(nn.Module):
-    """A text encoder of transformers, a projection where its width is another, and the statistics of its latents."""
+class YanLatents(nn.Module):
+    """States of a pretrained encoder (B, S, H) to latents (B, S, D).
+
+    They are projected where the widths differ, and have mean 0 and variance 1 in every dimension, by the statistics of
+    a user's rows; a fresh model leaves them as they are.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.backbone = build_backbone(config.encoder)
         width, size = config.encoder.hidden_size, config.hidden_size
         self.projection = None if width == size else YanProjection(width, size)
-        self.statistics = YanLatentStatistics(size)
-        self._check_fit()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
 
-    def _check_fit(self):
-        longest, positions = longest_input(self.backbone), self.config.max_position_embeddings
-        if positions > longest:
-            raise ValueError(f"max_position_embeddings={positions}: must be at most the {longest} of the encoder")
-        words = self.get_input_embeddings()
-        if words.weight.shape != (self.config.vocab_size, self.config.word_embedding_size):
-            found = tuple(words.weight.shape)
-            allowed = f"vocab_size={self.config.vocab_size} x {self.config.word_embedding_size}"
-            raise ValueError(f"the encoder's input embeddings are {found}: must be {allowed}")
+    @torch.no_grad()
+    def reset_statistics(self):
+        init.zeros_(self.mean)
+        init.ones_(self.std)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.backbone.set_input_embeddings(value)
-        self.config.encoder.vocab_size = value.num_embeddings
-
-    def switches(self) -> dict[nn.Module, bool]:
-        """Which parts are trained by the config's `freeze_*` fields, the smaller ones later."""
-        is_trained, has_words = not self.config.freeze_encoder, not self.config.freeze_embeddings
-        return {self: True, self.backbone: is_trained, self.get_input_embeddings(): is_trained and has_words}
-
-    def train(self, mode: bool = True):
-        """As in torch, but a frozen encoder has no dropout."""
-        super().train(mode)
-        if mode and not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()
-        return self
-
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> BaseModelOutput:
-        """Latents (B, S, D) of ids (B, S) or of input embeddings.
-
-        The encoder sees the valid tokens of a row side by side, whatever is between or before them, so that padding
-        shifts no positions.
-        """
-        asked = {}
-        for name in ("output_hidden_states", "output_attentions"):
-            asked[name] = kwargs.get(name, getattr(self.config, name, False))
-        place = None
-        if attention_mask is not None:
-            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
-            place = order.argsort(dim=1)
-            attention_mask = attention_mask.gather(1, order)
-            input_ids, inputs_embeds = _take(input_ids, order), _take(inputs_embeds, order)
-        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        outputs = self.backbone(**given, attention_mask=attention_mask, return_dict=True, **asked)
-        states = _take(outputs.last_hidden_state, place)
+    def forward(self, states):
         states = states if self.projection is None else self.projection(states)
-        hidden_states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
-        return BaseModelOutput(
-            last_hidden_state=self.statistics(states),
-            hidden_states=hidden_states and tuple(_take(each, place) for each in hidden_states),
-            attentions=attentions and tuple(_take(_take(each, place, 2), place, 3) for each in attentions),
-        )
+        return (states - self.mean) / self.std
 
 
 def _take(tensor, index, dim: int = 1):
@@ -239,6 +189,42 @@ class YanPretrainedMixin:
         model.tie_weights()
         return model.eval()
 
+    def train(self, mode: bool = True):
+        """As in torch, but a frozen pretrained encoder has no dropout."""
+        super().train(mode)
+        encoder = getattr(self, "encoder", None)
+        if mode and encoder is not None and not any(weight.requires_grad for weight in encoder.parameters()):
+            encoder.eval()
+        return self
+
+    def pretrained_switches(self) -> dict[nn.Module, bool]:
+        """Which parts of a `YanModel` the config's `freeze_*` fields leave to be trained; smaller ones come later."""
+        is_trained, has_words = not self.config.freeze_encoder, not self.config.freeze_embeddings
+        return {self.latents: True, self.encoder: is_trained, self.get_input_embeddings(): is_trained and has_words}
+
+    @can_return_tuple
+    def encode_pretrained(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> BaseModelOutput:
+        """The forward pass of a `YanModel` with a pretrained encoder.
+
+        The encoder sees the valid tokens of a row side by side, whatever is between or before them, so that padding
+        shifts no positions.
+        """
+        names, place = ("output_hidden_states", "output_attentions"), None
+        asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
+        if attention_mask is not None:
+            order = (attention_mask == 0).int().argsort(dim=1, stable=True)
+            place = order.argsort(dim=1)
+            attention_mask = attention_mask.gather(1, order)
+            input_ids, inputs_embeds = _take(input_ids, order), _take(inputs_embeds, order)
+        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        outputs = self.encoder(**given, attention_mask=attention_mask, return_dict=True, **asked)
+        hidden_states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
+        return BaseModelOutput(
+            last_hidden_state=self.latents(_take(outputs.last_hidden_state, place)),
+            hidden_states=hidden_states and tuple(_take(each, place) for each in hidden_states),
+            attentions=attentions and tuple(_take(_take(each, place, 2), place, 3) for each in attentions),
+        )
+
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]):
         """Normalise the latents by their mean and deviation over batches of texts, in every dimension by itself.
@@ -267,10 +253,9 @@ class YanPretrainedMixin:
             raise ValueError(f"the batches have {count} tokens: must be at least 2")
         shift = total / count
         scale = (squares / count - shift.square()).clamp(min=0).sqrt().clamp(min=MIN_DEVIATION)
-        statistics, like = model.encoder.statistics, model.encoder.statistics.mean
-        shift, scale = shift.to(like), scale.to(like)  # of the latents as they were
-        statistics.mean += statistics.std * shift
-        statistics.std *= scale
+        shift, scale = shift.to(model.latents.mean), scale.to(model.latents.mean)  # of the latents as they were
+        model.latents.mean += model.latents.std * shift
+        model.latents.std *= scale
         if hasattr(self, "decoder"):
             self.decoder.transform.take_back(scale, shift)
 
@@ -329,14 +314,16 @@ def _load_encoder(model, name_or_path, hub_options):
     missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
     if missing:
         raise ValueError(f"{name_or_path!r} has no weights of the encoder's {', '.join(missing[:3])}")
-    encoder.backbone.load_state_dict(source.state_dict())
-    words = encoder.backbone.get_input_embeddings().weight
+    encoder.load_state_dict(source.state_dict())
+    words = encoder.get_input_embeddings().weight
     if getattr(model.base_model.embeddings, "answer_slots", None) is not None:
         model.base_model.embeddings.answer_slots.weight.add_(words.mean(0))
     if not hasattr(model, "decoder"):
         return
     model.lm_head.weight.copy_(words)
     model.lm_head.bias.zero_()
+    for layer in model.decoder.layers:  # they start as nothing, so that `measure_latents` changes no text
+        layer.feed_forward.down_proj.weight.zero_()
     head = _masked_head(loaded, info["missing_keys"], words.shape) if is_masked else None
     if head is not None:
         _start_from_head(model, *head)
@@ -347,23 +334,21 @@ def _load_encoder(model, name_or_path, hub_options):
 def _masked_head(loaded, missing, shape):
     """Dense layer, norm and output layer of a masked-language head; None if it has another form or no weights."""
     inside, output = set(loaded.base_model.modules()), loaded.get_output_embeddings()
-    modules = [(name, module) for name, module in loaded.named_modules() if module not in inside]
-    parts = [part for part in modules if isinstance(part[1], (nn.Linear, nn.LayerNorm)) and part[1] is not output]
-    if [type(module) for _, module in parts] != [nn.Linear, nn.LayerNorm] or output is None:
+    parts = [(name, part) for name, part in loaded.named_modules() if part not in inside and part is not output]
+    layers, norms = ([part for part in parts if isinstance(part[1], kind)] for kind in (nn.Linear, nn.LayerNorm))
+    if output is None or output.weight.shape != shape or (len(layers), len(norms)) != (1, 1):
         return None
-    if output.weight.shape != shape or any(f"{name}.weight" in missing for name, _ in parts):
+    if any(f"{name}.weight" in missing for name, _ in layers + norms):
         return None
-    return parts[0][1], parts[1][1], output
+    return layers[0][1], norms[0][1], output
 
 
 def _start_from_head(model, dense, norm, output):
     """Let the decoder compute the logits of the masked-language head, up to what a projection loses."""
-    transform, projection = model.decoder.transform, model.base_model.encoder.projection
-    transform.dense.weight.copy_(dense.weight if projection is None else dense.weight @ projection.weight.pinverse().T)
+    transform, projection = model.decoder.transform, model.base_model.latents.projection
+    transform.dense.weight.copy_(dense.weight if projection is None else dense.weight @ projection.weight.pinverse())
     for target, source in ((transform.dense, dense), (transform.norm, norm), (model.lm_head, output)):
         if target.bias is not None:
             target.bias.zero_() if source.bias is None else target.bias.copy_(source.bias)
     transform.norm.weight.copy_(norm.weight)
     model.lm_head.weight.copy_(output.weight)
-    for layer in model.decoder.layers:
-        layer.feed_forward.down_proj.weight.zero_()

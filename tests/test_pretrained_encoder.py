@@ -277,14 +277,14 @@ class TestEveryEncoder:
     def test_a_frozen_encoder_stays_while_the_rest_learns(self, folder, tmp_path):
         build(folder, freeze_encoder=True, num_answer_slots=2, hidden_size=24).save_pretrained(tmp_path)
         model = YanForFlowGeneration.from_pretrained(tmp_path).train()
-        assert not any(weight.requires_grad for weight in model.model.encoder.backbone.parameters())
-        assert not any(part.training for part in model.model.encoder.backbone.modules())  # no dropout
+        assert not any(weight.requires_grad for weight in model.model.encoder.parameters())
+        assert not any(part.training for part in model.model.encoder.modules())  # no dropout
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        expected = {"model.encoder.projection.weight", "model.embeddings.position_embeddings.weight", "lm_head.bias"}
+        expected = {"model.latents.projection.weight", "model.embeddings.position_embeddings.weight", "lm_head.bias"}
         assert trained > expected
         assert ("model.embeddings.answer_slots.weight" in trained) == ("t5" in model.config.encoder.model_type)
         model(**batch_of(folder, model)).loss.backward()
-        assert model.model.encoder.projection.weight.grad.abs().sum() > 0
+        assert model.model.latents.projection.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("family", MASKED)
@@ -400,7 +400,7 @@ def test_an_own_encoder_has_no_field_for_another(tmp_path):
     config = YanConfig.from_pretrained(BUNDLED)
     assert config.encoder is None
     assert "encoder" not in config.to_dict()
-    assert "encoder" not in YanForFlowGeneration.from_pretrained(BUNDLED).config.to_json_string()
+    assert '"encoder":' not in YanForFlowGeneration.from_pretrained(BUNDLED).config.to_json_string()
     config.save_pretrained(tmp_path)
     assert YanConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
@@ -451,7 +451,7 @@ class TestBadInput:
             YanForFlowGeneration.from_encoder_pretrained(str(tmp_path))
 
     def test_a_larger_tokenizer(self, bert):
-        with pytest.raises(ValueError, match=r"the tokenizer has 2\d\d ids: must be at most vocab_size=\d\d"):
+        with pytest.raises(ValueError, match=r"the tokenizer has 300 ids: must be at most vocab_size=\d\d"):
             build(bert, tokenizer=make_own())
 
     def test_another_vocabulary(self, bert):
