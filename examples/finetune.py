@@ -1,10 +1,15 @@
-"""Fine-tune a checkpoint on pairs of source and target with transformers' Seq2SeqTrainer, all of it or a LoRA adapter.
+"""Fine-tune a checkpoint, or a new model on a pretrained encoder, on pairs of source and target.
 
 python examples/finetune.py --train_file pairs.jsonl --validation_file held-out.jsonl --output_dir finetuned --lora
+python examples/finetune.py --train_file ... --validation_file ... --output_dir new --encoder distilbert-base-uncased
 
-Rows are JSON objects with the strings source and target. Every option of Seq2SeqTrainingArguments can be given.
+Rows are JSON objects with the strings source and target. transformers' Seq2SeqTrainer trains all of the model or a
+LoRA adapter; every option of Seq2SeqTrainingArguments can be given. With an encoder the run ends when the loss on the
+held-out rows has not fallen for three epochs, and keeps the best one.
 """
 
+import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +17,14 @@ import numpy as np
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
 
-import modeling_yan  # noqa: F401  registers the classes
-from modeling_yan.data import FlowCollator, read_rows
+from modeling_yan import YanForFlowGeneration
+from modeling_yan.data import FlowCollator, prepare_tokenizer, read_rows
 from modeling_yan.evaluation import exact_match, rouge_l
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "yan-transformer-tiny"
@@ -28,6 +34,22 @@ LORA_MODULES = (
 )
 DEFAULTS = {"max_steps": 20, "logging_steps": 5, "learning_rate": 1e-4, "predict_with_generate": True}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "remove_unused_columns": False}
+# A new flow and decoder need more updates than a trained one.
+NEW_DEFAULTS = {
+    "max_steps": -1,
+    "num_train_epochs": 20,
+    "logging_steps": 50,
+    "learning_rate": 3e-4,
+    "save_total_limit": 1,
+}
+NEW_DEFAULTS |= {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "warmup_steps": 50,
+}
+PATIENCE = 3  # epochs
+MEASURED_ROWS = 1024
 
 
 @dataclass
@@ -37,6 +59,12 @@ class FinetuningArguments:
     train_file: str = field(metadata={"help": "rows of source and target, .jsonl or .jsonl.gz"})
     validation_file: str = field(metadata={"help": "like train_file"})
     model: str = field(default=str(CHECKPOINT), metadata={"help": "folder or hub name of a checkpoint"})
+    encoder: str | None = field(
+        default=None, metadata={"help": "folder or hub name of a pretrained text encoder to build a new model on"}
+    )
+    fields: str = field(
+        default="{}", metadata={"help": 'fields of YanConfig for a new model, such as {"freeze_encoder": true}'}
+    )
     lora: bool = field(default=False, metadata={"help": "train a LoRA adapter of the flow (needs peft)"})
     lora_rank: int = 8
 
@@ -48,6 +76,21 @@ def add_lora(model, rank):
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
     return model
+
+
+def new_model(encoder, rows, fields):
+    """A model and its tokenizer on a pretrained encoder, with room for the longest target of the rows."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    prepare_tokenizer(tokenizer)
+    targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
+    canvas_length = max(map(len, targets)) + 1  # with its EOS
+    fields = {"canvas_length": canvas_length, **fields}
+    model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
+    limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}
+    texts = [row["source"] for row in rows[:MEASURED_ROWS]]
+    batches = (texts[start : start + 32] for start in range(0, len(texts), 32))
+    model.measure_latents(tokenizer(batch, return_tensors="pt", **limits) for batch in batches)
+    return model, tokenizer
 
 
 def score_with(tokenizer):
@@ -66,19 +109,27 @@ def score_with(tokenizer):
 
 def main():
     parser = HfArgumentParser([FinetuningArguments, Seq2SeqTrainingArguments], description=__doc__)
-    parser.set_defaults(**DEFAULTS)
+    is_new = any(argument.split("=")[0] == "--encoder" for argument in sys.argv)
+    parser.set_defaults(**(DEFAULTS | NEW_DEFAULTS if is_new else DEFAULTS))
     options, training = parser.parse_args_into_dataclasses()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    if options.encoder is not None and options.lora:
+        parser.error("--lora is for a trained flow: with --encoder there is none")
+    rows = read_rows(options.train_file)
+    if options.encoder is None:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    else:
+        model, tokenizer = new_model(options.encoder, rows, json.loads(options.fields))
     limits = {"max_source_length": model.config.max_prompt_length, "canvas_length": model.config.canvas_length}
     trainer = Seq2SeqTrainer(
         model=add_lora(model, options.lora_rank) if options.lora else model,
         args=training,
-        train_dataset=read_rows(options.train_file),
+        train_dataset=rows,
         eval_dataset=read_rows(options.validation_file),
         data_collator=FlowCollator(tokenizer, **limits),
         processing_class=tokenizer,
         compute_metrics=score_with(tokenizer),
+        callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
     )
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
