@@ -81,7 +81,8 @@ def check_positions(position_ids: Any, shape: tuple[int, int], config):
 
 def check_embeddings(inputs_embeds: Any, config):
     """Raise ValueError unless these are embeddings (B, S, D) of the config's width."""
-    width, types = config.hidden_size, (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    encoder = config if config.encoder is None else config.encoder
+    width, types = encoder.hidden_size, (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     allowed = f"a floating-point tensor (B, S, hidden_size={width}), B at least 1"
     check_tensor(inputs_embeds, "inputs_embeds", allowed, 3, types)
     if inputs_embeds.shape[2] != width:

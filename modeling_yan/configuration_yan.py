@@ -4,7 +4,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,9 @@ class YanConfig(PreTrainedConfig):
             have as many parameters as others of another number that are together as wide.
         num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part. The decoder has no self-mixer.
         num_attention_heads: Heads of self- and cross-attention; must divide `hidden_size`.
+        encoder: Config of a pretrained text encoder of transformers, or a dictionary of it, instead of YAN's own, for
+            which None stands. It has its own sizes: `num_encoder_layers`, `encoder_mixer` and what belongs to it are
+            then without effect. See `from_encoder_pretrained`.
         encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently.
         attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens, odd; 0 for none. It
             lets a token know its neighbours, which attention to learned positions is slow to find.
@@ -127,6 +130,7 @@ class YanConfig(PreTrainedConfig):
     """
 
     model_type = "yan"
+    sub_configs = {"encoder": AutoConfig}
     attribute_map = {"num_hidden_layers": "num_encoder_layers"}
     keys_to_ignore_at_inference = [
         "nll_loss",
@@ -155,6 +159,7 @@ class YanConfig(PreTrainedConfig):
     num_flow_layers: int = 8
     num_decoder_layers: int = 2
     num_attention_heads: int = 12
+    encoder: dict | PreTrainedConfig | None = None
     encoder_mixer: str = "attention"
     flow_mixer: str = "attention"
     attention_conv_kernel: int = 0
@@ -229,6 +234,8 @@ class YanConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
+        if isinstance(self.encoder, dict):
+            self.encoder = _encoder_config(self.encoder)
         known = set(dir(self))
         super().__post_init__(**kwargs)
         unknown = sorted(
@@ -246,6 +253,13 @@ class YanConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers; a model with its own encoder has no field for another."""
+        fields = super().to_dict()
+        if self.encoder is None:
+            del fields["encoder"]
+        return fields
 
     def validate_fields(self):
         """Check every number against its range, then the fields that depend on one another."""
@@ -279,7 +293,8 @@ class YanConfig(PreTrainedConfig):
         width = f"None or greater than 0 and at most {MOST}"
         self._require("moe_intermediate_size", lambda value: value is None or 0 < value <= MOST, width)
         slots = f"0 to below max_position_embeddings={self.max_position_embeddings}, and 0 without mask_token_id"
-        most = self.max_position_embeddings if self.mask_token_id is not None else 1
+        has_slots = self.mask_token_id is not None or self.encoder is not None
+        most = self.max_position_embeddings if has_slots else 1
         self._require("num_answer_slots", lambda value: 0 <= value < most, slots)
         self._require("transition_rank", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
         odd = "0 or a positive odd number"
@@ -292,6 +307,9 @@ class YanConfig(PreTrainedConfig):
             lambda value: value is None or all(0 <= layer < depth for layer in value),
             f"None or layers in [0, num_flow_layers={depth})",
         )
+        if self.encoder is not None:
+            vocabulary = f"the encoder's {self.encoder.vocab_size}"
+            self._require("vocab_size", self.encoder.vocab_size.__eq__, vocabulary)
         if self.start_point == "draft":
             enough = f"at least canvas_length={self.canvas_length} with start_point='draft'"
             self._require("num_answer_slots", lambda value: value >= self.canvas_length, enough)
@@ -322,6 +340,14 @@ class YanConfig(PreTrainedConfig):
         return sorted(self.cross_attention_layers or range(self.num_flow_layers))
 
     @property
+    def word_embedding_size(self) -> int:
+        """Width of the input embeddings, which may be another than that of the latents in a pretrained encoder."""
+        if self.encoder is None:
+            return self.hidden_size
+        names = ("input_embedding_size", "embedding_size", "hidden_size")
+        return next(size for name in names if (size := getattr(self.encoder, name, None)))
+
+    @property
     def max_prompt_length(self) -> int:
         """Longest prompt, in tokens, beside the model's own answer slots."""
         return self.max_position_embeddings - self.num_answer_slots
@@ -335,6 +361,14 @@ class YanConfig(PreTrainedConfig):
     def mamba_intermediate_size(self) -> int:
         """Width of the Mamba mixer between its projections, `expand * hidden_size`."""
         return self.expand * self.hidden_size
+
+
+def _encoder_config(fields: dict) -> PreTrainedConfig:
+    """The config of an encoder that transformers knows, from its fields."""
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"encoder of model_type={model_type!r}: must be a model type that transformers knows")
+    return AutoConfig.for_model(**fields)
 
 
 __all__ = ["YanConfig"]

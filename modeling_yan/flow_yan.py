@@ -60,11 +60,11 @@ class YanSettledTokens(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.proj = YanZeroLinear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.word_embedding_size, eps=config.layer_norm_eps)
+        self.proj = YanZeroLinear(config.word_embedding_size, config.hidden_size)
 
     def forward(self, embeddings, is_settled):
-        """(B, L, D) from token embeddings (B, L, D) and the mask (B, L) of those that are settled."""
+        """(B, L, D) from token embeddings (B, L, E) and the mask (B, L) of those that are settled."""
         states = self.proj(self.norm(embeddings))
         return states * is_settled.unsqueeze(-1).to(states.dtype)
 

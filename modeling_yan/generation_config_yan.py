@@ -146,10 +146,10 @@ _FIELD_RULES = (
         "an integer of at least 0",
     ),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
-    ("solver", lambda value: value in SOLVERS, f"one of {', '.join(SOLVERS)}"),
-    ("expert_choice", lambda value: value in EXPERT_CHOICES, f"one of {', '.join(EXPERT_CHOICES)}"),
+    ("solver", lambda value: value in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
+    ("expert_choice", lambda value: value in tuple(EXPERT_CHOICES), f"one of {', '.join(EXPERT_CHOICES)}"),
     ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
-    ("end_choice", lambda value: value in END_CHOICES, f"one of {', '.join(END_CHOICES)}"),
+    ("end_choice", lambda value: value in tuple(END_CHOICES), f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
@@ -189,6 +189,7 @@ class YanOptionsMixin:
 
     def _resolve_options(self, generation_config, kwargs):
         """Keyword, then passed config, then the model's config, then the defaults."""
+        check_options(kwargs, self.config.vocab_size)  # transformers would not say which one it can't compare
         num_sequences = kwargs.get("num_return_sequences")
         # transformers would refuse several that are neither sampled nor beams
         others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
@@ -210,7 +211,7 @@ class YanOptionsMixin:
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
-        check_options(options, self.config.vocab_size)
+        check_options(vars(options), self.config.vocab_size)
         self._check_length(options.canvas_length, "the canvas")
         self._check_num_sequences(options)
         self._check_fit(options)

@@ -307,7 +307,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             else:
                 numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
                 options = numbers, eos, plan.temperature
-                text = self.transitions.draw(self.model.embeddings.word_embeddings, logits, part, *options)
+                text = self.transitions.draw(self.get_input_embeddings(), logits, part, *options)
             texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)
 

@@ -52,6 +52,14 @@ from .layers_yan import (
 )
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
+from .pretrained_yan import (
+    YanHeadTransform,
+    YanLatents,
+    YanPretrainedMixin,
+    YanProjection,
+    build_backbone,
+    check_fit,
+)
 from .reading_yan import best_text
 from .trainer_yan import refuse_echo, refuse_harness_likelihood, token_output
 from .transitions_yan import YanTransitions
@@ -158,11 +166,17 @@ class YanPositionEmbedding(YanEmbedding):
 
 
 class YanEmbeddings(nn.Module):
-    """Token and learned position embeddings; the flow uses the positions too."""
+    """Token and learned position embeddings; the flow uses the positions too.
+
+    A pretrained encoder has its own token embeddings, and may lack a mask token for the answer slots.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
+        if config.encoder is None:
+            self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
+        elif config.num_answer_slots and config.mask_token_id is None:
+            self.answer_slots = YanEmbedding(config.num_answer_slots, config.word_embedding_size)
         self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -173,7 +187,7 @@ class YanEmbeddings(nn.Module):
         return self.dropout(inputs_embeds.to(positions.dtype) + positions)
 
 
-class YanPreTrainedModel(PreTrainedModel):
+class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
     config_class = YanConfig
     config: YanConfig
     base_model_prefix = "model"
@@ -204,6 +218,10 @@ class YanPreTrainedModel(PreTrainedModel):
             module.reset_identity()
         elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
+        elif isinstance(module, YanLatents):
+            module.reset_statistics()
+        elif isinstance(module, YanProjection):
+            module.reset_rotation()
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs):
@@ -257,23 +275,35 @@ class YanPreTrainedModel(PreTrainedModel):
 
 
 class YanModel(YanPreTrainedModel):
-    """Embeddings and bidirectional encoder: token ids to one latent vector per token."""
+    """Embeddings and bidirectional encoder, its own or a pretrained one: token ids to one latent vector per token."""
 
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = YanEmbeddings(config)
-        self.layers = nn.ModuleList(YanEncoderLayer(config, index) for index in range(config.num_encoder_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.encoder is None:
+            self.layers = nn.ModuleList(YanEncoderLayer(config, index) for index in range(config.num_encoder_layers))
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.encoder, self.latents = build_backbone(config.encoder), YanLatents(config)
+            check_fit(config, self.encoder)
         self.post_init()
 
+    @property
+    def words_name(self) -> str:
+        """Name of the input embeddings."""
+        words = self.get_input_embeddings()
+        return next(name for name, module in self.named_modules() if module is words)
+
     def get_input_embeddings(self):
-        return self.embeddings.word_embeddings
+        return self.embeddings.word_embeddings if self.config.encoder is None else self.encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value):
-        self.embeddings.word_embeddings = value
+        if self.config.encoder is None:
+            self.embeddings.word_embeddings = value
+        else:
+            self.encoder.set_input_embeddings(value)
+            self.config.encoder.vocab_size = value.num_embeddings
 
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -286,7 +316,8 @@ class YanModel(YanPreTrainedModel):
 
         Args:
             input_ids: Ids in [0, vocab_size). attention_mask: (B, S), 0 on padding, which may be on either side.
-            position_ids: (B, S); counted over the valid tokens if None. inputs_embeds: (B, S, D) instead of ids.
+            position_ids: (B, S); counted over the valid tokens if None, as a pretrained encoder always does.
+            inputs_embeds: (B, S, D) instead of ids, of the width of the input embeddings.
 
         Raises:
             ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
@@ -298,8 +329,15 @@ class YanModel(YanPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        if self.config.encoder is not None:
+            return self.encode_pretrained(input_ids, attention_mask, inputs_embeds, **kwargs)
         if position_ids is None:
             position_ids = count_positions(given, attention_mask)
+        return self._encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _encode(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs) -> BaseModelOutput:
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = attention_mask_for(self.config, hidden_states, attention_mask)
         for layer in self.layers:
@@ -314,12 +352,14 @@ class YanDecoder(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config.decoder_dropout)
         self.layers = nn.ModuleList(YanDecoderLayer(config) for _ in range(config.num_decoder_layers))
+        if config.encoder is not None:
+            self.transform = YanHeadTransform(config)
 
     def forward(self, latents, dropout: bool = True):
         hidden_states = self.dropout(latents) if dropout else latents
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return hidden_states
+        return self.transform(hidden_states) if hasattr(self, "transform") else hidden_states
 
 
 class YanForAutoencoding(YanPreTrainedModel):
@@ -332,7 +372,8 @@ class YanForAutoencoding(YanPreTrainedModel):
         super().__init__(config)
         self.model = YanModel(config)
         self.decoder = YanDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{self.model.words_name}.weight"}
+        self.lm_head = nn.Linear(config.word_embedding_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -397,7 +438,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         self.model = YanModel(config)
         self.flow = YanFlow(config)
         self.decoder = YanDecoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{self.model.words_name}.weight"}
+        self.lm_head = nn.Linear(config.word_embedding_size, config.vocab_size)
         self.transitions = YanTransitions(config) if config.transition_rank else None
         self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
@@ -430,6 +472,8 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             self.lm_head: not config.freeze_decoder,
             self.model.embeddings: not config.freeze_embeddings,
         }
+        if config.encoder is not None:
+            parts |= self.model.pretrained_switches()  # last: the head may be tied to the encoder's words
         for part, is_trained in parts.items():
             for parameter in part.parameters():
                 if parameter.is_floating_point():  # a weight that is quantized to integers has no gradient
@@ -514,11 +558,12 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
     def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:
         """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
         number = self.config.num_answer_slots
+        if number and input_ids is not None and self.config.mask_token_id is None:
+            input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         if number and input_ids is not None:
             input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
         if number and inputs_embeds is not None:
-            ids = torch.full((1, number), self.config.mask_token_id, device=inputs_embeds.device)
-            slots = self.get_input_embeddings()(ids).to(inputs_embeds.dtype)
+            slots = self._slot_embeddings(inputs_embeds.device).to(inputs_embeds.dtype)
             inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
         if number and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (number, 0), value=1)
@@ -527,6 +572,13 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             position_ids = torch.cat([slots, position_ids + number], dim=1)
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
+
+    def _slot_embeddings(self, device):
+        """Input embeddings (1, slots, E) of the answer slots: of mask tokens, or learned where there are none."""
+        if self.config.mask_token_id is None:
+            return self.model.embeddings.answer_slots(torch.arange(self.config.num_answer_slots, device=device)[None])
+        ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
+        return self.get_input_embeddings()(ids)
 
     def _check_draft(self, canvas_length: int):
         slots = self.config.num_answer_slots
@@ -581,7 +633,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
 
     def settle(self, tokens: torch.LongTensor, is_settled: torch.Tensor) -> torch.Tensor:
         """What the flow sees (B, L, D) of the token ids (B, L) of a canvas that are settled, a mask (B, L)."""
-        return self.flow.settled_tokens(self.model.embeddings.word_embeddings(tokens), is_settled)
+        return self.flow.settled_tokens(self.get_input_embeddings()(tokens), is_settled)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D)."""
@@ -606,7 +658,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         if self.transitions is None or not use_transitions:
             return best_text(logits, eos)
         penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
-        return self.transitions.most_likely(self.model.embeddings.word_embeddings, logits, latents, eos, penalty)
+        return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
 
     def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.

@@ -179,7 +179,7 @@ class YanObjectiveMixin:
             terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
         terms |= self._draft_loss(condition, canvas)
         if self.transitions is not None:
-            embedding = self.model.embeddings.word_embeddings
+            embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
@@ -235,7 +235,7 @@ class YanObjectiveMixin:
             if x_1.requires_grad:
                 terms |= latent_regularisers(self, x_1)
         if self.transitions is not None:
-            embedding = self.model.embeddings.word_embeddings
+            embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
         usage = terms.pop("expert_usage")
         loss = weighted_sum(config, terms)
@@ -248,7 +248,7 @@ class YanObjectiveMixin:
         logits = self.decode(draft)
         terms = {"ce_loss": token_cross_entropy(logits, canvas)}
         if self.transitions is not None:
-            embedding = self.model.embeddings.word_embeddings
+            embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
         loss = weighted_sum(self.config, terms)
         self._keep_terms(terms, len(canvas))

@@ -26,9 +26,10 @@ class YanTransitions(nn.Module):
         super().__init__()
         self.num_candidates = min(config.transition_candidates, config.vocab_size)
         self.is_detached = config.detach_transitions
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.from_proj = nn.Linear(config.hidden_size, config.transition_rank, bias=False)
-        self.to_proj = YanZeroLinear(config.hidden_size, config.transition_rank, bias=False)
+        width = config.word_embedding_size
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.from_proj = nn.Linear(width, config.transition_rank, bias=False)
+        self.to_proj = YanZeroLinear(width, config.transition_rank, bias=False)
         self.gate = YanZeroLinear(config.hidden_size, config.transition_rank)
 
     def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,9 @@ TRAIN_EXAMPLES = """  yan train --recipe configuration/recipes/tiny-autoencoder.
 FINETUNE_EXAMPLES = """  yan finetune --model MODEL --train_file pairs.jsonl --validation_file held-out.jsonl \\
       --output_dir finetuned --max_steps 500
   yan finetune --model MODEL --train_file pairs.jsonl --validation_file held-out.jsonl \\
-      --output_dir adapter --lora"""
+      --output_dir adapter --lora
+  yan finetune --encoder distilbert-base-uncased --train_file pairs.jsonl --validation_file held-out.jsonl \\
+      --output_dir new"""
 
 
 def add_to(commands):
@@ -21,7 +23,7 @@ def add_to(commands):
     purpose = "Train a model from scratch, in two stages."
     parser = add_command(commands, "train", train, purpose, TRAIN_EXAMPLES, add_help=False)
     parser.set_defaults(reads_words=True)
-    purpose = "Fine-tune a checkpoint on rows of source and target."
+    purpose = "Fine-tune a checkpoint, or a new model on a pretrained encoder, on rows of source and target."
     parser = add_command(commands, "finetune", finetune, purpose, FINETUNE_EXAMPLES, add_help=False)
     parser.set_defaults(reads_words=True)
 

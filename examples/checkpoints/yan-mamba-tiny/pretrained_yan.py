@@ -1,0 +1,1 @@
+../../../modeling_yan/pretrained_yan.py
