@@ -141,12 +141,12 @@ class SeededDraws:
         return self.generator
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "generator": self.generator.get_state()}  # itself it can't be pickled
+        # As bytes: tensors and generators go to a spawned worker through shared memory, which can fail.
+        return {**vars(self), "generator": self.generator.get_state().numpy().tobytes()}
 
     def __setstate__(self, state: dict[str, Any]):
-        vars(self).update(state)
-        self.generator = torch.Generator()
-        self.generator.set_state(state["generator"])
+        vars(self).update(state, generator=torch.Generator())
+        self.generator.set_state(torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8))
 
 
 def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:

@@ -98,14 +98,20 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_text(path: Path, sample_by: str) -> Iterator[PlacedRow]:
+    lines = ((number, line) for number, group in numbered_lines(path) for line in _split_lines(group))
     if sample_by == "line":
-        paragraphs: Iterable = ([line] for line in _filled_lines(path))
+        paragraphs: Iterable = ([numbered] for numbered in lines if numbered[1].strip())
     else:
-        runs = groupby(numbered_lines(path), key=lambda numbered: bool(numbered[1].strip()))
+        runs = groupby(lines, key=lambda numbered: bool(numbered[1].strip()))
         paragraphs = (list(lines) for filled, lines in runs if filled)
     for paragraph in paragraphs:
         where = f"{path}, line {paragraph[0][0]}"
         yield where, {"text": _decode(b"".join(line for _, line in paragraph), where).strip()}
+
+
+def _split_lines(line: bytes) -> list[bytes]:
+    """The lines that end in \\r or \\r\\n in one that ends in \\n, all with \\n alone."""
+    return line.replace(b"\r\n", b"\n").replace(b"\r", b"\n").splitlines(keepends=True)
 
 
 def _decode(content: bytes, where: str) -> str:

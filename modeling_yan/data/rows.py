@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,15 @@ def check_row(row: Any, where: str) -> None:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, unpacked if its name ends in `.gz`, with their numbers from 1."""
+    """The lines of a file, unpacked if its name ends in `.gz`, with their numbers from 1.
+
+    The byte-order mark that some programs put before UTF-8 is left out.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                yield number, line
+                yield number, line.removeprefix(BOM_UTF8) if number == 1 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: the gzip file is cut off or damaged ({error})") from error
 

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from modeling_yan.data import AutoencoderCollator, CompletionCollator, FlowCollator, collators
 
@@ -46,12 +47,22 @@ def test_lengths_come_from_the_model(tokenizer, tiny_model, collator_class):
         collator_class(tokenizer, max_source_length=8)
 
 
-def test_a_collator_can_be_sent_to_another_process(tokenizer):
+def test_a_collator_goes_on_in_another_process_where_it_was(tokenizer):
     rows = [{"input_ids": list(range(10, 40))}] * 8
     collator = AutoencoderCollator(tokenizer, 32, seed=1)
     collator(rows)
     sent = pickle.loads(pickle.dumps(collator))
+    shared = (torch.Tensor, torch.Generator)  # which spawned workers would get through shared memory
+    assert not any(isinstance(value, shared) for value in collator.draws.__getstate__().values())
     assert torch.equal(sent(rows)["input_ids"], collator(rows)["input_ids"])
+
+
+@pytest.mark.slow
+def test_spawned_workers_collate(tokenizer):
+    options = {"num_workers": 1, "multiprocessing_context": "spawn", "batch_size": 2}
+    collator = AutoencoderCollator(tokenizer, 32)
+    batches = list(DataLoader([{"input_ids": [10, 11, 12]}] * 4, collate_fn=collator, **options))
+    assert [batch["labels"].shape for batch in batches] == [(2, 8)] * 2
 
 
 def test_once_it_knows_the_epoch_the_batch_alone_decides(tokenizer):

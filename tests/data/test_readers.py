@@ -108,3 +108,18 @@ def test_file_names_and_hub_names_are_told_apart(tmp_path):
     write(tmp_path / "a.csv", LINES)
     assert all(map(is_file_name, ["a.jsonl.gz", "b/*", "c.parquet", str(tmp_path / "a.csv")]))
     assert not any(map(is_file_name, ["owner/name", "squad", str(tmp_path)]))
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_files_of_other_systems_are_read_alike(tmp_path, ending):
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeffFirst line.\nSecond line.\n\nThird line.\n".replace("\n", ending).encode())
+    texts = {by: [row["text"] for _, row in read_file(path, by)] for by in ("line", "paragraph")}
+    assert texts["line"] == ["First line.", "Second line.", "Third line."]
+    assert texts["paragraph"] == ["First line.\nSecond line.", "Third line."]
+
+
+def test_json_may_have_a_byte_order_mark(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "One."}\r\n{"text": "Two."}\r\n'), ("b.json", '[{"text": "One."}]')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert next(read_file(tmp_path / name))[1] == {"text": "One."}
