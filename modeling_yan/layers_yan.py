@@ -77,7 +77,7 @@ def with_valid_first(attention_mask: torch.Tensor, *sequences: torch.Tensor | No
             return None
         sequence = sequence.expand(len(places), *sequence.shape[1:])
         index = places.view(*places.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
-        return sequence.new_empty(sequence.shape).scatter(1, index, sequence)
+        return torch.zeros_like(sequence).scatter(1, index, sequence)
 
     return [move(sequence) for sequence in (attention_mask, *sequences)]
 
