@@ -62,7 +62,8 @@ def bad_input_section(counts: dict) -> list[str]:
         "## Bad input",
         "",
         f"{generated} generated cases. Each ends in `ValueError`, `TypeError` or `OSError` with a message, in "
-        "`FloatingPointError` where numbers are not finite, or in the right result.",
+        "`FloatingPointError` where numbers are not finite, in transformers' `RuntimeError` for weights of other shapes, "
+        "or in the right result.",
         "",
         "```bash",
         f"python -m pytest {' '.join(TESTS)}",
@@ -108,7 +109,7 @@ def long_section(figures: dict) -> list[str]:
     return [
         "## Long runs",
         "",
-        "Tiny models in one process. Every generation and every training step has a shape of its own.",
+        "Tiny models in one process. The shape of every generation and training step is drawn.",
         "",
         *about(figures),
         *table(["mixer", "what", "times", "found"], rows),
