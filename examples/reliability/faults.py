@@ -223,11 +223,9 @@ def about(arguments: list[str]) -> dict:
     return {
         "command": " ".join(["python", "examples/reliability/faults.py", *arguments]),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "machine": f"{os.cpu_count()} CPU cores, shared with other work",
     }
 
