@@ -321,7 +321,7 @@ class YanConfig(PreTrainedConfig):
             f"at least {least}" + " without answer slots for the canvas and train_expert_choice='posterior'" * least
         )
         for name in ("num_flow_steps", "min_train_flow_steps"):
-            self._require(name, lambda value: value >= least, steps)
+            self._require(name, lambda value: least <= value <= MOST, f"{steps}, and at most {MOST}")
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
         self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
         floor = f"at most time_step_max={self.time_step_max}"

@@ -257,7 +257,11 @@ def _refuse_other_options(kwargs, *configs):
     """
     keywords = {name: value for name, value in kwargs.items() if name in STOCK_FIELDS or name in STOCK_ARGUMENTS}
     defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
-    chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
+    # from_pretrained hands fields of the model's config to that of generation, too
+    chosen = [
+        {name: value for name, value in config.items() if name in STOCK_FIELDS and value != defaults.get(name)}
+        for config in configs
+    ]
     known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT}
     for options in (keywords, *chosen):
         others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}

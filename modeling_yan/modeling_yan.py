@@ -519,19 +519,18 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
                 fewer than one step.
         """
-        if self.config.num_answer_slots:  # without, the encoder looks
-            self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
+        self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
+        given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None:
+            labels = check_labels(labels, self, len(given))
             refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
         prompt = input_ids, attention_mask, position_ids, inputs_embeds
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if attention_mask is not None and given is not None and attention_mask.shape == given.shape[:2]:
+        if attention_mask is not None:
             # with padding between the slots and the prompt, or within it, tokens would not know their neighbours
             attention_mask, *others = with_valid_first(attention_mask, input_ids, position_ids, inputs_embeds)
             prompt = others[0], attention_mask, *others[1:]
         prompt = self.with_answer_slots(*prompt)
         outputs = self.model(**prompt, **kwargs)
-        labels = None if labels is None else check_labels(labels, self, len(outputs.last_hidden_state))
         attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")
