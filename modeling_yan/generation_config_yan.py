@@ -179,7 +179,7 @@ class YanOptionsMixin:
         if not (is_simple and last and last[0] == call):
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
             asked = [kwargs, *(config.to_diff_dict() for config in configs)]
-            _refuse_other_options(*asked)
+            _refuse_other_options(vars(self.config), *asked)
             self.open_options = open_options(self.generation_config)
             options = self._resolve_options(generation_config, kwargs)
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
@@ -250,19 +250,16 @@ class YanOptionsMixin:
             raise ValueError(f"num_return_sequences={number}: must be {allowed}")
 
 
-def _refuse_other_options(kwargs, *configs):
+def _refuse_other_options(model_fields, kwargs, *configs):
     """Raise ValueError if a keyword or a config asks for what is not honoured; drop the keywords that ask for nothing.
 
     Keywords that transformers does not know either are left to the caller.
     """
     keywords = {name: value for name, value in kwargs.items() if name in STOCK_FIELDS or name in STOCK_ARGUMENTS}
     defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
+    chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
     # from_pretrained hands fields of the model's config to that of generation, too
-    chosen = [
-        {name: value for name, value in config.items() if name in STOCK_FIELDS and value != defaults.get(name)}
-        for config in configs
-    ]
-    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT}
+    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT, *(set(model_fields) - STOCK_FIELDS)}
     for options in (keywords, *chosen):
         others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
         asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]
