@@ -165,6 +165,7 @@ class TestFitToTokenizer:
         model, before, num_new = fit(model_class)
         assert num_new == NUM_ADDED[make]
         assert model.config.vocab_size == len(tokenizer)
+        assert tokenizer.model_max_length == model.config.max_prompt_length
         matrices = [(model.get_input_embeddings().weight, before.get_input_embeddings().weight)]
         if model_class is not YanModel:
             matrices.append((model.lm_head.weight, before.lm_head.weight))

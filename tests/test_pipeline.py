@@ -1,5 +1,7 @@
 """`pipeline("text-generation")` on a saved folder gives exactly what `generate` gives."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from transformers import GenerationConfig, pipeline
 from modeling_yan import YanForFlowGeneration
 from modeling_yan.data import train_tokenizer
 
+BUNDLED = {"attention": "yan-transformer-tiny", "mamba": "yan-mamba-tiny"}
+CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
 SENTENCES = ["The cat sat on the mat.", "Where is the dog?", "Mary is in the garden.", "John has the red apple."]
 PROMPTS = ["The cat sat on", "Where is", "Mary"]
 
@@ -153,3 +157,30 @@ def test_a_stop_sequence_ends_the_text(write):
 def test_details_come_along(write):
     (answer,) = write(PROMPTS[0], return_dict_in_generate=True)
     assert set(answer) > {"generated_text", "tokens_per_forward"}
+
+
+class TestLongPrompts:
+    """The tokenizers beside a model know how long its prompts may be, so that one long row need not end a run."""
+
+    LONG, SHORT = "Where is Mary? " + "Mary went to the garden. " * 60, "Where is Mary? Mary went to the garden."
+
+    @pytest.fixture
+    def bundled(self, variant):
+        return pipeline("text-generation", model=str(CHECKPOINTS / BUNDLED[variant]))
+
+    def test_the_tokenizer_has_the_models_limit(self, bundled):
+        assert bundled.tokenizer.model_max_length == bundled.model.config.max_prompt_length == 128
+
+    @pytest.mark.parametrize("options", [{"truncation": True}, {"handle_long_generation": "hole"}], ids=str)
+    def test_a_long_row_among_others(self, bundled, options):
+        options = {**options, "return_full_text": False, "max_new_tokens": 8}
+        ids = bundled.tokenizer(self.LONG).input_ids
+        kept = torch.tensor([ids[:128] if "truncation" in options else ids[8 - 128 :]])
+        expected = bundled.tokenizer.decode(bundled.model.generate(kept, max_new_tokens=8, return_prompt=False)[0])
+        answers = bundled([self.SHORT, self.LONG], batch_size=2, **options)
+        assert texts(answers[0]) == texts(bundled(self.SHORT, **options))
+        assert texts(answers[1]) == [expected.replace("</s>", "").replace("<pad>", "")]
+
+    def test_otherwise_it_is_refused(self, bundled):
+        with pytest.raises(ValueError, match=r"the prompt has .* tokens: must be 1 to max_position_embeddings=128"):
+            bundled([self.SHORT, self.LONG])

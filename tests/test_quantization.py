@@ -99,7 +99,8 @@ def test_what_only_generates_is_not_saved(tiny_model, prompts, form, tmp_path):
 @pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
 def test_bitsandbytes(options):
     pytest.importorskip("bitsandbytes")
-    check_answers(BitsAndBytesConfig(**options))
+    # on some CPUs it takes no layer with a number of outputs that 32 does not divide
+    check_answers(BitsAndBytesConfig(**options, llm_int8_skip_modules=["lm_head", "expert_proj"]))
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
+from .vocabulary import limit_prompts
 
 SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
 # A resumed run with another value of these would see other batches from its first update on.
@@ -403,6 +404,7 @@ class Training:
                 model.save_pretrained(folder, state_dict=weights)
         if not is_main:
             return
+        limit_prompts(self.tokenizer, model.config)
         self.tokenizer.save_pretrained(folder)
         place = {"step": self.step, "seconds": self.seconds, "num_places": count_places(self.accelerator)}
         settings = asdict(self.arguments) | place

@@ -16,6 +16,8 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 def fit_to_tokenizer(model, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
     """Make room for the tokens of a prepared tokenizer in a YAN model, in place, and take over its special tokens.
 
+    The tokenizer learns how long a prompt may be (`model_max_length`).
+
     New rows of the embeddings, and of the decoder's output if it has its own, are drawn from a Gaussian with mean and
     spread of the rows that are there, each dimension by itself; a new bias is the mean of the others. So a new token
     starts as an average one. Nothing shrinks: a vocabulary that was rounded up stays so. `lm_head` stays tied where
@@ -43,7 +45,15 @@ def fit_to_tokenizer(model, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -
     model.config.update(special)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.update(**{name: special[name] for name in ROLES if name != "mask_token_id"})
+    limit_prompts(tokenizer, model.config)
     return size - old_size
+
+
+def limit_prompts(tokenizer: PreTrainedTokenizerBase, config) -> None:
+    """Tell a tokenizer, in place, where a model's prompts end: `truncation=True` then cuts, and pipelines may, too."""
+    longest = getattr(config, "max_prompt_length", None) or getattr(config, "max_position_embeddings", None)
+    if longest is not None:
+        tokenizer.model_max_length = longest
 
 
 def _draw_new_rows(model, old_size: int, generator: torch.Generator) -> None:

@@ -42,6 +42,7 @@ class TestScript:
 
         write = pipeline("text-generation", model=two)
         assert write.model.config.vocab_size == len(write.tokenizer) == 300
+        assert write.tokenizer.model_max_length == write.model.config.max_prompt_length
         assert type(write.model) is YanForFlowGeneration
         prompts = [row["source"] for row in PAIRS[:2]]
         answers = write(prompts, batch_size=2)
