@@ -62,8 +62,8 @@ def bad_input_section(counts: dict) -> list[str]:
         "## Bad input",
         "",
         f"{generated} generated cases. Each ends in `ValueError`, `TypeError` or `OSError` with a message, in "
-        "`FloatingPointError` where numbers are not finite, in transformers' `RuntimeError` for weights of other "
-        "shapes, or in the right result.",
+        "`FloatingPointError` where numbers are not finite, in transformers' `RuntimeError` for other shapes, "
+        "or in the right result.",
         "",
         "```bash",
         f"python -m pytest {' '.join(TESTS)}",

@@ -498,7 +498,7 @@ def _flatten(sequences: Sequence[Ids]) -> Ragged:
     if all(isinstance(ids, list) for ids in sequences):  # faster than an array for each
         tokens = np.array(list(chain.from_iterable(sequences)))
     else:
-        tokens = np.concatenate([np.asarray(ids) for ids in sequences])
+        tokens = np.concatenate([np.asarray(ids, dtype=None if len(ids) else np.int64) for ids in sequences])
     if len(tokens) and (tokens.dtype.kind not in "iu" or tokens.ndim != 1 or tokens.min() < 0):
         found = tokens.min() if tokens.dtype.kind in "iu" else f"{tokens.reshape(-1)[0]!r} of {tokens.dtype}"
         raise ValueError(f"token ids hold {found}: must be lists of integers of at least 0")
