@@ -231,6 +231,7 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
         (["generate", "{folder}", "x" * 40], "the prompt has "),
         (["generate", "{folder}", "a", "--device", "nowhere"], "device='nowhere': "),
         (["generate", "{folder}", "a", "--colour", "red"], "no such argument as --colour red"),
+        (["info", "{damaged}"], "is not a valid JSON file"),
         (["info", "{other}"], "MODEL='{other}': its model_type='gpt2' must be 'yan'"),
         (["generate", "{stage_one}", "a"], "MODEL='{stage_one}': has no weights for flow."),
         (["visualize", "{folder}", "a", "b", "--output", "x"], "text=['a', 'b']: must be one prompt"),
@@ -244,13 +245,15 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
 )
 def test_bad_input_is_one_line_and_the_code_2(yan, folder, tmp_path, words, message):
     other, stage_one, bad = tmp_path / "other", tmp_path / "stage-one", tmp_path / "bad.yaml"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    damaged = tmp_path / "damaged"
+    for folder_of_config, content in ((other, '{"model_type": "gpt2"}'), (damaged, "{")):
+        folder_of_config.mkdir()
+        (folder_of_config / "config.json").write_text(content)
     bad.write_text("a: [")
     if "{stage_one}" in words:
         shutil.copytree(folder, stage_one)
         YanForAutoencoding.from_pretrained(folder).save_pretrained(stage_one)
-    names = {"folder": folder, "other": other, "stage_one": stage_one, "bad": bad}
+    names = {"folder": folder, "other": other, "stage_one": stage_one, "bad": bad, "damaged": damaged}
     code, lines, errors = yan(*(word.format(**names) for word in words))
     assert (code, lines) == (2, [])
     assert len(errors) == 1
@@ -340,27 +343,18 @@ def test_export_writes_a_program(yan, folder, tmp_path):
     assert torch.export.load(file).module()(ids, torch.ones_like(ids)).shape == (1, 8)
 
 
-def test_train_and_finetune_go_through_to_a_model_that_writes(yan, folder, tmp_path):
+def test_train_and_finetune_go_through_to_an_adapter_that_writes(yan, folder, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [{"source": sentence, "target": "Yes."} for sentence in SENTENCES])
     rows = ["--train_file", tmp_path / "rows.jsonl", "--validation_file", tmp_path / "rows.jsonl"]
     words = ["--stage", "flow", "--config", folder, "--tokenizer", folder, "--use_cpu", "True", "--max_steps", 1]
     words += ["--per_device_train_batch_size", 2, "--max_source_length", 16, "--report_to", "none"]
     assert yan("train", *words, *rows, "--output_dir", tmp_path / "trained")[0] == 0
-    words = [
-        "--model",
-        tmp_path / "trained",
-        "--use_cpu",
-        "--max_steps",
-        1,
-        "--report_to",
-        "none",
-        "--save_strategy",
-        "no",
-    ]
-    code, lines, _ = yan("finetune", *words, *rows, "--output_dir", tmp_path / "tuned")
+    words = ["--model", tmp_path / "trained", "--use_cpu", "--max_steps", 1, "--report_to", "none", "--lora"]
+    words += ["--save_strategy", "no", "--output_dir", tmp_path / "adapter"]
+    code, lines, _ = yan("finetune", *words, *rows)
     assert code == 0
     assert any(line.startswith("eval_loss") for line in lines)
-    assert yan("generate", tmp_path / "tuned", SENTENCES[0])[0] == 0
+    assert yan("generate", tmp_path / "adapter", SENTENCES[0])[0] == 0
 
 
 def test_the_shells_completions_know_every_command_and_its_options(yan):

@@ -1,6 +1,8 @@
 """Models for the commands."""
 
+import json
 from importlib import import_module
+from pathlib import Path
 
 
 def prepare_library(is_quiet: bool = False):
@@ -14,12 +16,21 @@ def prepare_library(is_quiet: bool = False):
 
 
 def load_config(name: str):
-    """The config of a YAN checkpoint. Raises ValueError for a name without one, or another kind of model."""
+    """The config of a YAN checkpoint, or of the one that an adapter belongs to.
+
+    Raises:
+        ValueError: A name without a config, or another kind of model.
+    """
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        adapter = find_adapter_config_file(name)
+        base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
+        config = AutoConfig.from_pretrained(base)
     except OSError as error:
+        if Path(name, "config.json").is_file():  # it is there and damaged
+            raise
         raise ValueError(f"MODEL={name!r}: must be a folder with a config.json, or a model on the hub") from error
     if config.model_type != "yan":
         raise ValueError(f"MODEL={name!r}: its model_type={config.model_type!r} must be 'yan'")
