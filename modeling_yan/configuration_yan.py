@@ -94,8 +94,8 @@ class YanConfig(PreTrainedConfig):
         nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight: Weights of the loss terms, at
             least 0. Likelihood and squared error count per latent dimension, so that one set of weights serves every
             width.
-        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the gate's and
-            the latents' terms, at least 0.
+        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the gate's
+            and the latents' terms, at least 0.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
