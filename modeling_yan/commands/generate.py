@@ -2,7 +2,8 @@
 
 import sys
 
-from .parsing import add_command, add_model
+from .loading import load_model, load_tokenizer, prepare_library
+from .parsing import add_command, add_device, add_model, whole_number
 from .writing import Writer, add_writing_options
 
 MASK = "<mask>"  # what a person writes, whatever the tokenizer's mask token is
@@ -10,7 +11,7 @@ GENERATE_EXAMPLES = """  yan generate MODEL "Where is the apple? Mary took the a
   yan generate MODEL "Where is the apple? Mary took the apple." --num 3 --seed 1
   cat prompts.txt | yan generate MODEL > answers.txt"""
 FILL_EXAMPLES = """  yan fill MODEL "You are lucky in having <mask> a master."
-  yan fill MODEL "He loosed <mask>, and forgave <mask> the debt." --steps 8 --stream"""
+  yan fill MODEL "He loosed <mask>, and forgave <mask> the debt." --steps 8"""
 
 
 def add_to(commands):
@@ -21,8 +22,10 @@ def add_to(commands):
     add_writing_options(parser)
     parser = add_command(commands, "fill", fill, "Fill in the masks of texts.", FILL_EXAMPLES)
     add_model(parser)
-    parser.add_argument("text", nargs="*", help=f"texts with one {MASK} a token; without any, the lines of stdin")
-    add_writing_options(parser)
+    parser.add_argument("text", nargs="*", help=f"texts with a {MASK} for each gap; without any, the lines of stdin")
+    parser.add_argument("--steps", type=whole_number(0), help="solver steps a canvas; the model's if not given")
+    parser.add_argument("--max_gap_tokens", type=whole_number(1), default=4, help="widest gap, in tokens")
+    add_device(parser)
 
 
 def generate(options):
@@ -32,10 +35,13 @@ def generate(options):
 
 
 def fill(options):
-    """Print every text with its masks filled in."""
+    """Print every text with its gaps filled."""
     texts = _texts(options)
-    writer = Writer(options)
-    _print_answers(writer, (_to_prompt(text, writer.tokenizer.mask_token) for text in texts))
+    prepare_library(is_quiet=not options.debug)
+    model, tokenizer = load_model(options.model, options.device), load_tokenizer(options.model)
+    for text in texts:
+        text = text.replace(MASK, tokenizer.mask_token)
+        print(model.fill(tokenizer, text, options.max_gap_tokens, options.steps).text, flush=True)
 
 
 def _texts(options):
@@ -43,14 +49,6 @@ def _texts(options):
     if not options.text and sys.stdin.isatty():
         raise ValueError("text: must be given, or come as lines on stdin")
     return options.text or (line.rstrip("\n") for line in sys.stdin)
-
-
-def _to_prompt(text, mask_token):
-    from ..data.tasks import FILL_IN
-
-    if MASK not in text:
-        raise ValueError(f"text={text!r}: must hold {MASK}")
-    return f"{text.replace(MASK, mask_token)} {FILL_IN}"
 
 
 def _print_answers(writer, prompts):
