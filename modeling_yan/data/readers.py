@@ -110,7 +110,7 @@ def _read_text(path: Path, sample_by: str) -> Iterator[PlacedRow]:
 
 
 def _split_lines(line: bytes) -> list[bytes]:
-    """The lines that end in \\r or \\r\\n in one that ends in \\n, all with \\n alone."""
+    """The lines inside of one, which CR or CRLF may end, each with a plain newline."""
     return line.replace(b"\r\n", b"\n").replace(b"\r", b"\n").splitlines(keepends=True)
 
 

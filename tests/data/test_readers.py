@@ -45,7 +45,7 @@ def test_text_by_line_and_by_paragraph(tmp_path, name):
     path = write(tmp_path / name, "One.\r\n two \n\n \n\nThrée\n".encode())
     by_line = [(f"{path}, line {number}", {"text": text}) for number, text in [(1, "One."), (2, "two"), (6, "Thrée")]]
     assert list(read_file(path)) == by_line
-    by_paragraph = [(f"{path}, line 1", {"text": "One.\r\n two"}), (f"{path}, line 6", {"text": "Thrée"})]
+    by_paragraph = [(f"{path}, line 1", {"text": "One.\n two"}), (f"{path}, line 6", {"text": "Thrée"})]
     assert list(read_file(path, sample_by="paragraph")) == by_paragraph
 
 
