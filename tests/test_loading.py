@@ -15,7 +15,7 @@ import modeling_yan
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, YanGenerationConfig, YanModel
 
 PACKAGE = Path(modeling_yan.__file__).parent
-FLAT_MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+FLAT_MODULES = {path.name for path in PACKAGE.glob("*_yan.py")}
 VARIANTS = ("attention", "mamba")
 AUTO_CLASSES = {
     AutoModel: YanModel,
