@@ -224,14 +224,15 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
             module.reset_rotation()
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
         try:
-            loaded = super().from_pretrained(name, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            raise OSError(f"{name}: the file of weights is cut off or damaged ({error})") from error
+            place = pretrained_model_name_or_path
+            raise OSError(f"{place}: the file of weights is cut off or damaged ({error})") from error
         if found := not_finite_weights(loaded[0] if isinstance(loaded, tuple) else loaded):
-            raise ValueError(f"{name}: the weights must be finite, and there is {found}")
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
