@@ -254,13 +254,6 @@ class YanConfig(PreTrainedConfig):
             raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
 
-    def to_dict(self):
-        """As in transformers; a model with its own encoder has no field for another."""
-        fields = super().to_dict()
-        if self.encoder is None:
-            del fields["encoder"]
-        return fields
-
     def validate_fields(self):
         """Check every number against its range, then the fields that depend on one another."""
         self._check_ranges()

@@ -61,7 +61,7 @@ from .pretrained_yan import (
     check_fit,
 )
 from .reading_yan import best_text
-from .trainer_yan import refuse_echo, refuse_harness_likelihood, token_output
+from .trainer_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
 from .transitions_yan import YanTransitions
 
 AUTO_MAP = {
@@ -324,8 +324,7 @@ class YanModel(YanPreTrainedModel):
             ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
                 of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
+        refuse_cache(kwargs)
         self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None and attention_mask is None and position_ids is None:
@@ -520,6 +519,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
                 fewer than one step.
         """
+        refuse_cache(kwargs)
         self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None:

@@ -162,6 +162,12 @@ def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTen
     )
 
 
+def refuse_cache(kwargs):
+    """Raise ValueError if a cache is handed in, as PEFT's prefix tuning does."""
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
+
+
 def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_id: int | None):
     """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
 

@@ -105,7 +105,6 @@ def test_completions(tokenizer, row):
 GOOD = b'{"text": "The cat sat."}\n'
 CONTENTS = {
     "utf-16": GOOD.decode().encode("utf-16"),
-    "byte-order-mark": b"\xef\xbb\xbf" + GOOD,
     "latin-1": '{"text": "Käse"}'.encode("latin-1"),
     "nul-bytes": b"\0" * 50,
     "cut": GOOD + b'{"text": "a',

@@ -194,10 +194,12 @@ def test_the_commands_of_the_readme_run(yan, tmp_path, monkeypatch):
     assert text.endswith(" a master.")
 
 
-def test_a_chat_answers_each_line_and_outlives_a_line_that_is_too_long(yan, folder, type_in):
+def test_a_chat_answers_each_line_and_outlives_a_line_that_is_too_long(yan, folder, type_in, tmp_path):
     expected = yan("generate", folder, SENTENCES[0], *STEPS)[1]
+    shutil.copytree(folder, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
     type_in(f"{SENTENCES[0]}\n\n{'x' * 99}\n{SENTENCES[0]}\nexit\n{SENTENCES[0]}\n")
-    code, lines, errors = yan("chat", folder, *STEPS)
+    code, lines, errors = yan("chat", tmp_path / "plain", *STEPS)
     assert (code, lines) == (0, expected * 2)
     assert "no chat template" in errors[0]
     assert errors[1].startswith("yan chat: the prompt has ")
@@ -228,7 +230,10 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
             ["generate", "/no/folder", "a"],
             "MODEL='/no/folder': must be a folder with a config.json, or a model on the hub",
         ),
-        (["generate", "{folder}", "a", "--temperature", "-1"], "temperature=-1.0: must be a number of at least 0"),
+        (
+            ["generate", "{folder}", "a", "--temperature", "-1"],
+            "temperature=-1.0: must be a finite number of at least 0",
+        ),
         (["generate", "{folder}", "x" * 40], "the prompt has "),
         (["generate", "{folder}", "a", "--device", "nowhere"], "device='nowhere': "),
         (["generate", "{folder}", "a", "--colour", "red"], "no such argument as --colour red"),
