@@ -22,27 +22,32 @@ from modeling_yan.evaluation import exact_match, generate_answers, masked_words_
 from modeling_yan.export import with_int8_weights
 
 STORY_SEED = 1  # the seed of the stories that training leaves out
-ANSWER_LENGTH = 8  # mask tokens of the answer slot, whatever the answer
+VARIED_SEED = 988  # of those in many wordings
+ANSWER_LENGTH = 8  # tokens that an answer has room for
 
 
 def most_frequent(strings):
     return Counter(strings).most_common(1)[0][0]
 
 
-def score_stories(write, num_rows, max_sentences, mask_token):
-    """Exact match of the answers to held-out stories, in all and per kind of question."""
-    slot = mask_token * ANSWER_LENGTH + " "
-    rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences, answer_slot=slot)
-    answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
-    scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
-    constant = most_frequent(row["target"] for row in rows)
-    results = {"stories: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
+def score_stories(write, num_rows, max_sentences):
+    """Exact match of the answers to held-out stories, in all, in many wordings, and per kind of question."""
+    rows = generate_stories(num_rows, STORY_SEED, max_sentences=max_sentences)
+    varied = generate_stories(num_rows, VARIED_SEED, max_sentences=max_sentences, varied_wording=True)
+    results = {"stories: exact match": score_answers(write, rows)}
+    results["stories in many wordings: exact match"] = score_answers(write, varied)
     for kind in sorted({row["kind"] for row in rows}):
-        chosen = [index for index, row in enumerate(rows) if row["kind"] == kind]
-        constant = most_frequent(rows[index]["target"] for index in chosen)
-        baseline = [exact_match(constant, rows[index]["target"]) for index in chosen]
-        results[f"stories, {kind}: exact match"] = ([scores[index] for index in chosen], baseline)
+        chosen = [row for row in rows if row["kind"] == kind]
+        results[f"stories, {kind}: exact match"] = score_answers(write, chosen)
     return results
+
+
+def score_answers(write, rows):
+    """Exact match of the answers, and of the most frequent one."""
+    answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
+    constant = most_frequent(row["target"] for row in rows)
+    scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
+    return scores, [exact_match(constant, row["target"]) for row in rows]
 
 
 def with_difference(scores, baseline):
@@ -57,12 +62,8 @@ def count_with(tokenizer):
 
 def score_last_words(write, texts, num_rows, max_words, mask_token):
     """Exact match of the last word of a text."""
-    slot = mask_token * ANSWER_LENGTH + " "
-    rows = build_pairs(texts, "last_word", num_rows, 0, max_words, mask_token, answer_slot=slot)
-    answers = write([row["source"] for row in rows], canvas_length=ANSWER_LENGTH)
-    constant = most_frequent(row["target"] for row in rows)
-    scores = [exact_match(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
-    return {"last word: exact match": (scores, [exact_match(constant, row["target"]) for row in rows])}
+    rows = build_pairs(texts, "last_word", num_rows, 0, max_words, mask_token)
+    return {"last word: exact match": score_answers(write, rows)}
 
 
 def score_infilling(write, texts, num_rows, max_words, tokenizer):
@@ -115,7 +116,7 @@ def main():
         def write(sources, **settings):
             return generate_answers(model, tokenizer, sources, num_flow_steps=steps, **settings)  # noqa: B023
 
-        results = score_stories(write, options.num_rows, options.max_sentences, tokenizer.mask_token)
+        results = score_stories(write, options.num_rows, options.max_sentences)
         if options.text_file:
             texts = read_rows(options.text_file)
             results |= score_last_words(write, texts, options.num_rows, options.max_words, tokenizer.mask_token)

@@ -14,18 +14,21 @@ import modeling_yan  # noqa: F401  registers the classes
 from modeling_yan.data import generate_stories
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-# Sentences of documents that training left out. One mask stands for the last word, or for each token of a gap.
+# Sentences of documents that training left out. One mask stands for the last word, or for a gap of any length.
 LAST_WORDS = [
-    ("And the name thereof is called Bamah unto this {}.", "day"),
-    ("Lady Middleton proposed a rubber of Casino to the {}.", "others"),
-    ("I the LORD have spoken it, and will do {}.", "it"),
+    ("Last word: And the name thereof is called Bamah unto this <mask>.", "day"),
+    ("Last word: Lady Middleton proposed a rubber of Casino to the <mask>.", "others"),
+    ("Last word: I the LORD have spoken it, and will do <mask>.", "it"),
 ]
 GAPS = [
-    ("But {} morning will do for this. She would be extremely sorry to interfere with you.", "any"),
-    ("Then the lord of that servant was moved with compassion, and loosed {}, and forgave {} the debt.", "him"),
-    ("You are lucky in having {} a master.", "such"),
+    ("But <mask> morning will do for this. She would be extremely sorry to interfere with you.", "any"),
+    (
+        "Then the lord of that servant was moved with compassion, and loosed <mask>, and forgave <mask> the debt.",
+        "him",
+    ),
+    ("You are lucky in having <mask> a master.", "such"),
 ]
-ANSWER_LENGTH = 8  # mask tokens before a question, whatever the answer
+ANSWER_LENGTH = 8  # tokens that an answer has room for
 
 
 class Drafts:
@@ -70,21 +73,16 @@ def timed(function, **arguments):
     return time.perf_counter() - start
 
 
-def prompts(tokenizer, seed):
-    """For each task: its title, prompts with the expected texts, and the width of its canvas."""
-    mask = tokenizer.mask_token
-    slot = mask * ANSWER_LENGTH + " "
-    stories = generate_stories(3, seed, max_sentences=6, answer_slot=slot)
-    gaps = [(text, word, len(tokenizer.tokenize(word))) for text, word in GAPS]
-    return [
-        ("Question answering", [(row["source"], row["target"]) for row in stories], ANSWER_LENGTH),
-        ("Last word", [(f"{slot}Last word: {text.format(mask)}", word) for text, word in LAST_WORDS], ANSWER_LENGTH),
-        (
-            "Infilling",
-            [(text.replace("{}", mask * n) + " Fill in.", text.replace("{}", word)) for text, word, n in gaps],
-            None,
-        ),
-    ]
+def fill_gaps(model, tokenizer, num_flow_steps):
+    """Write every text with its gaps filled."""
+    print("\n  Infilling")
+    for text, word in GAPS:
+        filled = model.fill(tokenizer, text, num_flow_steps=num_flow_steps)
+        seconds = min(timed(model.fill, tokenizer=tokenizer, text=text) for _ in range(3))
+        print(f"    {text}")
+        print(f"      filled    {filled.text}")
+        print(f"      original  {text.replace('<mask>', word)}")
+        print(f"      {1000 * seconds:.1f} ms for all candidates\n")
 
 
 def main():
@@ -97,8 +95,12 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         print(f"\n{folder.name}: {model.num_parameters() / 1e6:.1f} million parameters")
-        for title, pairs, width in prompts(tokenizer, options.seed):
-            show(model, tokenizer, title, pairs, num_flow_steps=options.num_flow_steps, canvas_length=width)
+        stories = generate_stories(3, options.seed, max_sentences=6, varied_wording=True)
+        questions = [(row["source"], row["target"]) for row in stories]
+        settings = {"num_flow_steps": options.num_flow_steps, "canvas_length": ANSWER_LENGTH}
+        show(model, tokenizer, "Question answering", questions, **settings)
+        show(model, tokenizer, "Last word", LAST_WORDS, **settings)
+        fill_gaps(model, tokenizer, options.num_flow_steps)
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def test_debug_shows_the_traceback(yan, folder):
     code, _, errors = yan("generate", folder, "a", "--temperature", "-1", "--debug")
     assert code == 2
     assert "Traceback (most recent call last):" in errors
-    assert errors[-1] == "ValueError: temperature=-1.0: must be a number of at least 0"
+    assert errors[-1] == "ValueError: temperature=-1.0: must be a finite number of at least 0"
 
 
 @pytest.mark.parametrize(
