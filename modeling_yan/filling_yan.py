@@ -17,7 +17,7 @@ class YanFilling:
 
     Args:
         text: The whole text. spans: What stands in each gap, in order.
-        score: Mean log-probability of the text's tokens and of its end, nats; at most 0.
+        score: Mean log-probability of the tokens in the gaps plus that of the others and the end, nats; at most 0.
     """
 
     text: str
@@ -35,7 +35,8 @@ class YanFillingMixin:
         """Put words in the place of every mask token of a text.
 
         A gap may need more than one token. So candidates with 1 to `max_gap_tokens` masks in a gap are written, all
-        of them as one batch, and the one is taken whose tokens are the most probable in the mean. With several gaps
+        of them as one batch. The one is taken that is the most probable: by the mean over the tokens in the gaps and
+        the mean over the others, since few tokens in gaps would drown among many around them. With several gaps
         they are widened in turn. The result is the same for the same text.
 
         Args:
@@ -89,9 +90,10 @@ class YanFillingMixin:
         words = log_probs[:, : ids.shape[1]].index_fill(-1, special, -torch.inf)
         ids = torch.where(is_gap, words.argmax(-1), ids)
         chosen = log_probs[:, : ids.shape[1]].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        length = mask.sum(1)
-        total = (chosen * mask).sum(1) + _log_prob_of_end(log_probs, length, self.config.eos_token_id)
-        scores = torch.where(fits, total / (length + 1), -torch.inf)
+        in_gaps, kept, length = (chosen * is_gap).sum(1), (chosen * (mask & ~is_gap)).sum(1), mask.sum(1)
+        kept = kept + _log_prob_of_end(log_probs, length, self.config.eos_token_id)
+        scores = in_gaps / is_gap.sum(1) + kept / (length - is_gap.sum(1) + 1)
+        scores = torch.where(fits, scores, -torch.inf)
         fillings = []
         for row, widths in enumerate(all_widths):
             spans = ids[row][is_gap[row]].split(list(widths)) if fits[row] else [ids[row][:0]] * len(widths)
