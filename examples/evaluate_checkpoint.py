@@ -94,6 +94,31 @@ def score_infilling(write, texts, num_rows, max_words, tokenizer):
     }
 
 
+def score_gaps(model, tokenizer, texts, num_rows, max_words, num_flow_steps):
+    """Share of the gaps that `fill` fills as they were, and ROUGE-L of its text; one mask stands for a whole gap."""
+    mask_token = tokenizer.mask_token
+    rows = build_pairs(texts, "infilling", num_rows, 0, max_words, mask_token)
+    rows = [{**row, "source": row["source"].removesuffix(" Fill in.")} for row in rows]
+    rows = [row for row in rows if count_with(tokenizer)(row["source"]) <= model.config.canvas_length]
+    filled = [model.fill(tokenizer, row["source"], num_flow_steps=num_flow_steps) for row in rows]
+    constant = most_frequent(word for row in rows for span in row["masked"] for word in span.split())
+
+    def right(all_spans):
+        pairs = zip(all_spans, rows, strict=True)
+        return [sum(map(str.__eq__, spans, row["masked"])) / len(row["masked"]) for spans, row in pairs]
+
+    trivial = [row["source"].replace(mask_token, constant) for row in rows]
+    constants = [[constant] * len(row["masked"]) for row in rows]
+    rouge = [
+        [rouge_l(text, row["target"]) for text, row in zip(texts, rows, strict=True)]
+        for texts in ([each.text for each in filled], trivial)
+    ]
+    return {
+        "gaps: filled as they were": (right([each.spans for each in filled]), right(constants)),
+        "gaps: ROUGE-L against most frequent word": tuple(rouge),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -121,6 +146,8 @@ def main():
             texts = read_rows(options.text_file)
             results |= score_last_words(write, texts, options.num_rows, options.max_words, tokenizer.mask_token)
             results |= score_infilling(write, texts, options.num_rows, options.max_words, tokenizer)
+            sizes = options.num_rows, options.max_words, steps
+            results |= score_gaps(model, tokenizer, texts, *sizes)
         table[steps] = {
             name: [mean_with_interval(row) for row in with_difference(*pair)] for name, pair in results.items()
         }
