@@ -22,7 +22,9 @@ def test_the_quickstart_shows_three_drafts_of_every_answer_of_both_models():
     output = run("quickstart.py")
     assert "yan-transformer-tiny: 3.0 million" in output
     assert "yan-mamba-tiny: 2.8 million" in output
-    assert output.count("step 3") == output.count("step 1") == output.count("original") == 2 * 9
+    assert output.count("step 3") == output.count("step 1") == 2 * 6
+    assert output.count("original") == 2 * 9
+    assert output.count("filled") == 2 * 3
     assert "step 4" not in output
 
 

@@ -164,18 +164,20 @@ class TestLongPrompts:
 
     LONG, SHORT = "Where is Mary? " + "Mary went to the garden. " * 60, "Where is Mary? Mary went to the garden."
 
+    LIMIT = 128 - 8  # positions, answer slots
+
     @pytest.fixture
     def bundled(self, variant):
         return pipeline("text-generation", model=str(CHECKPOINTS / BUNDLED[variant]))
 
     def test_the_tokenizer_has_the_models_limit(self, bundled):
-        assert bundled.tokenizer.model_max_length == bundled.model.config.max_prompt_length == 128
+        assert bundled.tokenizer.model_max_length == bundled.model.config.max_prompt_length == self.LIMIT
 
     @pytest.mark.parametrize("options", [{"truncation": True}, {"handle_long_generation": "hole"}], ids=str)
     def test_a_long_row_among_others(self, bundled, options):
         options = {**options, "return_full_text": False, "max_new_tokens": 8}
         ids = bundled.tokenizer(self.LONG).input_ids
-        kept = torch.tensor([ids[:128] if "truncation" in options else ids[8 - 128 :]])
+        kept = torch.tensor([ids[: self.LIMIT] if "truncation" in options else ids[8 - self.LIMIT :]])
         expected = bundled.tokenizer.decode(bundled.model.generate(kept, max_new_tokens=8, return_prompt=False)[0])
         answers = bundled([self.SHORT, self.LONG], batch_size=2, **options)
         assert texts(answers[0]) == texts(bundled(self.SHORT, **options))
