@@ -91,7 +91,7 @@ class YanConfig(PreTrainedConfig):
             draft of the answer in their places; with `canvas_length` of them it can be read off without a flow.
         canvas_length: Tokens written at once. A target that ends earlier is filled with EOS up to here.
         num_flow_steps: Default number of solver steps. 0, one pass without a flow, needs answer slots for the canvas
-            and `train_expert_choice="posterior"`, here and in the next two.
+            and `train_expert_choice="posterior"`, here and in the next two, which are 0 together.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
         self_conditioning: Whether the flow sees the tokens that it has settled on in earlier steps, so that the others
             fit them. Training shows it a random part of the target instead, from a random step on.
@@ -315,6 +315,8 @@ class YanConfig(PreTrainedConfig):
         )
         for name in ("num_flow_steps", "min_train_flow_steps"):
             self._require(name, lambda value: least <= value <= MOST, f"{steps}, and at most {MOST}")
+        alone = "1 or more, or 0 as max_train_flow_steps: a flow is trained in every update, or in none"
+        self._require("min_train_flow_steps", lambda value: value > 0 or self.max_train_flow_steps == 0, alone)
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
         self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
         floor = f"at most time_step_max={self.time_step_max}"

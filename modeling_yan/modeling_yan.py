@@ -463,11 +463,17 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         return loaded
 
     def apply_freeze_switches(self):
-        """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them."""
+        """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them.
+
+        What training never asks is frozen, too, because several processes wait for the gradient of all others: the
+        gate of a single expert, and a flow that is trained for no step.
+        """
         config = self.config
+        trains_flow = not config.freeze_flow and config.max_train_flow_steps > 0
         parts = {
             self.model: not config.freeze_encoder,
-            self.flow: not config.freeze_flow,
+            self.flow: trains_flow,
+            self.flow.gate: trains_flow and config.num_experts > 1,
             self.decoder: not config.freeze_decoder,
             self.lm_head: not config.freeze_decoder,
             self.model.embeddings: not config.freeze_embeddings,

@@ -169,3 +169,10 @@ def test_the_small_preset_is_as_large_as_the_readme_says():
 @pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
 def test_a_tiny_preset_fits_into_twelve_megabytes(name):
     assert 1e6 < 4 * count_parameters(YanConfig.from_pretrained(PRESETS / name)) < 12e6
+
+
+def test_a_flow_is_trained_in_every_update_or_in_none():
+    slots = {**SMALL, "num_answer_slots": 8, "train_expert_choice": "posterior"}
+    YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 0})
+    with pytest.raises(ValueError, match="min_train_flow_steps=0: must be 1 or more, or 0 as max_train_flow_steps"):
+        YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 3})

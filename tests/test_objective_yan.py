@@ -161,6 +161,21 @@ class TestAnswerSlots:
         assert trained == {"model", "decoder", "lm_head", "transitions"}
         assert torch.equal(model.eval().generate(ids), model.generate(ids, num_flow_steps=0))
 
+    @pytest.mark.parametrize("fields", [{"num_experts": 1}, {"min_train_flow_steps": 0, "max_train_flow_steps": 0}])
+    def test_every_trained_parameter_gets_a_gradient(self, make_lively_model, fields):
+        """Several processes would wait for one that does not."""
+        fields = {
+            "num_answer_slots": 8,
+            "transition_rank": 4,
+            "detach_transitions": False,
+            "mse_weight": 0.0,
+            **fields,
+        }
+        model = make_lively_model(**fields).train()
+        model(torch.randint(4, 64, (2, 6)), labels=torch.randint(4, 64, (2, 8))).loss.backward()
+        names = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
+        assert names == []
+
     def test_there_is_no_draft_without_slots(self, tiny_model):
         with pytest.raises(ValueError, match="num_flow_steps=0: must be at least 1 with num_answer_slots=0"):
             tiny_model.generate(torch.tensor([[5, 6]]), num_flow_steps=0)
