@@ -21,11 +21,8 @@ LAST_WORDS = [
     ("Last word: I the LORD have spoken it, and will do <mask>.", "it"),
 ]
 GAPS = [
-    ("But <mask> morning will do for this. She would be extremely sorry to interfere with you.", "any"),
-    (
-        "Then the lord of that servant was moved with compassion, and loosed <mask>, and forgave <mask> the debt.",
-        "him",
-    ),
+    ("God would <mask> do that, Kate thought stubbornly.", "not"),
+    ("""In <mask> end, he said: "I'm not enchanted by the proposition, sir.""", "the"),
     ("You are lucky in having <mask> a master.", "such"),
 ]
 ANSWER_LENGTH = 8  # tokens that an answer has room for
