@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_GAP_TOKENS = 4
-KEPT_WEIGHT = 0.1  # of the text around the gaps: with 1, gaps of 277 texts are filled right less often
+KEPT_WEIGHT = 0.1  # of the text around the gaps, which is the more certain the wider they are
 MAX_ROUNDS = 3  # over all gaps; a width seldom changes after the second
 
 
