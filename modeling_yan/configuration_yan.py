@@ -36,6 +36,30 @@ MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged 
 MOST = 2**31 - 1  # of everything that is counted
 
 
+LAST_VERSION = "0.1"  # that had the fields and options below
+# What is gone, with the value that asked for nothing, and whether no other one can change what a model writes.
+REMOVED = {
+    "self_conditioning": (False, False),
+    "commit_threshold": (None, True),  # of generation: without effect but in a model with self_conditioning
+}
+
+
+def drop_removed(fields: dict):
+    """Take out of the fields of a config what this version no longer has.
+
+    Raises:
+        ValueError: One of them has a value with which the model would write something else.
+    """
+    for name in REMOVED.keys() & fields.keys():
+        value, (harmless, is_ignored) = fields.pop(name), REMOVED[name]
+        if value == harmless:
+            continue
+        if not is_ignored:
+            allowed = f"{harmless!r}, or left out; version {LAST_VERSION} was the last that had others"
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+        logger.warning_once(f"{name}={value!r}: without effect, version {LAST_VERSION} was the last that had it.")
+
+
 def with_plain_errors(cls):
     """Let a field of a wrong type raise a TypeError, which everyone expects, too."""
     assign = cls.__setattr__
@@ -93,8 +117,6 @@ class YanConfig(PreTrainedConfig):
         num_flow_steps: Default number of solver steps. 0, one pass without a flow, needs answer slots for the canvas
             and `train_expert_choice="posterior"`, here and in the next two, which are 0 together.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here.
-        self_conditioning: Whether the flow sees the tokens that it has settled on in earlier steps, so that the others
-            fit them. Training shows it a random part of the target instead, from a random step on.
         transition_rank: Rank R of the scores of neighbouring tokens, with which a canvas is read off as one chain; 0
             to read every token by itself.
         transition_candidates: Likeliest tokens of each place that take part in the chain.
@@ -195,7 +217,6 @@ class YanConfig(PreTrainedConfig):
     num_flow_steps: int = 3
     min_train_flow_steps: int = 1
     max_train_flow_steps: int = 4
-    self_conditioning: bool = False
     transition_rank: int = 0
     transition_candidates: int = 16
     detach_transitions: bool = True
@@ -230,6 +251,7 @@ class YanConfig(PreTrainedConfig):
     mask_token_id: int | None = 3
 
     def __post_init__(self, **kwargs):
+        drop_removed(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.time_step_rank is None:
@@ -277,8 +299,6 @@ class YanConfig(PreTrainedConfig):
     def _check_choices(self):
         for name, choices in CHOICES.items():
             self._require(name, choices.__contains__, f"one of {', '.join(choices)}")
-        if self.train_expert_choice == "posterior":
-            self._require("self_conditioning", lambda value: not value, "False with train_expert_choice='posterior'")
         if self.expert_scope == "chain":
             self._require("train_expert_choice", "posterior".__eq__, "'posterior' with expert_scope='chain'")
         heads = f"a divisor of hidden_size={self.hidden_size}"

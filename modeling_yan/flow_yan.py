@@ -55,20 +55,6 @@ class YanTimeModulation(nn.Module):
         return YanModulation(embedding, list(modulations.split(self.sizes, dim=1)))
 
 
-class YanSettledTokens(nn.Module):
-    """What the trunk sees of the tokens that a canvas is settled on; nothing in a fresh model."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.word_embedding_size, eps=config.layer_norm_eps)
-        self.proj = YanZeroLinear(config.word_embedding_size, config.hidden_size)
-
-    def forward(self, embeddings, is_settled):
-        """(B, L, D) from token embeddings (B, L, E) and the mask (B, L) of those that are settled."""
-        states = self.proj(self.norm(embeddings))
-        return states * is_settled.unsqueeze(-1).to(states.dtype)
-
-
 class YanFlow(nn.Module):
     """The expert vector fields: a trunk that knows time and prompt, K velocity heads, and a gate."""
 
@@ -80,7 +66,6 @@ class YanFlow(nn.Module):
         self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.settled_tokens = YanSettledTokens(config) if config.self_conditioning else None
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
         self.gate_transitions = YanGateTransitions(config) if config.expert_scope == "chain" else None
@@ -108,14 +93,10 @@ class YanFlow(nn.Module):
         valid = attention_mask.unsqueeze(-1).to(latents.dtype)
         return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
 
-    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition, settled=None):
-        """State (B, L, D) of the point x (B, L, D).
-
-        `positions` (L, D) are the position embeddings of the canvas, `settled` (B, L, D) is what is seen of settled
-        tokens, if there are any.
-        """
+    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
+        """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
         positions = self.position_norm(positions)
-        states = x + positions if settled is None else x + positions + settled
+        states = x + positions
         for layer, shifts_and_scales, key_value in zip(
             self.layers, modulation.layers, condition.key_values, strict=True
         ):
@@ -155,7 +136,7 @@ class YanVelocity:
     """Velocity field of one solve: every token is moved by the expert that was chosen for it at t = 0.
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
-    `solver_times(num_steps, solver)`. Between the calls `settled` may be set to what the trunk sees of settled tokens.
+    `solver_times(num_steps, solver)`.
     If `choose` is set to a function of where the experts lead (B, L, K, D) and of their `YanExpertPrior`, it chooses
     the experts (B, L), and may leave their posterior in `probabilities`. Experts are drawn at `temperature`.
     """
@@ -167,7 +148,7 @@ class YanVelocity:
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.prior = self.experts = self.groups = self.settled = self.choose = self.probabilities = None
+        self.prior = self.experts = self.groups = self.choose = self.probabilities = None
         self.num_trunk_passes, self.temperature = 0, 1.0
 
     @property
@@ -178,7 +159,7 @@ class YanVelocity:
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
         index = self.index_of_time[time]
         modulation = self.modulation[index : index + 1]
-        states = self.flow.trunk(x, self.positions, modulation, self.condition, self.settled)
+        states = self.flow.trunk(x, self.positions, modulation, self.condition)
         self.num_trunk_passes += 1
         predicted = self._choose(states, modulation, x) if self.prior is None else self._predict(states)
         return self.flow.velocity_of(predicted, x)

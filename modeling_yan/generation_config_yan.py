@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
 from .checks_yan import check_options
+from .configuration_yan import drop_removed
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS
 from .reading_yan import END_CHOICES
@@ -17,14 +18,12 @@ FLOW_FIELDS = (
     "solver",
     "expert_choice",
     "canvas_length",
-    "commit_threshold",
     "end_choice",
     "use_transitions",
     "seed",
     "return_prompt",
     "compile_generation",
 )
-COMMIT_THRESHOLD = 0.9  # probability of a token that is sure, unless asked otherwise
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 STOCK_FIELDS = frozenset(vars(GenerationConfig()))
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
@@ -74,9 +73,6 @@ class YanGenerationConfig(GenerationConfig):
             has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
             `train_expert_choice="posterior"`.
         canvas_length: Tokens written at once; the model's if None.
-        commit_threshold: Of a model with `self_conditioning`: after each solver step but the last, the tokens that are
-            at least so probable are settled, and the first of every run of others; the next step sees them. 0 settles
-            all of them, "off" none; 0.9 if None.
         end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
             behind them are the most probable together, "first" the first EOS among tokens that are chosen without
             regard to it; "likeliest" if None.
@@ -99,6 +95,7 @@ class YanGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
+        drop_removed(kwargs)
         for name in FLOW_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
@@ -148,7 +145,6 @@ _FIELD_RULES = (
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in tuple(EXPERT_CHOICES), f"one of {', '.join(EXPERT_CHOICES)}"),
-    ("commit_threshold", lambda value: value == "off" or (_is_number(value) and 0 <= value <= 1), '0 to 1, or "off"'),
     ("end_choice", lambda value: value in tuple(END_CHOICES), f"one of {', '.join(END_CHOICES)}"),
     ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
@@ -201,7 +197,6 @@ class YanOptionsMixin:
             "solver": "euler",
             "expert_choice": self._default_expert_choice(options),
             "canvas_length": self.config.canvas_length,
-            "commit_threshold": COMMIT_THRESHOLD,
             "end_choice": "likeliest",
             "use_transitions": True,
             "return_prompt": "synced_gpus" not in model_kwargs,

@@ -68,7 +68,6 @@ class CanvasPlan:
             `YanGenerationConfig`.
         temperature: Of what is drawn: experts, and tokens of a chain.
         repeats: Sequences R per row of context.
-        commit_threshold: The same; None to settle no tokens.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
         keep_path: Whether the points of the path, the experts and their gate are wanted.
     """
@@ -81,7 +80,6 @@ class CanvasPlan:
     eos: tuple[int, ...]
     num_without_eos: int
     keep_path: bool
-    commit_threshold: float | None = None
     end_choice: str = "likeliest"
     use_transitions: bool = True
     length_penalty: float = 1.0
@@ -242,7 +240,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     def _write_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
         """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
         draws_tokens = options.do_sample and options.use_transitions and self._draws_tokens()
-        plan = _plan(options, index, num_without_eos, self.config.self_conditioning, draws_tokens)
+        plan = _plan(options, index, num_without_eos, draws_tokens)
         # without sampling, all rows share their noise
         num_noises = plan.repeats * len(context) if options.do_sample else 1
         shape, seed, device = (num_noises, options.canvas_length), seed + index, context.device
@@ -327,19 +325,6 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
         return prior.best_chain(tokens, *fill, length_penalty=plan.length_penalty)
 
-    def commit(self, latents, plan: CanvasPlan) -> torch.Tensor:
-        """What the flow sees (B R, L, D) of the tokens that are settled when latents (B R, L, D) are read off."""
-        parts = [self._most_likely(part, plan) for part in self._split_rows(latents)]
-        tokens, probabilities = (torch.cat(results) for results in zip(*parts, strict=True))
-        is_sure = probabilities >= plan.commit_threshold
-        # the first of a run of unsure tokens is what the others of the run have to fit
-        return self.settle(tokens, is_sure | F.pad(is_sure, (1, -1), value=True))
-
-    def _most_likely(self, latents, plan):
-        logits = self._allowed_logits(latents, plan).float()
-        highest, tokens = logits.max(-1)
-        return tokens, (highest - logits.logsumexp(-1)).exp()
-
     def _split_rows(self, latents):
         chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
         per_token = max(self.config.vocab_size, chains)
@@ -404,14 +389,9 @@ def write_canvas(
         path.append(x)
         if not plan.keep_path:
             del path[:-2]  # a draft needs the last step alone
-        can_commit = plan.commit_threshold is not None and step < plan.num_flow_steps
-        if streamer is None and not can_commit:
-            return
-        draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
         if streamer is not None:
+            draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
             streamer.put_draft(model.read_off(draft, plan, token_numbers).cpu())
-        if can_commit:
-            velocity.settled = model.commit(draft, plan)
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
     # a gate that is NaN still chooses an expert
@@ -445,7 +425,7 @@ def _shared_noise(seed, shape, device, deviation) -> torch.Tensor:
     return deviation * hashed_normal(seed, shape, device)
 
 
-def _plan(options, index, num_without_eos, can_commit, draws_tokens) -> CanvasPlan:
+def _plan(options, index, num_without_eos, draws_tokens) -> CanvasPlan:
     draws = options.do_sample and (draws_tokens or options.expert_choice == "sample")  # else it scales noise alone
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
@@ -456,7 +436,6 @@ def _plan(options, index, num_without_eos, can_commit, draws_tokens) -> CanvasPl
         eos=tuple(eos_ids(options)),
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
-        commit_threshold=options.commit_threshold if can_commit and options.commit_threshold != "off" else None,
         end_choice=options.end_choice,
         use_transitions=options.use_transitions,
         length_penalty=1.0 if options.length_penalty is None else float(options.length_penalty),

@@ -509,8 +509,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
         In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target, and
-        the loss of a batch is the mean of those that its rows have alone. Tokens are not settled on the way, as
-        `generate` does for a model with `self_conditioning`.
+        the loss of a batch is the mean of those that its rows have alone.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`; its padding may be
@@ -636,10 +635,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
         noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
         return (self.config.init_noise * noise).to(like.dtype)
-
-    def settle(self, tokens: torch.LongTensor, is_settled: torch.Tensor) -> torch.Tensor:
-        """What the flow sees (B, L, D) of the token ids (B, L) of a canvas that are settled, a mask (B, L)."""
-        return self.flow.settled_tokens(self.get_input_embeddings()(tokens), is_settled)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D)."""

@@ -3,8 +3,6 @@
 Letters of the shape comments: B batch, L canvas length, D hidden size, K experts, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional as F
 
@@ -49,30 +47,10 @@ def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float
     return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
-@dataclass
-class SettledTarget:
-    """The part of a batch's target that training shows to the flow, in place of what generation settles on.
-
-    Args:
-        model: A `YanForFlowGeneration`. canvas: Token ids (B, L). is_settled: Which of them are shown (B, L).
-        since: Time (B,) from which on they are; 1 for never.
-    """
-
-    model: "YanObjectiveMixin"
-    canvas: torch.LongTensor
-    is_settled: torch.Tensor
-    since: torch.Tensor
-
-    def seen_at(self, time: torch.Tensor | float) -> torch.Tensor:
-        """What the trunk sees (B, L, D) at a time, a number or one a row (B,)."""
-        is_shown = (self.since <= time) & (self.since < 1)
-        return self.model.settle(self.canvas, self.is_settled & is_shown.unsqueeze(1))
-
-
 class YanObjectiveMixin:
     """The loss terms of `YanForFlowGeneration`."""
 
-    def _solve(self, x_0, condition, num_flow_steps: int, settled: SettledTarget | None = None, canvas=None):
+    def _solve(self, x_0, condition, num_flow_steps: int, canvas=None):
         """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there.
 
         In training, experts are chosen by `train_expert_choice`, which may ask for the target ids `canvas` (B, L).
@@ -83,11 +61,7 @@ class YanObjectiveMixin:
             velocity.choose = lambda ends, prior: self._choose_likeliest(ends, prior, canvas, velocity)
         elif self.config.expert_scope == "chain":
             velocity.choose = self._most_probable
-
-        def show(step, x):
-            velocity.settled = settled.seen_at(step / num_flow_steps)
-
-        return solve_flow(velocity, x_0, num_flow_steps, callback=None if settled is None else show), velocity
+        return solve_flow(velocity, x_0, num_flow_steps), velocity
 
     @torch.no_grad()
     def _most_probable(self, ends, prior):
@@ -111,15 +85,6 @@ class YanObjectiveMixin:
         likeliest = F.one_hot(velocity.probabilities.argmax(-1), num_experts)
         log_choice = ((1 - share) * likeliest + share / num_experts).log()
         return YanExpertPrior(scope, log_choice).choose("sample")
-
-    def _draw_settled(self, canvas, num_flow_steps: int) -> SettledTarget | None:
-        """In training, a random part of each target, shown from the end of a random solver step on."""
-        if not (self.training and self.config.self_conditioning):
-            return None
-        share = torch.rand(len(canvas), 1, device=canvas.device)
-        is_settled = torch.rand(canvas.shape, device=canvas.device) < share
-        first_step = torch.randint(1, num_flow_steps + 1, (len(canvas),), device=canvas.device)
-        return SettledTarget(self, canvas, is_settled, first_step / num_flow_steps)
 
     def _number_rows(self, canvas, input_ids, attention_mask) -> torch.LongTensor | None:
         """A number (B,) for the prompt and the target of each row, which decide what evaluation draws for it.
@@ -163,12 +128,10 @@ class YanObjectiveMixin:
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1], canvas.device)
         x_t = interpolate(x_0, x_1, time)
-        settled = self._draw_settled(canvas, num_flow_steps)
-        seen = None if settled is None else settled.seen_at(time)
-        states = self.flow.trunk(x_t, positions, modulation, condition, seen)
+        states = self.flow.trunk(x_t, positions, modulation, condition)
         log_gate = self.flow.log_gate(states, modulation, condition)
         nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
-        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, settled, canvas)
+        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, canvas)
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),

@@ -1,4 +1,4 @@
-"""What makes the tokens of one text fit each other: experts that share the targets out, and settled tokens.
+"""What makes the tokens of one text fit each other: experts that share the targets out.
 
 Of the three targets of one prompt, two begin alike (0.3 + 0.3 of the rows), the third ends in the likeliest tokens
 (0.4): a model whose tokens know nothing of each other writes a text that was never seen.
@@ -151,77 +151,3 @@ class TestOneExpertForASequence:
     def test_it_does_not_depend_on_batch_mates(self, make_lively_model):
         model, prompts = make_lively_model(expert_scope="sequence"), torch.randint(4, 64, (6, 5))
         assert torch.equal(model.generate(prompts)[4:], model.generate(prompts[4:]))
-
-
-class TestSettledTokens:
-    @pytest.fixture
-    def model(self, make_lively_model):
-        return make_lively_model(self_conditioning=True)
-
-    @pytest.fixture
-    def prompts(self):
-        return torch.randint(4, 64, (6, 7))
-
-    def test_a_fresh_model_does_not_see_them(self, make_model, prompts):
-        tokens = make_model(self_conditioning=True).generate(prompts)
-        assert torch.equal(tokens, make_model(self_conditioning=True).generate(prompts, commit_threshold="off"))
-
-    def test_the_next_step_sees_those_of_the_step_before(self, model, prompts):
-        """What `generate` does, written down for two steps."""
-        condition = model.condition(model.model(prompts).last_hidden_state, canvas_length=8)
-        velocity = model.velocity_field(condition, 8, 2)
-        x = model.start_noise((1, 8), condition.mean).expand(6, -1, -1)
-        x_half = x + velocity(x, 0.0) / 2
-        probabilities = model.decode(x + velocity(x, 0.0)).softmax(-1)
-        highest, tokens = probabilities.max(-1)
-        is_sure = highest >= 0.8
-        is_first = ~is_sure & torch.cat([torch.ones(6, 1, dtype=torch.bool), is_sure[:, :-1]], dim=1)
-        assert 0 < is_sure.sum() < is_sure.numel()
-        assert (~(is_sure | is_first)).any()
-        velocity.settled = model.settle(tokens, is_sure | is_first)
-        expected = model.decode(x_half + velocity(x_half, 0.5) / 2).argmax(-1)
-        options = {"num_flow_steps": 2, "return_prompt": False}
-        found = model.generate(prompts, commit_threshold=0.8, **options)
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, model.generate(prompts, commit_threshold="off", **options))
-
-    def test_forbidden_tokens_are_not_settled(self, model, prompts):
-        likely = model.generate(prompts, num_flow_steps=1, return_prompt=False).unique().tolist()
-        seen = []
-        settle = model.settle
-        model.settle = lambda tokens, is_settled: seen.append(tokens) or settle(tokens, is_settled)
-        model.generate(prompts, suppress_tokens=likely[:-1])
-        assert len(seen) == 2  # after the first and the second of three steps
-        assert not torch.isin(torch.stack(seen), torch.tensor(likely[:-1])).any()
-
-    def test_neither_batch_mates_nor_padding_matter(self, model, prompts):
-        whole = model.generate(prompts, return_prompt=False)
-        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompts[4:]], dim=1)
-        assert torch.equal(model.generate(padded, return_prompt=False), whole[4:])
-
-    def test_training_shows_a_part_of_the_target_from_some_step_on(self, model, prompts):
-        labels, shown = torch.randint(4, 64, (6, 8)), []
-        settle = model.settle
-        model.settle = lambda tokens, is_settled: shown.append(is_settled) or settle(tokens, is_settled)
-        model.train()
-        for _ in range(20):
-            shown.clear()
-            model(prompts, labels=labels, num_flow_steps=3)
-            _, *steps = shown  # the first is the likelihood's
-            assert len(steps) == 3
-            assert not (steps[0] & ~steps[1]).any()  # once shown, always shown
-        model.eval()
-        shown.clear()
-        model(prompts, labels=labels)
-        assert not shown
-
-    @pytest.mark.parametrize("threshold", [-0.1, 1.1, True, "on", float("nan")])
-    def test_a_threshold_is_a_probability(self, model, prompts, threshold):
-        with pytest.raises(ValueError, match=f"commit_threshold={threshold!r}: must be 0 to 1"):
-            model.generate(prompts, commit_threshold=threshold)
-
-    def test_a_checkpoint_without_these_parts_can_get_them(self, make_model, prompts, tmp_path):
-        plain = make_model()
-        plain.save_pretrained(tmp_path)
-        model = type(plain).from_pretrained(tmp_path, self_conditioning=True)
-        assert torch.equal(model.generate(prompts), plain.generate(prompts))

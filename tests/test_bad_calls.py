@@ -23,7 +23,7 @@ COUNTS = ("vocab_size", "hidden_size", "num_encoder_layers", "num_attention_head
 COUNTS += ("num_experts", "canvas_length", "num_flow_steps", "state_size", "conv_kernel")
 NUMBERS = ("layer_norm_eps", "flow_sigma", "gate_temperature", "hidden_dropout", "nll_weight", "time_step_floor")
 CHOICES = ("encoder_mixer", "flow_mixer", "expert_scope", "train_expert_choice", "start_point")
-SWITCHES = ("tie_word_embeddings", "use_bias", "self_conditioning", "freeze_encoder")
+SWITCHES = ("tie_word_embeddings", "use_bias", "freeze_encoder")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 
@@ -177,7 +177,7 @@ OPTIONS = {
     "eos_token_id": {"negative": -1, "beyond": VOCABULARY, "list-beyond": [2, VOCABULARY], "nested": [[2]]},
     "suppress_tokens": {"negative": [-1], "beyond": [VOCABULARY], "floats": [2.0], "all": list(range(VOCABULARY))},
     "streamer generator generation_config": {"one": 1, "true": True},
-    "solver expert_choice end_choice commit_threshold": {"number": 7},
+    "solver expert_choice end_choice": {"number": 7},
     "lenght": {"typo": 3},
 }
 

@@ -162,7 +162,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     "settings",
     [
         {},
-        {"self_conditioning": True, "expert_scope": "sequence", "train_expert_choice": "likeliest"},
+        {"expert_scope": "sequence", "train_expert_choice": "likeliest"},
         {"transition_rank": 4},
         {**LIKELIHOOD, "transition_rank": 4, "detach_transitions": False},
     ],
@@ -196,12 +196,12 @@ def generated(model, ids, mask, **options):
         ({}, {}),
         ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
         ({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
-        ({"self_conditioning": True, "expert_scope": "sequence"}, {"commit_threshold": 0.02}),
+        ({"expert_scope": "sequence"}, {}),
         ({"transition_rank": 4, "transition_candidates": 5}, {}),
         (LIKELIHOOD, {}),
         ({**LIKELIHOOD, "transition_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ],
-    ids=["one", "two", "ranked", "settled", "chain", "experts as a chain", "drawn"],
+    ids=["one", "two", "ranked", "one a text", "chain", "experts as a chain", "drawn"],
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()

@@ -9,8 +9,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_yan import YanConfig, YanForFlowGeneration
-from modeling_yan.configuration_yan import NON_NEGATIVE_FIELDS, POSITIVE_FIELDS, PROBABILITY_FIELDS, TOKEN_ID_FIELDS
+from modeling_yan import YanConfig, YanForFlowGeneration, YanGenerationConfig
+from modeling_yan.configuration_yan import (
+    NON_NEGATIVE_FIELDS,
+    POSITIVE_FIELDS,
+    PROBABILITY_FIELDS,
+    REMOVED,
+    TOKEN_ID_FIELDS,
+)
 
 PRESETS = Path(__file__).parents[1] / "configuration"
 WRONG_VALUES = [
@@ -176,3 +182,37 @@ def test_a_flow_is_trained_in_every_update_or_in_none():
     YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 0})
     with pytest.raises(ValueError, match="min_train_flow_steps=0: must be 1 or more, or 0 as max_train_flow_steps"):
         YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 3})
+
+
+def old_config(folder, **fields):
+    """A config.json as version 0.1 wrote it."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "yan", **SMALL, **fields}))
+    return folder
+
+
+# as version 0.1 wrote them where nothing was asked for
+HARMLESS = {"self_conditioning": False}
+
+
+def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, caplog):
+    fields = {name: harmless for name, (harmless, _) in REMOVED.items() if name != "commit_threshold"}
+    assert fields == HARMLESS
+    with caplog.at_level(logging.WARNING):
+        config = YanConfig.from_pretrained(old_config(tmp_path, **fields))
+    assert caplog.text == ""
+    assert not fields.keys() & config.to_dict().keys()
+
+
+@pytest.mark.parametrize(("field", "value"), [("self_conditioning", True)])
+def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp_path, field, value):
+    allowed = f"{HARMLESS[field]!r}, or left out; version 0.1 was the last that had others"
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {allowed}")):
+        YanConfig.from_pretrained(old_config(tmp_path, **{field: value}))
+
+
+def test_a_removed_option_of_generation_has_no_effect(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert not hasattr(YanGenerationConfig(commit_threshold=None), "commit_threshold")
+        assert caplog.text == ""
+        assert not hasattr(YanGenerationConfig(commit_threshold=0.75), "commit_threshold")
+    assert "commit_threshold=0.75: without effect, version 0.1 was the last that had it" in caplog.text

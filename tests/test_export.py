@@ -75,13 +75,6 @@ def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively
     assert torch.equal(tokens, generated(model, *inputs, 1))
 
 
-def test_tokens_are_settled_in_it_too(make_lively_model, inputs):
-    model = make_lively_model(self_conditioning=True, expert_scope="sequence", initializer_range=0.3)
-    tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)
-    assert torch.equal(tokens, generated(model, *inputs, 3))
-    assert not torch.equal(tokens, generated(model, *inputs, 3, commit_threshold="off"))
-
-
 def test_chains_are_read_off_in_it_too(make_lively_model, inputs):
     model = make_lively_model(transition_rank=4, transition_candidates=5)
     tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)

@@ -289,18 +289,10 @@ class TestMaskedLanguageHead:
 
 
 def test_words_of_another_width_are_tied_too(make_folder):
-    model = build(make_folder("electra"), hidden_size=24, self_conditioning=False)
+    model = build(make_folder("electra"), hidden_size=24)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.lm_head.in_features == model.transitions.from_proj.in_features == 16
     assert model.transitions.gate.in_features == 24
-
-
-def test_the_flow_can_see_words_of_another_width(make_folder):
-    folder = make_folder("electra")
-    model = build(folder, hidden_size=24, self_conditioning=True, train_expert_choice="sample", num_experts=2)
-    model.train()(**batch_of(folder, model)).loss.backward()
-    assert model.flow.settled_tokens.proj.weight.grad.abs().sum() > 0
-    assert model.eval().generate(**encode(folder)).shape[0] == 3
 
 
 def test_an_own_head_starts_from_the_words(bert):

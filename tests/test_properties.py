@@ -20,7 +20,7 @@ SIZES |= {f"freeze_{part}": False for part in ("encoder", "decoder", "embeddings
 DRAFT = {"num_answer_slots": CANVAS, "start_point": "draft", "attention_conv_kernel": 3}
 KINDS = {
     "paper": {},
-    "shared": {"expert_scope": "sequence", "train_expert_choice": "likeliest", "self_conditioning": True},
+    "shared": {"expert_scope": "sequence", "train_expert_choice": "likeliest"},
     "token": {"train_expert_choice": "posterior", "transition_rank": 4, "num_answer_slots": CANVAS},
     "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **DRAFT},
     "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **DRAFT},

@@ -27,9 +27,9 @@ def naive_loss(model, ids, labels, num_steps):
     flow, mask = model.flow, torch.ones_like(ids)
     trunk = flow.trunk
 
-    def fresh_trunk(x, positions, modulation, condition, settled):
+    def fresh_trunk(x, positions, modulation, condition):
         latents = model.model(ids, mask, return_dict=True).last_hidden_state
-        return trunk(x, positions, modulation, model.condition(latents, mask, labels.shape[1]), settled)
+        return trunk(x, positions, modulation, model.condition(latents, mask, labels.shape[1]))
 
     with mock.patch.object(flow, "trunk", fresh_trunk):
         return shared_loss(model, ids, labels, num_steps)

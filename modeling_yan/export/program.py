@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..generation_config_yan import COMMIT_THRESHOLD
 from ..generation_yan import CanvasPlan, write_canvas
 
 SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files that a program is saved in, by format
@@ -67,8 +66,7 @@ def export_generation(
     ):
         if not 0 < value <= getattr(config, limit):
             raise ValueError(f"{name}={value}: must be 1 to {limit}={getattr(config, limit)}")
-    threshold = COMMIT_THRESHOLD if config.self_conditioning else None
-    plan = CanvasPlan.of_config(config, num_flow_steps, min_new_tokens, commit_threshold=threshold)
+    plan = CanvasPlan.of_config(config, num_flow_steps, min_new_tokens)
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():
