@@ -14,7 +14,6 @@ CHOICES = {
     "flow_mixer": ("attention", "mamba"),
     "expert_scope": ("token", "sequence", "chain"),
     "train_expert_choice": ("argmax", "sample", "mixture", "likeliest", "posterior"),
-    "start_point": ("noise", "draft"),
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
@@ -40,6 +39,7 @@ LAST_VERSION = "0.1"  # that had the fields and options below
 # What is gone, with the value that asked for nothing, and whether no other one can change what a model writes.
 REMOVED = {
     "self_conditioning": (False, False),
+    "start_point": ("noise", False),
     "commit_threshold": (None, True),  # of generation: without effect but in a model with self_conditioning
 }
 
@@ -105,9 +105,6 @@ class YanConfig(PreTrainedConfig):
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
-        start_point: Where the flow starts: from `"noise"` alone, as in the paper, or from the encoder's `"draft"` in
-            the answer slots with noise added, which needs `num_answer_slots` of at least `canvas_length`
-            (data-dependent coupling, arXiv 2310.03725).
         init_noise: Standard deviation of the noise in the start point x0.
         latent_noise: Upper end of the uniform noise level that training adds to encoder latents, per sequence.
         time_alpha, time_beta: Training times are drawn from Beta(time_alpha, time_beta).
@@ -207,7 +204,6 @@ class YanConfig(PreTrainedConfig):
     num_experts: int = 4
     flow_sigma: float | int = 1.0
     gate_temperature: float | int = 1.0
-    start_point: str = "noise"
     init_noise: float | int = 1.0
     latent_noise: float | int = 0.0
     time_alpha: float | int = 1.0
@@ -323,9 +319,6 @@ class YanConfig(PreTrainedConfig):
         if self.encoder is not None:
             vocabulary = f"the encoder's {self.encoder.vocab_size}"
             self._require("vocab_size", self.encoder.vocab_size.__eq__, vocabulary)
-        if self.start_point == "draft":
-            enough = f"at least canvas_length={self.canvas_length} with start_point='draft'"
-            self._require("num_answer_slots", lambda value: value >= self.canvas_length, enough)
         longest = f"at most max_position_embeddings={self.max_position_embeddings}"
         self._require("canvas_length", lambda value: value <= self.max_position_embeddings, longest)
         can_do_without = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"

@@ -106,17 +106,12 @@ class YanFlow(nn.Module):
         return self.norm(states)
 
     def velocities(self, states, x):
-        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D)."""
-        return self.velocity_of(self.experts(states), x.unsqueeze(-2))
+        """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
 
-    def velocity_of(self, predicted, x):
-        """Velocity at the point x of tokens of which a head has `predicted` this.
-
-        From noise, a head predicts where its token goes and x is subtracted: the trunk, no wider than the latents,
-        would otherwise have to carry the noise through every layer beside everything else. From a draft, it predicts
-        the velocity itself, which is nothing where the draft is right.
+        A head predicts where its token goes, and x is subtracted: the trunk, no wider than the latents, would
+        otherwise have to carry the noise through every layer beside everything else.
         """
-        return predicted if self.config.start_point == "draft" else predicted - x
+        return self.experts(states) - x.unsqueeze(-2)
 
     def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
@@ -162,7 +157,7 @@ class YanVelocity:
         states = self.flow.trunk(x, self.positions, modulation, self.condition)
         self.num_trunk_passes += 1
         predicted = self._choose(states, modulation, x) if self.prior is None else self._predict(states)
-        return self.flow.velocity_of(predicted, x)
+        return predicted - x
 
     def _predict(self, states):
         """What each token's own head predicts, (B, L, D)."""
@@ -174,14 +169,13 @@ class YanVelocity:
         """The experts of the whole solve, and what they predict at t = 0."""
         needs_ends = self.choose is not None or self.flow.gate_transitions is not None
         predicted = self.flow.experts(states) if needs_ends else None
-        ends = x.unsqueeze(2) + self.flow.velocity_of(predicted, x.unsqueeze(2)) if needs_ends else None
-        self.prior = self.flow.prior(states, modulation, self.condition, ends)
+        self.prior = self.flow.prior(states, modulation, self.condition, predicted)
         if self.temperature != 1 and self.expert_choice == "sample":
             self.prior = self.prior.tempered(self.temperature)
         if self.choose is None:
             self.experts = self.prior.choose(self.expert_choice, self.expert_numbers)
         else:
-            self.experts = self.choose(ends, self.prior)
+            self.experts = self.choose(predicted, self.prior)
         self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
         if predicted is None or self.experts is None:
             return self._predict(states)

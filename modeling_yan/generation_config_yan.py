@@ -31,7 +31,7 @@ SIMPLE_TYPES = (int, float, str, type(None), CompileConfig)
 # that options depend on
 OPTION_FIELDS = (
     *("canvas_length", "num_flow_steps", "max_position_embeddings", "num_answer_slots", "vocab_size"),
-    *("num_experts", "expert_scope", "train_expert_choice", "start_point"),
+    *("num_experts", "expert_scope", "train_expert_choice"),
 )
 # of transformers, that generate acts upon
 HONOURED_OPTIONS = (
@@ -221,11 +221,8 @@ class YanOptionsMixin:
 
     def _check_fit(self, options):
         """Raise ValueError for an option that this model can't honour."""
-        slots, canvas_length = self.config.num_answer_slots, options.canvas_length
         if options.num_flow_steps == 0:
-            self._check_draft(canvas_length)
-        if self.config.start_point == "draft" and slots < canvas_length:
-            raise ValueError(f"canvas_length={canvas_length}: must be at most num_answer_slots={slots}")
+            self._check_draft(options.canvas_length)
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")

@@ -376,7 +376,7 @@ def write_canvas(
     if plan.num_flow_steps == 0:
         return Canvas(model.read_off(model.draft(latents, length), plan, token_numbers), 0)
     condition = model.condition(latents, context_mask, length)
-    x_0 = model.start(x_0, condition)
+    x_0 = x_0.to(condition.mean.dtype).expand(len(condition.mean), -1, -1)
     velocity = model.velocity_field(
         condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )

@@ -549,7 +549,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             x_1_hat = self.draft(outputs.last_hidden_state, canvas_length)
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         elif labels is None:
-            x_0 = self.start(self.start_noise((1, canvas_length), condition.mean), condition)
+            x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
             x_1_hat, _ = self._solve(x_0, condition, num_flow_steps)
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
@@ -599,16 +599,9 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
         """
         slots = self.config.num_answer_slots
         if canvas_length > slots:
-            needed = f"at least canvas_length={canvas_length}, to read or start from the encoder's draft"
+            needed = f"at least canvas_length={canvas_length}, to read the encoder's draft"
             raise ValueError(f"num_answer_slots={slots}: must be {needed}")
         return latents[:, :canvas_length]
-
-    def start(self, noise, condition: YanCondition) -> torch.Tensor:
-        """x0 (B, L, D) from noise (B or 1, L, D) and, where the flow starts from it, the encoder's draft."""
-        noise = noise.to(condition.mean.dtype)
-        if self.config.start_point == "draft":
-            return self.draft(condition.draft, noise.shape[1]) + noise
-        return noise.expand(len(condition.mean), -1, -1)
 
     def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
         """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""

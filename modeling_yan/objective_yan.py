@@ -123,8 +123,7 @@ class YanObjectiveMixin:
         if config.train_expert_choice == "posterior":
             return self._text_objective(canvas, condition, num_flow_steps, rows)
         x_1 = self._encode_target(canvas)
-        noise, time = self._draw_path(x_1, rows)
-        x_0 = self.start(noise, condition)
+        x_0, time = self._draw_path(x_1, rows)
         modulation = self.flow.modulation(time)
         positions = self._positions(canvas.shape[1], canvas.device)
         x_t = interpolate(x_0, x_1, time)
@@ -175,8 +174,7 @@ class YanObjectiveMixin:
             terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
             return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
 
-        noise, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
-        x_0 = self.start(noise, condition)
+        x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
         velocity.choose = choose if config.num_experts > 1 else None
         ends, path = [], [x_0]

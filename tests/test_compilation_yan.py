@@ -22,7 +22,7 @@ only_attention = pytest.mark.parametrize("variant", ["attention"])
 
 
 LIKELIHOOD = {"expert_scope": "chain", "train_expert_choice": "posterior", "num_answer_slots": 16}
-LIKELIHOOD |= {"start_point": "draft", "canvas_length": 16}
+LIKELIHOOD |= {"canvas_length": 16}
 
 
 @pytest.fixture(autouse=True)

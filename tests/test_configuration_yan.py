@@ -191,7 +191,7 @@ def old_config(folder, **fields):
 
 
 # as version 0.1 wrote them where nothing was asked for
-HARMLESS = {"self_conditioning": False}
+HARMLESS = {"self_conditioning": False, "start_point": "noise"}
 
 
 def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, caplog):
@@ -203,7 +203,7 @@ def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, 
     assert not fields.keys() & config.to_dict().keys()
 
 
-@pytest.mark.parametrize(("field", "value"), [("self_conditioning", True)])
+@pytest.mark.parametrize(("field", "value"), [("self_conditioning", True), ("start_point", "draft")])
 def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp_path, field, value):
     allowed = f"{HARMLESS[field]!r}, or left out; version 0.1 was the last that had others"
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {allowed}")):

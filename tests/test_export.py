@@ -70,7 +70,7 @@ def test_an_exported_program_writes_what_generate_writes(lively_model, inputs, s
 
 
 def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively_model, inputs):
-    model = make_lively_model(num_answer_slots=8, start_point="draft", initializer_range=0.3, attention_conv_kernel=3)
+    model = make_lively_model(num_answer_slots=8, initializer_range=0.3, attention_conv_kernel=3)
     tokens = export_generation(model, 2, 7, num_flow_steps=1, min_new_tokens=8).module()(*inputs)
     assert torch.equal(tokens, generated(model, *inputs, 1))
 

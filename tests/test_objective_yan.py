@@ -11,7 +11,7 @@ from modeling_yan.chains_yan import chain_marginals
 
 SCOPES = ("token", "sequence", "chain")
 POSTERIOR = {"train_expert_choice": "posterior", "max_train_flow_steps": 1}
-DRAFT = {"num_answer_slots": 8, "start_point": "draft", "init_noise": 0.3}
+SLOTS = {"num_answer_slots": 8, "init_noise": 0.3}
 ANSWERS = torch.tensor([[10, 11, 12], [10, 13, 14], [15, 16, 17]])
 SHARES = torch.tensor([0.3, 0.3, 0.4])
 
@@ -35,14 +35,14 @@ def first_step(model, ids, noise):
     prompt = model.with_answer_slots(ids)
     length = noise.shape[1]
     condition = model.condition(model.model(**prompt).last_hidden_state, canvas_length=length)
-    x_0 = model.start(noise, condition)
+    x_0 = noise.expand(len(ids), -1, -1)
     modulation = model.flow.modulation(torch.zeros(1))
     states = model.flow.trunk(x_0, model._positions(length), modulation, condition)
     ends = x_0.unsqueeze(2) + model.flow.velocities(states, x_0)
     return ends, model.flow.prior(states, modulation, condition, ends)
 
 
-@pytest.mark.parametrize("fields", [{}, DRAFT], ids=["noise", "draft"])
+@pytest.mark.parametrize("fields", [{}, SLOTS], ids=["plain", "slots"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_texts_likelihood_sums_over_all_experts(make_lively_model, scope, fields):
     model = make_lively_model(expert_scope=scope, **fields)
@@ -124,7 +124,7 @@ class TestAnswerSlots:
 
     @pytest.mark.parametrize("left", [True, False])
     def test_padding_changes_nothing(self, make_lively_model, left):
-        model = make_lively_model(**DRAFT, expert_scope="chain")
+        model = make_lively_model(**SLOTS, expert_scope="chain")
         ids = torch.randint(4, 64, (1, 6))
         padded, mask = nn.functional.pad(ids, (3, 0) if left else (0, 3)), torch.ones(1, 9, dtype=torch.long)
         mask[:, slice(0, 3) if left else slice(6, 9)] = 0
@@ -132,7 +132,7 @@ class TestAnswerSlots:
         assert torch.equal(model.generate(ids, **options), model.generate(padded, attention_mask=mask, **options))
 
     def test_embeddings_and_ids_give_the_same(self, make_lively_model):
-        model, ids = make_lively_model(**DRAFT), torch.randint(4, 64, (2, 6))
+        model, ids = make_lively_model(**SLOTS), torch.randint(4, 64, (2, 6))
         positions = torch.arange(6).expand(2, -1)
         embedded = model(inputs_embeds=model.get_input_embeddings()(ids), position_ids=positions).logits
         torch.testing.assert_close(model(ids).logits, embedded)
@@ -193,13 +193,6 @@ class TestAnswerSlots:
         model.lm_head.bias.data[2] = -1e4  # no EOS
         assert model.generate(torch.full((1, 38), 5), max_new_tokens=20).shape == (1, 58)
 
-    def test_the_flow_starts_near_the_draft(self, make_lively_model):
-        model, ids = make_lively_model(**DRAFT), torch.randint(4, 64, (2, 6))
-        path = model.generate(ids, return_dict_in_generate=True).trajectory[0]
-        draft = model.model(**model.with_answer_slots(ids)).last_hidden_state[:, :8]
-        noise = model.start_noise((1, 8), draft)
-        torch.testing.assert_close(path[:, 0], draft + noise)
-
     def test_stage_one_learns_in_the_same_slots(self, make_config):
         config = make_config(num_answer_slots=8)
         assert config.max_prompt_length == 40
@@ -207,7 +200,7 @@ class TestAnswerSlots:
 
 
 def test_a_model_without_gradients_writes_what_forward_says(make_lively_model):
-    model, ids = make_lively_model(expert_scope="chain", **DRAFT), torch.randint(4, 64, (3, 6))
+    model, ids = make_lively_model(expert_scope="chain", **SLOTS), torch.randint(4, 64, (3, 6))
     output = model(ids)
     written = model.generate(ids, return_prompt=False)
     assert torch.equal(model.most_likely(output.logits, output.latents)[:, : written.shape[1]], written)
@@ -262,8 +255,6 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
     ("fields", "message"),
     [
         ({"expert_scope": "chain"}, "train_expert_choice='sample': must be 'posterior' with expert_scope='chain'"),
-        ({"start_point": "draft"}, "num_answer_slots=0: must be at least canvas_length=128 with start_point='draft'"),
-        ({"start_point": "prompt"}, "start_point='prompt': must be one of noise, draft"),
         ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
         ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
         ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),

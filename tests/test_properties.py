@@ -17,13 +17,13 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, 
 SIZES |= {"num_flow_layers": 1, "num_decoder_layers": 1, "max_position_embeddings": 48, "canvas_length": CANVAS}
 SIZES |= {"state_size": 4, "num_flow_steps": 2, "initializer_range": 0.2}
 SIZES |= {f"freeze_{part}": False for part in ("encoder", "decoder", "embeddings")}
-DRAFT = {"num_answer_slots": CANVAS, "start_point": "draft", "attention_conv_kernel": 3}
+SLOTS = {"num_answer_slots": CANVAS, "attention_conv_kernel": 3}
 KINDS = {
     "paper": {},
     "shared": {"expert_scope": "sequence", "train_expert_choice": "likeliest"},
     "token": {"train_expert_choice": "posterior", "transition_rank": 4, "num_answer_slots": CANVAS},
-    "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **DRAFT},
-    "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **DRAFT},
+    "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **SLOTS},
+    "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **SLOTS},
 }
 TERMS = (
     "loss nll_loss mse_loss ce_loss text_loss draft_loss transition_loss gate_entropy load_balance_loss gate_loss"
