@@ -13,7 +13,7 @@ CHOICES = {
     "encoder_mixer": ("attention", "mamba"),
     "flow_mixer": ("attention", "mamba"),
     "expert_scope": ("token", "sequence", "chain"),
-    "train_expert_choice": ("argmax", "sample", "mixture", "likeliest", "posterior"),
+    "train_expert_choice": ("argmax", "sample", "posterior"),
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
@@ -24,11 +24,9 @@ POSITIVE_FIELDS = (
 ).split()
 NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
-    "gate_weight load_balance_weight mmd_weight latent_norm_weight transition_weight"
+    "load_balance_weight mmd_weight latent_norm_weight transition_weight"
 ).split()
-PROBABILITY_FIELDS = (
-    "hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio expert_exploration"
-).split()
+PROBABILITY_FIELDS = ("hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio").split()
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 DEPTH_FIELDS = ("num_encoder_layers", "num_flow_layers", "num_decoder_layers", "num_experts")
 MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged file would keep it building for ever
@@ -40,8 +38,11 @@ LAST_VERSION = "0.1"  # that had the fields and options below
 REMOVED = {
     "self_conditioning": (False, False),
     "start_point": ("noise", False),
+    "expert_exploration": (0.15, True),
+    "gate_weight": (1.0, True),
     "commit_threshold": (None, True),  # of generation: without effect but in a model with self_conditioning
 }
+REMOVED_CHOICES = {"train_expert_choice": ("likeliest", "mixture")}  # training alone knows them
 
 
 def drop_removed(fields: dict):
@@ -58,6 +59,17 @@ def drop_removed(fields: dict):
             allowed = f"{harmless!r}, or left out; version {LAST_VERSION} was the last that had others"
             raise ValueError(f"{name}={value!r}: must be {allowed}")
         logger.warning_once(f"{name}={value!r}: without effect, version {LAST_VERSION} was the last that had it.")
+
+
+def replace_removed_choices(config):
+    """Give a config its default where it has a choice that this version no longer has."""
+    for name, choices in REMOVED_CHOICES.items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        if value in choices:
+            logger.warning_once(
+                f"{name}={value!r}: replaced by {default!r}, version {LAST_VERSION} was the last that had it."
+            )
+            setattr(config, name, default)
 
 
 def with_plain_errors(cls):
@@ -122,15 +134,11 @@ class YanConfig(PreTrainedConfig):
             all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
             depends on the expert of the token before it: a hidden Markov model with K^L paths.
         gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`.
-        train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, its
-            `"argmax"`, the gate-weighted `"mixture"` of all, or the one that makes the target's tokens `"likeliest"`:
-            the experts then share the possible targets out among them (with `expert_scope="sequence"`, whole texts),
-            and the gate learns from `gate_loss` how probable each of them is. `"posterior"` maximises the likelihood
-            of the target's tokens, summed over all experts (`text_loss`), and goes on with experts drawn from their
-            posterior; a model with `expert_scope="chain"` needs it. The velocity's likelihood and the gate's other
-            losses (`nll_weight`, `gate_weight`, `gate_entropy_weight`, `load_balance_weight`) have no part in it.
-        expert_exploration: Share of these choices that are drawn evenly instead, so that every expert learns about
-            every prompt.
+        train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, as
+            in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's tokens, summed over
+            all experts (`text_loss`), and goes on with experts drawn from their posterior: the experts share the
+            possible targets out among them. A model with `expert_scope="chain"` needs it. The velocity's likelihood
+            and the gate's own losses (`nll_weight`, `gate_entropy_weight`, `load_balance_weight`) have no part in it.
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
         source_mask_ratio: The same of a pair's source behind its answer slot, where each hidden token keeps its place.
         freeze_encoder, freeze_decoder, freeze_embeddings, freeze_flow: Parts that the flow stage leaves as they are.
@@ -140,7 +148,7 @@ class YanConfig(PreTrainedConfig):
         nll_weight, mse_weight, ce_weight, text_weight, draft_weight, transition_weight: Weights of the loss terms, at
             least 0. Likelihood and squared error count per latent dimension, so that one set of weights serves every
             width.
-        gate_entropy_weight, gate_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the terms of
+        gate_entropy_weight, load_balance_weight, mmd_weight, latent_norm_weight: Weights of the terms of
             gate and latents, at least 0.
 
     Raises:
@@ -160,7 +168,6 @@ class YanConfig(PreTrainedConfig):
         "draft_loss",
         "transition_loss",
         "gate_entropy",
-        "gate_loss",
         "expert_usage",
         "load_balance_loss",
         "mmd_loss",
@@ -219,7 +226,6 @@ class YanConfig(PreTrainedConfig):
     expert_scope: str = "token"
     gate_rank: int = 64
     train_expert_choice: str = "sample"
-    expert_exploration: float | int = 0.15
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
     source_mask_ratio: float | int = 0.0
@@ -236,7 +242,6 @@ class YanConfig(PreTrainedConfig):
     draft_weight: float | int = 0.5
     transition_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
-    gate_weight: float | int = 1.0
     load_balance_weight: float | int = 0.1
     mmd_weight: float | int = 0.0
     latent_norm_weight: float | int = 0.0
@@ -248,6 +253,7 @@ class YanConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         drop_removed(kwargs)
+        replace_removed_choices(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.time_step_rank is None:

@@ -122,21 +122,6 @@ def as_one_token(target, velocities, log_gate):
     return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), log_gate[:, :1]
 
 
-def text_posterior(log_likelihood: torch.Tensor, scope: str = "token") -> torch.Tensor:
-    """Posterior (B, L, K) of each expert given the target's tokens, of a token or of a sequence.
-
-    Before the target is seen, every expert is as probable as any other, whatever the gate says: one that is a little
-    ahead would otherwise get every text, and the others would never learn to write one.
-
-    Args:
-        log_likelihood: log p_k(y), (B, L, K), of the target's tokens where expert k moves them.
-        scope: "token", or "sequence" for experts that have all tokens of a text or none.
-    """
-    if scope == "sequence":
-        log_likelihood = log_likelihood.sum(1, keepdim=True).expand_as(log_likelihood)
-    return log_likelihood.softmax(-1)
-
-
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of `values` (B, L) over the tokens where `mask` (B, L) is 1; 0 where there is none."""
     if mask is None:

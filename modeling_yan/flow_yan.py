@@ -133,7 +133,7 @@ class YanVelocity:
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
     `solver_times(num_steps, solver)`.
     If `choose` is set to a function of where the experts lead (B, L, K, D) and of their `YanExpertPrior`, it chooses
-    the experts (B, L), and may leave their posterior in `probabilities`. Experts are drawn at `temperature`.
+    the experts (B, L). Experts are drawn at `temperature`.
     """
 
     def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_numbers=None):
@@ -143,7 +143,7 @@ class YanVelocity:
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.prior = self.experts = self.groups = self.choose = self.probabilities = None
+        self.prior = self.experts = self.groups = self.choose = None
         self.num_trunk_passes, self.temperature = 0, 1.0
 
     @property

@@ -113,7 +113,6 @@ class YanFlowOutput(ModelOutput):
         transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
             in evaluation the mean over rows of that of each.
-        gate_loss: Cross-entropy of the gate against the experts' posterior, nats, where training chooses by that.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
@@ -132,7 +131,6 @@ class YanFlowOutput(ModelOutput):
     draft_loss: torch.Tensor | None = None
     transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
-    gate_loss: torch.Tensor | None = None
     expert_usage: torch.Tensor | None = None
     load_balance_loss: torch.Tensor | None = None
     mmd_loss: torch.Tensor | None = None
@@ -550,7 +548,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         elif labels is None:
             x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
-            x_1_hat, _ = self._solve(x_0, condition, num_flow_steps)
+            x_1_hat = self._solve(x_0, condition, num_flow_steps)
             terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)

@@ -4,9 +4,7 @@ Letters of the shape comments: B batch, L canvas length, D hidden size, K expert
 """
 
 import torch
-from torch.nn import functional as F
 
-from .experts_yan import YanExpertPrior
 from .flow_matching_yan import (
     as_one_token,
     extrapolate,
@@ -22,7 +20,6 @@ from .flow_matching_yan import (
     mixture_nll,
     sample_times,
     solve_flow,
-    text_posterior,
     token_cross_entropy,
     token_log_likelihood,
 )
@@ -50,18 +47,12 @@ def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float
 class YanObjectiveMixin:
     """The loss terms of `YanForFlowGeneration`."""
 
-    def _solve(self, x_0, condition, num_flow_steps: int, canvas=None):
-        """The latents x1_hat (B, L, D) that Euler steps reach from x0, and the velocity that led there.
-
-        In training, experts are chosen by `train_expert_choice`, which may ask for the target ids `canvas` (B, L).
-        """
-        choice = self.config.train_expert_choice if self.training and canvas is not None else "argmax"
-        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=choice)
-        if choice == "likeliest":
-            velocity.choose = lambda ends, prior: self._choose_likeliest(ends, prior, canvas, velocity)
-        elif self.config.expert_scope == "chain":
+    def _solve(self, x_0, condition, num_flow_steps: int, expert_choice: str = "argmax"):
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0."""
+        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=expert_choice)
+        if self.config.expert_scope == "chain":
             velocity.choose = self._most_probable
-        return solve_flow(velocity, x_0, num_flow_steps), velocity
+        return solve_flow(velocity, x_0, num_flow_steps)
 
     @torch.no_grad()
     def _most_probable(self, ends, prior):
@@ -76,15 +67,6 @@ class YanObjectiveMixin:
         # one by one: the logits of all experts at once would be K vocabularies wide
         logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.detach().unbind(-2))
         return torch.stack([token_log_likelihood(each, canvas) for each in logits], dim=-1)
-
-    def _choose_likeliest(self, ends, prior, canvas, velocity):
-        """The experts that make the target the most probable; a share `expert_exploration` is drawn evenly."""
-        scope, share = self.config.expert_scope, self.config.expert_exploration
-        velocity.probabilities = text_posterior(self._expert_log_likelihood(ends, canvas), scope)
-        num_experts = velocity.probabilities.shape[-1]
-        likeliest = F.one_hot(velocity.probabilities.argmax(-1), num_experts)
-        log_choice = ((1 - share) * likeliest + share / num_experts).log()
-        return YanExpertPrior(scope, log_choice).choose("sample")
 
     def _number_rows(self, canvas, input_ids, attention_mask) -> torch.LongTensor | None:
         """A number (B,) for the prompt and the target of each row, which decide what evaluation draws for it.
@@ -130,15 +112,14 @@ class YanObjectiveMixin:
         states = self.flow.trunk(x_t, positions, modulation, condition)
         log_gate = self.flow.log_gate(states, modulation, condition)
         nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
-        x_1_hat, velocity = self._solve(x_0, condition, num_flow_steps, canvas)
+        choice = config.train_expert_choice if self.training else "argmax"
+        x_1_hat = self._solve(x_0, condition, num_flow_steps, choice)
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
             "ce_loss": token_cross_entropy(logits, canvas),
             "load_balance_loss": load_balance(log_gate) if self.training else load_balance_of_rows(log_gate),
         }
-        if velocity.probabilities is not None:
-            terms["gate_loss"] = -(velocity.probabilities * velocity.log_gate).sum(-1).mean()
         terms |= self._draft_loss(condition, canvas)
         if self.transitions is not None:
             embedding = self.get_input_embeddings()

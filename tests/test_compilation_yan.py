@@ -162,7 +162,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     "settings",
     [
         {},
-        {"expert_scope": "sequence", "train_expert_choice": "likeliest"},
+        {"expert_scope": "sequence", "train_expert_choice": "posterior"},
         {"transition_rank": 4},
         {**LIKELIHOOD, "transition_rank": 4, "detach_transitions": False},
     ],

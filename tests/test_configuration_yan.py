@@ -39,7 +39,7 @@ WRONG_VALUES = [
     ("mask_ratio", float("nan"), "[0, 1)"),
     ("encoder_mixer", "rnn", "attention, mamba"),
     ("flow_mixer", "Mamba", "attention, mamba"),
-    ("train_expert_choice", "best", "argmax, sample, mixture, likeliest"),
+    ("train_expert_choice", "best", "argmax, sample, posterior"),
     ("expert_scope", "word", "token, sequence"),
     ("attention_conv_kernel", 4, "0 or a positive odd number"),
     ("attention_conv_kernel", -3, "0 or a positive odd number"),
@@ -191,7 +191,7 @@ def old_config(folder, **fields):
 
 
 # as version 0.1 wrote them where nothing was asked for
-HARMLESS = {"self_conditioning": False, "start_point": "noise"}
+HARMLESS = {"self_conditioning": False, "start_point": "noise", "expert_exploration": 0.15, "gate_weight": 1.0}
 
 
 def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, caplog):
@@ -208,6 +208,22 @@ def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp
     allowed = f"{HARMLESS[field]!r}, or left out; version 0.1 was the last that had others"
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {allowed}")):
         YanConfig.from_pretrained(old_config(tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize(("field", "value"), [("expert_exploration", 0.3), ("gate_weight", 2.0)])
+def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, field, value):
+    with caplog.at_level(logging.WARNING):
+        configs = [YanConfig.from_pretrained(old_config(tmp_path, **{field: value})) for _ in range(2)]
+    assert not any(hasattr(config, field) for config in configs)
+    assert caplog.text.count(f"{field}={value!r}: without effect, version 0.1 was the last that had it.") == 1
+
+
+@pytest.mark.parametrize("choice", ["likeliest", "mixture"])
+def test_a_removed_choice_of_training_becomes_the_default(tmp_path, caplog, choice):
+    with caplog.at_level(logging.WARNING):
+        config = YanConfig.from_pretrained(old_config(tmp_path, train_expert_choice=choice))
+    assert config.train_expert_choice == "sample"
+    assert f"train_expert_choice={choice!r}: replaced by 'sample'" in caplog.text
 
 
 def test_a_removed_option_of_generation_has_no_effect(caplog):

@@ -443,7 +443,7 @@ def test_a_single_expert_trains_as_plain_flow_matching(make_model):
     assert output.load_balance_loss == 0
 
 
-@pytest.mark.parametrize("choice", ["argmax", "sample", "mixture", "likeliest"])
+@pytest.mark.parametrize("choice", ["argmax", "sample", "posterior"])
 def test_every_way_to_choose_experts_trains(make_model, choice):
     model = make_model(train_expert_choice=choice).train()
     found = gradients(model, input_ids=random_ids(), labels=random_ids())

@@ -20,14 +20,12 @@ SIZES |= {f"freeze_{part}": False for part in ("encoder", "decoder", "embeddings
 SLOTS = {"num_answer_slots": CANVAS, "attention_conv_kernel": 3}
 KINDS = {
     "paper": {},
-    "shared": {"expert_scope": "sequence", "train_expert_choice": "likeliest"},
+    "shared": {"expert_scope": "sequence"},
     "token": {"train_expert_choice": "posterior", "transition_rank": 4, "num_answer_slots": CANVAS},
     "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **SLOTS},
     "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **SLOTS},
 }
-TERMS = (
-    "loss nll_loss mse_loss ce_loss text_loss draft_loss transition_loss gate_entropy load_balance_loss gate_loss"
-).split()
+TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss transition_loss gate_entropy load_balance_loss").split()
 every_kind = pytest.mark.parametrize("kind", KINDS)
 few = settings(
     derandomize=True,
