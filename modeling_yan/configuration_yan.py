@@ -38,6 +38,7 @@ LAST_VERSION = "0.1"  # that had the fields and options below
 REMOVED = {
     "self_conditioning": (False, False),
     "start_point": ("noise", False),
+    "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
     "gate_weight": (1.0, True),
     "commit_threshold": (None, True),  # of generation: without effect but in a model with self_conditioning
@@ -58,7 +59,7 @@ def drop_removed(fields: dict):
         if not is_ignored:
             allowed = f"{harmless!r}, or left out; version {LAST_VERSION} was the last that had others"
             raise ValueError(f"{name}={value!r}: must be {allowed}")
-        logger.warning_once(f"{name}={value!r}: without effect, version {LAST_VERSION} was the last that had it.")
+        logger.warning_once(f"{name}={value!r}: ignored, version {LAST_VERSION} was the last that had it.")
 
 
 def replace_removed_choices(config):
@@ -129,7 +130,6 @@ class YanConfig(PreTrainedConfig):
         transition_rank: Rank R of the scores of neighbouring tokens, with which a canvas is read off as one chain; 0
             to read every token by itself.
         transition_candidates: Likeliest tokens of each place that take part in the chain.
-        detach_transitions: Whether the loss of the chain trains its scores alone and not the rest of the model.
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
             depends on the expert of the token before it: a hidden Markov model with K^L paths.
@@ -222,7 +222,6 @@ class YanConfig(PreTrainedConfig):
     max_train_flow_steps: int = 4
     transition_rank: int = 0
     transition_candidates: int = 16
-    detach_transitions: bool = True
     expert_scope: str = "token"
     gate_rank: int = 64
     train_expert_choice: str = "sample"

@@ -26,7 +26,6 @@ DEFAULTS = {
     "mse_weight": 0.0,
     "transition_rank": 64,
     "transition_candidates": 24,
-    "detach_transitions": False,
     "tie_word_embeddings": True,
     "freeze_encoder": False,
     "freeze_decoder": False,

@@ -25,7 +25,6 @@ class YanTransitions(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_candidates = min(config.transition_candidates, config.vocab_size)
-        self.is_detached = config.detach_transitions
         width = config.word_embedding_size
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(width, config.transition_rank, bias=False)
@@ -48,22 +47,17 @@ class YanTransitions(nn.Module):
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
-            return projection(self.norm(self._constant(embedding(candidates))))
+            return projection(self.norm(embedding(candidates)))
         vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
-        return select_rows(projection(self.norm(self._constant(embedding(vocabulary)))), candidates)
-
-    def _constant(self, tensor):
-        return tensor.detach() if self.is_detached else tensor
+        return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
 
     def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
         """Negative log-likelihood per token of the targets (B, L) among all chains of the vocabulary.
 
         A token that is no candidate has score 0 with its neighbours, so all of them together are one state more. They
         have to be counted: among candidates alone, which would have to include the target, rare tokens would rise.
-        With `detach_transitions` the loss trains the transitions alone: logits, latents and embeddings are constants,
-        so that the rest of the model learns what it would have learned without them.
         """
-        logits, latents = self._constant(logits).float(), self._constant(latents)
+        logits = logits.float()
         candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
         others = logits.scatter(-1, candidates, IMPOSSIBLE).logsumexp(-1, keepdim=True)
         emissions = torch.cat([logits.gather(-1, candidates), others], dim=-1)

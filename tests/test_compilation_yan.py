@@ -164,7 +164,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
         {},
         {"expert_scope": "sequence", "train_expert_choice": "posterior"},
         {"transition_rank": 4},
-        {**LIKELIHOOD, "transition_rank": 4, "detach_transitions": False},
+        {**LIKELIHOOD, "transition_rank": 4},
     ],
 )
 def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):

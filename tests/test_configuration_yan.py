@@ -191,7 +191,13 @@ def old_config(folder, **fields):
 
 
 # as version 0.1 wrote them where nothing was asked for
-HARMLESS = {"self_conditioning": False, "start_point": "noise", "expert_exploration": 0.15, "gate_weight": 1.0}
+HARMLESS = {
+    "self_conditioning": False,
+    "start_point": "noise",
+    "detach_transitions": False,
+    "expert_exploration": 0.15,
+    "gate_weight": 1.0,
+}
 
 
 def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, caplog):
@@ -210,12 +216,14 @@ def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp
         YanConfig.from_pretrained(old_config(tmp_path, **{field: value}))
 
 
-@pytest.mark.parametrize(("field", "value"), [("expert_exploration", 0.3), ("gate_weight", 2.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("detach_transitions", True), ("expert_exploration", 0.3), ("gate_weight", 2.0)]
+)
 def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, field, value):
     with caplog.at_level(logging.WARNING):
         configs = [YanConfig.from_pretrained(old_config(tmp_path, **{field: value})) for _ in range(2)]
     assert not any(hasattr(config, field) for config in configs)
-    assert caplog.text.count(f"{field}={value!r}: without effect, version 0.1 was the last that had it.") == 1
+    assert caplog.text.count(f"{field}={value!r}: ignored, version 0.1 was the last that had it.") == 1
 
 
 @pytest.mark.parametrize("choice", ["likeliest", "mixture"])
@@ -231,4 +239,4 @@ def test_a_removed_option_of_generation_has_no_effect(caplog):
         assert not hasattr(YanGenerationConfig(commit_threshold=None), "commit_threshold")
         assert caplog.text == ""
         assert not hasattr(YanGenerationConfig(commit_threshold=0.75), "commit_threshold")
-    assert "commit_threshold=0.75: without effect, version 0.1 was the last that had it" in caplog.text
+    assert "commit_threshold=0.75: ignored, version 0.1 was the last that had it" in caplog.text

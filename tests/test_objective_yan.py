@@ -149,7 +149,7 @@ class TestAnswerSlots:
 
     def test_one_pass_is_trained_without_the_flow(self, make_lively_model):
         fields = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0, "transition_rank": 4}
-        model = make_lively_model(num_answer_slots=8, detach_transitions=False, **fields)
+        model = make_lively_model(num_answer_slots=8, **fields)
         ids, labels = torch.randint(4, 64, (2, 6)), torch.randint(4, 64, (2, 8))
         output = model(ids, labels=labels)
         torch.testing.assert_close(output.logits, model(ids).logits)
@@ -167,7 +167,6 @@ class TestAnswerSlots:
         fields = {
             "num_answer_slots": 8,
             "transition_rank": 4,
-            "detach_transitions": False,
             "mse_weight": 0.0,
             **fields,
         }
@@ -239,7 +238,7 @@ def test_options_that_do_not_fit_are_refused(make_lively_model):
 
 
 def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
-    chain = {"transition_rank": 4, "transition_candidates": 64, "detach_transitions": False}
+    chain = {"transition_rank": 4, "transition_candidates": 64}
     model, ids = make_lively_model(**chain), torch.randint(4, 64, (4, 6))
     lengths = []
     for penalty in (-8.0, 8.0):
