@@ -26,7 +26,7 @@ NON_NEGATIVE_FIELDS = (
     "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
     "load_balance_weight mmd_weight latent_norm_weight transition_weight"
 ).split()
-PROBABILITY_FIELDS = ("hidden_dropout attention_dropout decoder_dropout mask_ratio source_mask_ratio").split()
+PROBABILITY_FIELDS = ("hidden_dropout attention_dropout decoder_dropout mask_ratio").split()
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 DEPTH_FIELDS = ("num_encoder_layers", "num_flow_layers", "num_decoder_layers", "num_experts")
 MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged file would keep it building for ever
@@ -38,6 +38,7 @@ LAST_VERSION = "0.1"  # that had the fields and options below
 REMOVED = {
     "self_conditioning": (False, False),
     "start_point": ("noise", False),
+    "source_mask_ratio": (0.0, True),
     "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
     "gate_weight": (1.0, True),
@@ -140,7 +141,6 @@ class YanConfig(PreTrainedConfig):
             possible targets out among them. A model with `expert_scope="chain"` needs it. The velocity's likelihood
             and the gate's own losses (`nll_weight`, `gate_entropy_weight`, `load_balance_weight`) have no part in it.
         mask_ratio, max_span_len: Text infilling of the autoencoder stage: share of tokens masked, longest span.
-        source_mask_ratio: The same of a pair's source behind its answer slot, where each hidden token keeps its place.
         freeze_encoder, freeze_decoder, freeze_embeddings, freeze_flow: Parts that the flow stage leaves as they are.
             With all of them frozen, it trains the transitions of a finished model.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage. If False and the encoder is
@@ -227,7 +227,6 @@ class YanConfig(PreTrainedConfig):
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
-    source_mask_ratio: float | int = 0.0
 
     freeze_encoder: bool = True
     freeze_decoder: bool = True

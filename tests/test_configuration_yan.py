@@ -194,6 +194,7 @@ def old_config(folder, **fields):
 HARMLESS = {
     "self_conditioning": False,
     "start_point": "noise",
+    "source_mask_ratio": 0.0,
     "detach_transitions": False,
     "expert_exploration": 0.15,
     "gate_weight": 1.0,
@@ -217,7 +218,8 @@ def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("detach_transitions", True), ("expert_exploration", 0.3), ("gate_weight", 2.0)]
+    ("field", "value"),
+    [("source_mask_ratio", 0.1), ("detach_transitions", True), ("expert_exploration", 0.3), ("gate_weight", 2.0)],
 )
 def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, field, value):
     with caplog.at_level(logging.WARNING):

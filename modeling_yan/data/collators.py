@@ -164,12 +164,11 @@ class AutoencoderCollator:
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
     answer from the source. A source that begins with mask tokens, at least as many as the target has tokens, has its
-    answer slot there (a BOS before it does not matter): the target, filled up with EOS, is learned in its place; with
-    `source_mask_ratio` such a share of the tokens behind it is hidden, each in its place, and learned too. A source
-    that is its target but for mask tokens is a cloze: what they hide is learned in their places. Of another pair only
-    the target and one EOS are learned, the rest is -100: copying the source would drown the few tokens of the answer
-    in the mean loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length` tokens a
-    window is taken at random; a source keeps the end that fits, or the start if its answer slot is there;
+    answer slot there (a BOS before it does not matter): the target, filled up with EOS, is learned in its place. A
+    source that is its target but for mask tokens is a cloze: what they hide is learned in their places. Of another
+    pair only the target and one EOS are learned, the rest is -100: copying the source would drown the few tokens of
+    the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length`
+    tokens a window is taken at random; a source keeps the end that fits, or the start if its answer slot is there;
     `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with one EOS,
     rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
 
@@ -190,12 +189,10 @@ class AutoencoderCollator:
         seed: int = 0,
         fixed_width: bool = False,
         multiple_of: int = 8,
-        source_mask_ratio: float = 0.0,
         num_answer_slots: int = 0,
     ):
         _check_masking(mask_ratio, max_span_len)
         _check_masking(target_mask_ratio, max_span_len)
-        _check_masking(source_mask_ratio, max_span_len)
         _check_length("max_length", max_length)
         _check_length("multiple_of", multiple_of)
         _check_length("num_answer_slots", num_answer_slots, least=0)
@@ -205,7 +202,6 @@ class AutoencoderCollator:
         self.mask_ratio = mask_ratio
         self.max_span_len = max_span_len
         self.target_mask_ratio = target_mask_ratio
-        self.source_mask_ratio = source_mask_ratio
         self.num_answer_slots = num_answer_slots
         self.fixed_width = fixed_width
         self.multiple_of = multiple_of
@@ -223,7 +219,7 @@ class AutoencoderCollator:
         shown = _hide_spans(text, *spans, self.tokenizer.mask_token_id)
         if is_pair.any():
             sources = [row.get("source", []) for row in rows]
-            input_ids, labels = self._add_sources(sources, text, shown, generator)
+            input_ids, labels = self._add_sources(sources, text, shown)
         else:
             width, eos_token_id = self._width(int(text.lengths.max())), self.tokenizer.eos_token_id
             input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
@@ -252,9 +248,7 @@ class AutoencoderCollator:
         starts = torch.rand(len(texts), generator=generator, dtype=torch.float64).numpy() * (excess + 1)
         return [ids[start : start + self.max_length] for ids, start in zip(texts, starts.astype(np.int64).tolist())]
 
-    def _add_sources(
-        self, sources: Sequence[Ids], text: Ragged, shown: Ragged, generator: torch.Generator | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _add_sources(self, sources: Sequence[Ids], text: Ragged, shown: Ragged) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels` of a batch with pairs: its sources, its texts, and what is shown of those."""
         eos_token_id, lengths = self.tokenizer.eos_token_id, text.lengths
         slot_starts, slot_ends = self._find_slots(sources, lengths)
@@ -273,12 +267,6 @@ class AutoencoderCollator:
         is_text = _is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
         input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
         labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORED
-        if self.source_mask_ratio:
-            behind_slot = _is_between(slot_ends, source.lengths, width) & (has_slot & ~is_cloze)[:, None]
-            is_drawn = torch.rand(input_ids.shape, generator=generator).numpy() < self.source_mask_ratio
-            is_hidden = behind_slot & is_drawn & (input_ids != self.tokenizer.mask_token_id)
-            labels[is_hidden] = input_ids[is_hidden]
-            input_ids[is_hidden] = self.tokenizer.mask_token_id
         return input_ids, labels
 
     def _find_clozes(self, sources: Sequence[Ids], text: Ragged) -> np.ndarray:

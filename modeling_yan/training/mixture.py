@@ -175,7 +175,7 @@ class TaskMixture(Dataset):
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
         if self.stage == "autoencoder":
-            names = ("mask_ratio", "max_span_len", "source_mask_ratio", "num_answer_slots")
+            names = ("mask_ratio", "max_span_len", "num_answer_slots")
             options = {name: getattr(config, name) for name in names}
             longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
             return AutoencoderCollator(self.tokenizer, longest, **options)

@@ -177,23 +177,6 @@ def test_autoencoder_learns_the_hidden_words_of_a_cloze_in_their_places(tokenize
     assert batch["labels"][-1][: len(source) + len(learned)].tolist() == [-100] * len(source) + learned
 
 
-def test_autoencoder_learns_hidden_tokens_of_the_source_behind_the_slot(tokenizer):
-    mask, rows = tokenizer.mask_token_id, generate_stories(200, seed=1, answer_slot=tokenizer.mask_token * 8 + " ")
-    rows += [{"source": "a book", "target": "two"}, *generate_clozes(1, seed=1, mask_token=tokenizer.mask_token)]
-    plain, hidden = (AutoencoderCollator(tokenizer, 128, source_mask_ratio=ratio)(rows) for ratio in (0.0, 0.25))
-    others = [name[200:] for batch in (plain, hidden) for name in (batch["input_ids"], batch["labels"])]
-    assert torch.equal(others[1], others[3])  # what has no slot is learned as before
-    assert torch.equal(others[0][1], others[2][1])
-    is_hidden = hidden["input_ids"][:200] != plain["input_ids"][:200]
-    assert (hidden["input_ids"][:200][is_hidden] == mask).all()
-    assert torch.equal(hidden["labels"][:200][is_hidden], plain["input_ids"][:200][is_hidden])
-    assert torch.equal(hidden["labels"][:200][~is_hidden], plain["labels"][:200][~is_hidden])
-    assert not is_hidden[:, :8].any()
-    assert not is_hidden[plain["input_ids"][:200] == tokenizer.eos_token_id].any()
-    share = is_hidden.sum() / (plain["input_ids"][:200, 8:] != tokenizer.eos_token_id).sum()
-    assert share.item() == pytest.approx(0.25, abs=0.02)
-
-
 def test_an_answer_may_fill_its_slot_and_not_go_beyond_it(tokenizer):
     """An answer of as many tokens as the slot was learned behind it once, and then never found in it."""
     slot, ignored = [tokenizer.mask_token_id] * 2, [-100] * 3
