@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_yan.data import generate_stories
 from modeling_yan.evaluation import generate_answers
-from modeling_yan.export import with_int8_weights, with_merged_projections, with_packed_weights
+from modeling_yan.export import with_int8_weights, with_packed_weights
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 CHECKPOINTS = {"attention": "yan-transformer-tiny", "mamba": "yan-mamba-tiny"}
@@ -30,11 +30,11 @@ def test_a_packed_model_writes_the_same_tokens(make_model):
     model = make_model(num_experts=8)  # some have no token
     before = copy.deepcopy(model.state_dict())
     prompts = torch.randint(4, 64, (3, 6))
-    packed = with_packed_weights(with_merged_projections(model))
+    packed = with_packed_weights(model)
     for expert_choice in ("argmax", "mixture"):
         plain = model.generate(prompts, expert_choice=expert_choice)
         assert torch.equal(packed.generate(prompts, expert_choice=expert_choice), plain)
-    assert packed.num_parameters() == with_merged_projections(model).num_parameters()
+    assert packed.num_parameters() == model.num_parameters()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

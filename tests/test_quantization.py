@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from modeling_yan.data import generate_stories
 from modeling_yan.evaluation import generate_answers
-from modeling_yan.export import with_int8_weights, with_merged_projections, with_packed_weights
+from modeling_yan.export import with_int8_weights, with_packed_weights
 
 CHECKPOINTS = {"attention": "yan-transformer-tiny", "mamba": "yan-mamba-tiny"}
 
@@ -87,7 +87,7 @@ def test_torchs_own_dynamic_quantization(make_model, prompts):
         assert quantized.generate(prompts).shape == model.generate(prompts).shape
 
 
-@pytest.mark.parametrize("form", [with_int8_weights, with_packed_weights, with_merged_projections])
+@pytest.mark.parametrize("form", [with_int8_weights, with_packed_weights])
 def test_what_only_generates_is_not_saved(tiny_model, prompts, form, tmp_path):
     other = form(tiny_model)
     with pytest.raises(NotImplementedError, match="is no checkpoint: save the one that it was made from"):

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
-from modeling_yan.export import with_int8_weights, with_merged_projections, with_packed_weights
+from modeling_yan.export import with_int8_weights, with_packed_weights
 from modeling_yan.transitions_yan import YanTransitions
 
 PRESETS = Path(__file__).parents[2] / "configuration"
@@ -39,7 +39,6 @@ def with_transitions(model):
 
 FORMS = {
     "int8": with_int8_weights,
-    "merged": with_merged_projections,
     "packed": with_packed_weights,
     "chains": with_transitions,
 }
@@ -132,7 +131,6 @@ def optional_contenders(with_compiled: bool, with_int8: bool, with_packed: bool)
     forms = (["int8"] if with_int8 else []) + (["packed"] if with_packed else [])
     contenders += [Contender(f"yan-{v}-3-{form}", f"yan-{v}-{form}", plain) for v in VARIANTS for form in forms]
     if with_packed:
-        contenders.append(Contender("yan-mamba-3-merged-packed", "yan-mamba-merged-packed", plain))
         contenders.append(Contender("decoder-packed", "decoder-packed", write_token_by_token, batch_growth=0))
     return contenders
 
@@ -146,7 +144,6 @@ def all_contenders() -> list[Contender]:
     ]
     plain = partial(write_with_yan, num_steps=NAIVE_STEPS)
     contenders.append(Contender("chains-transformer-3", "yan-transformer-chains", plain))
-    contenders.append(Contender("yan-mamba-3-merged", "yan-mamba-merged", plain))
     named_wastes = {**{waste: (waste,) for waste in WASTES}, "all": tuple(WASTES)}
     contenders += [
         Contender(f"naive-{variant}-{name}", f"yan-{variant}", partial(write_naively, wastes=wastes))

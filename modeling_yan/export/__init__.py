@@ -1,6 +1,5 @@
-"""Other forms of a model for generation: programs without this package, int8 or packed weights, merged layers."""
+"""Other forms of a model for generation: programs without this package, int8 or packed weights."""
 
-from .merging import with_merged_projections
 from .packing import with_packed_weights
 from .program import YanCanvasProgram, check_program_path, export_generation, save_program
 from .quantization import with_int8_weights
@@ -11,6 +10,5 @@ __all__ = [
     "export_generation",
     "save_program",
     "with_int8_weights",
-    "with_merged_projections",
     "with_packed_weights",
 ]

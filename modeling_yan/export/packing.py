@@ -1,11 +1,10 @@
 """Generation on a CPU with weights that lie as oneDNN's matrix products read them."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
-
-from .merging import refuse_saving
 
 TYPICAL_TOKENS = 128  # of a product, for which the layout is chosen; any other number works
 
@@ -51,3 +50,13 @@ def _pack(layer: nn.Linear):
     layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TYPICAL_TOKENS)
     layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     layer.__class__ = PackedLinear
+
+
+def refuse_saving(model: nn.Module, what: str) -> nn.Module:
+    """The model itself, whose `save_pretrained` from now on raises NotImplementedError."""
+    model.save_pretrained = partial(_refuse, what)
+    return model
+
+
+def _refuse(what, *args, **kwargs):
+    raise NotImplementedError(f"a model with {what} is no checkpoint: save the one that it was made from")

@@ -6,7 +6,7 @@ import warnings
 from torch import nn
 from torch.ao import quantization
 
-from .merging import refuse_saving
+from .packing import refuse_saving
 
 PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")  # not the gate nor the time embedding
 EXACT = ("x_proj", "dt_proj", "out_proj")  # Mamba's step sizes, and outputs a hundred deviations from the mean
