@@ -4,7 +4,7 @@ Letters of the shape comments: B batch, S prompt length, D hidden size. Values a
 on an accelerator that would wait for the device; shapes and types everywhere.
 """
 
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -107,11 +107,6 @@ def check_labels(labels: Any, model: torch.nn.Module, num_rows: int) -> torch.Lo
 def is_integer(value: Any, least: int = 0) -> bool:
     """Whether it is a whole number of at least `least`, and no truth value; symbols of `torch.export` are."""
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool) and value >= least
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_helpers(generation_config, streamer, generator):

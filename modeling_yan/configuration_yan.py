@@ -17,13 +17,13 @@ CHOICES = {
 }
 POSITIVE_FIELDS = (
     "vocab_size hidden_size num_attention_heads intermediate_size num_encoder_layers num_flow_layers "
-    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank time_step_min "
-    "time_step_max num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
+    "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank "
+    "num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
     "max_span_len layer_norm_eps initializer_range "
-    "transition_candidates gate_rank"
+    "transition_candidates"
 ).split()
 NON_NEGATIVE_FIELDS = (
-    "time_step_floor latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
+    "latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
     "load_balance_weight mmd_weight latent_norm_weight transition_weight"
 ).split()
 PROBABILITY_FIELDS = ("hidden_dropout attention_dropout decoder_dropout mask_ratio").split()
@@ -38,6 +38,12 @@ LAST_VERSION = "0.1"  # that had the fields and options below
 REMOVED = {
     "self_conditioning": (False, False),
     "start_point": ("noise", False),
+    "use_bias": (False, False),
+    "use_conv_bias": (True, False),
+    "gate_rank": (64, False),
+    "time_step_min": (0.001, True),
+    "time_step_max": (0.1, True),
+    "time_step_floor": (1e-4, True),
     "source_mask_ratio": (0.0, True),
     "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
@@ -115,7 +121,6 @@ class YanConfig(PreTrainedConfig):
         max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens.
         state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; `time_step_rank` is
             `ceil(hidden_size / 16)` if None.
-        time_step_min, time_step_max, time_step_floor, use_bias, use_conv_bias: As in `MambaConfig`.
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
@@ -134,7 +139,6 @@ class YanConfig(PreTrainedConfig):
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
             depends on the expert of the token before it: a hidden Markov model with K^L paths.
-        gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, as
             in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's tokens, summed over
             all experts (`text_loss`), and goes on with experts drawn from their posterior: the experts share the
@@ -202,11 +206,6 @@ class YanConfig(PreTrainedConfig):
     conv_kernel: int = 4
     expand: int = 2
     time_step_rank: int | None = None
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_floor: float | int = 1e-4
-    use_bias: bool = False
-    use_conv_bias: bool = True
 
     num_experts: int = 4
     flow_sigma: float | int = 1.0
@@ -223,7 +222,6 @@ class YanConfig(PreTrainedConfig):
     transition_rank: int = 0
     transition_candidates: int = 16
     expert_scope: str = "token"
-    gate_rank: int = 64
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
@@ -336,10 +334,6 @@ class YanConfig(PreTrainedConfig):
         self._require("min_train_flow_steps", lambda value: value > 0 or self.max_train_flow_steps == 0, alone)
         fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
         self._require("max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
-        floor = f"at most time_step_max={self.time_step_max}"
-        self._require("time_step_floor", lambda value: value <= self.time_step_max, floor)
-        slowest = f"at least time_step_min={self.time_step_min}"
-        self._require("time_step_max", lambda value: value >= self.time_step_min, slowest)
 
     def _require(self, name, is_allowed, allowed):
         value = getattr(self, name)

@@ -112,11 +112,6 @@ def token_nll(target, velocities, log_gate, sigma) -> torch.Tensor:
     return log_normaliser - torch.logsumexp(_log_joint(target, velocities, log_gate, sigma), dim=-1)
 
 
-def responsibilities(target, velocities, log_gate, sigma) -> torch.Tensor:
-    """Posterior gamma_k (B, L, K) of each expert given the target velocity; arguments as in `mixture_nll`."""
-    return torch.softmax(_log_joint(target, velocities, log_gate, sigma), dim=-1)
-
-
 def as_one_token(target, velocities, log_gate):
     """A mixture over whole sequences as one over tokens of L D dimensions: (B, 1, L D), (B, 1, K, L D), (B, 1, K)."""
     return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), log_gate[:, :1]

@@ -21,6 +21,7 @@ try:
 except ImportError:
     selective_scan_fn = None
 
+STEP_SIZES = 0.001, 0.1  # of a fresh model, evenly spread over their logarithm
 SCAN_CHUNK_ELEMENTS = 2**19  # elements of one chunk's states; a few such buffers should fit the cache
 
 
@@ -195,15 +196,13 @@ class YanMamba(nn.Module):
         super().__init__()
         inner, rank = config.mamba_intermediate_size, config.time_step_rank
         self.config = config
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
-            inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1, bias=config.use_conv_bias
-        )
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner, padding=config.conv_kernel - 1)
         self.x_proj = nn.Linear(inner, rank + 2 * config.state_size, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, config.state_size))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -213,12 +212,11 @@ class YanMamba(nn.Module):
         init.ones_(self.D)
         bound = config.time_step_rank**-0.5
         init.uniform_(self.dt_proj.weight, -bound, bound)
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        step = torch.empty(self.dt_proj.bias.shape).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        low, high = (math.log(size) for size in STEP_SIZES)
+        step = torch.empty(self.dt_proj.bias.shape).uniform_(low, high).exp()
         init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
         init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
-        if self.conv1d.bias is not None:
-            init.zeros_(self.conv1d.bias)
+        init.zeros_(self.conv1d.bias)
         init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
 
     def forward(self, hidden_states, padding_mask=None):
@@ -253,7 +251,7 @@ class YanMamba(nn.Module):
         total = shifted[:, :length] * kernel[0]
         for k in range(1, len(kernel)):
             total = torch.addcmul(total, shifted[:, k : k + length], kernel[k])
-        return total if self.conv1d.bias is None else total + self.conv1d.bias.to(x.dtype)
+        return total + self.conv1d.bias.to(x.dtype)
 
     def output(self, y, skip, gate):
         """The scan's result y, with skip connection and gate (B, L, E), projected to (B, L, D)."""

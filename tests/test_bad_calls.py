@@ -21,9 +21,9 @@ JUNK = {"text": "many", "digits": "4", "list": ["a"], "mapping": {"a": 1}, "obje
 
 COUNTS = ("vocab_size", "hidden_size", "num_encoder_layers", "num_attention_heads", "max_position_embeddings")
 COUNTS += ("num_experts", "canvas_length", "num_flow_steps", "state_size", "conv_kernel")
-NUMBERS = ("layer_norm_eps", "flow_sigma", "gate_temperature", "hidden_dropout", "nll_weight", "time_step_floor")
+NUMBERS = ("layer_norm_eps", "flow_sigma", "gate_temperature", "hidden_dropout", "nll_weight")
 CHOICES = ("encoder_mixer", "flow_mixer", "expert_scope", "train_expert_choice")
-SWITCHES = ("tie_word_embeddings", "use_bias", "freeze_encoder")
+SWITCHES = ("tie_word_embeddings", "freeze_encoder")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
 

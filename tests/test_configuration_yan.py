@@ -52,7 +52,6 @@ WRONG_VALUES = [
     ("max_train_flow_steps", 2, "min_train_flow_steps=3"),
     ("num_flow_steps", 0, "at least 1 without answer slots for the canvas"),
     ("min_train_flow_steps", 0, "at least 1 without answer slots for the canvas"),
-    ("time_step_max", 1e-4, "time_step_min=0.001"),
     ("pad_token_id", 64, "vocab_size=64"),
     ("eos_token_id", -1, "vocab_size=64"),
 ]
@@ -194,6 +193,12 @@ def old_config(folder, **fields):
 HARMLESS = {
     "self_conditioning": False,
     "start_point": "noise",
+    "use_bias": False,
+    "use_conv_bias": True,
+    "gate_rank": 64,
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
     "source_mask_ratio": 0.0,
     "detach_transitions": False,
     "expert_exploration": 0.15,
@@ -210,7 +215,16 @@ def test_an_old_config_that_asks_for_nothing_removed_loads_in_silence(tmp_path, 
     assert not fields.keys() & config.to_dict().keys()
 
 
-@pytest.mark.parametrize(("field", "value"), [("self_conditioning", True), ("start_point", "draft")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("self_conditioning", True),
+        ("start_point", "draft"),
+        ("use_bias", True),
+        ("use_conv_bias", False),
+        ("gate_rank", 8),
+    ],
+)
 def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp_path, field, value):
     allowed = f"{HARMLESS[field]!r}, or left out; version 0.1 was the last that had others"
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {allowed}")):
@@ -219,7 +233,13 @@ def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("source_mask_ratio", 0.1), ("detach_transitions", True), ("expert_exploration", 0.3), ("gate_weight", 2.0)],
+    [
+        ("source_mask_ratio", 0.1),
+        ("time_step_max", 0.2),
+        ("detach_transitions", True),
+        ("expert_exploration", 0.3),
+        ("gate_weight", 2.0),
+    ],
 )
 def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, field, value):
     with caplog.at_level(logging.WARNING):

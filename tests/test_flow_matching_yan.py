@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from modeling_yan.flow_matching_yan import (
     MMD_BANDWIDTHS,
+    _log_joint,
     gate_entropy,
     gaussian_mmd,
     hashed_normal,
@@ -17,12 +18,16 @@ from modeling_yan.flow_matching_yan import (
     load_balance,
     masked_mean,
     mixture_nll,
-    responsibilities,
     sample_times,
     solve_flow,
     solver_times,
     token_cross_entropy,
 )
+
+
+def responsibilities(*mixture) -> torch.Tensor:
+    """Posterior gamma_k (B, L, K) of each expert given the target velocity; arguments as in `mixture_nll`."""
+    return _log_joint(*mixture).softmax(-1)
 
 
 def random_mixture(batch=3, length=4, experts=5, dim=6):
@@ -109,7 +114,7 @@ def test_with_a_small_sigma_only_the_nearest_expert_learns():
     target, velocities, log_gate = random_mixture()
     nearest = (target.unsqueeze(-2) - velocities).square().sum(-1).argmin(-1)
     one_hot = F.one_hot(nearest, 5).float()
-    torch.testing.assert_close(responsibilities(target, velocities, log_gate, sigma=0.01), one_hot)
+    torch.testing.assert_close(responsibilities(target, velocities, log_gate, 0.01), one_hot)
     learns = gradient(mixture_nll(target, velocities, log_gate, sigma=0.01), velocities).abs().sum(-1) > 0
     assert torch.equal(learns, one_hot.bool())
 

@@ -216,7 +216,7 @@ WHOLE = {
     "transition_rank": 4,
     "transition_candidates": 64,
 }
-WHOLE |= {"num_answer_slots": 8, "attention_conv_kernel": 3, "use_bias": True}
+WHOLE |= {"num_answer_slots": 8, "attention_conv_kernel": 3}
 
 
 @pytest.mark.parametrize("part", ["model", "all"])

@@ -131,11 +131,9 @@ def test_the_scan_survives_decays_that_underflow():
 # --- one direction
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("use_conv_bias", [False, True])
-def test_it_equals_transformers_mixer_in_output_and_gradients(make_config, use_bias, use_conv_bias):
-    config = make_config(use_bias=use_bias, use_conv_bias=use_conv_bias)
-    sizes = ("hidden_size", "state_size", "conv_kernel", "expand", "time_step_rank", "use_bias", "use_conv_bias")
+def test_it_equals_transformers_mixer_in_output_and_gradients(make_config):
+    config = make_config()
+    sizes = ("hidden_size", "state_size", "conv_kernel", "expand", "time_step_rank")
     theirs = MambaMixer(MambaConfig(num_hidden_layers=1, **{name: getattr(config, name) for name in sizes}), 0)
     ours = randomised(OneDirection(config))
     theirs.load_state_dict(ours.state_dict())
@@ -180,9 +178,8 @@ def test_a_fresh_model_has_the_papers_initialisation(make_model):
 
 
 @pytest.mark.parametrize("side", PADDINGS)
-@pytest.mark.parametrize("use_bias", [False, True])
-def test_padding_changes_nothing_and_learns_nothing(make_config, use_bias, side):
-    mamba = randomised(YanBidirectionalMamba(make_config(use_bias=use_bias)))
+def test_padding_changes_nothing_and_learns_nothing(make_config, side):
+    mamba = randomised(YanBidirectionalMamba(make_config()))
     valid = PADDINGS[side]
     states, mask = torch.randn(2, 11, 32, requires_grad=True), torch.zeros(2, 11)
     mask[:, valid] = 1
@@ -197,7 +194,7 @@ def test_padding_changes_nothing_and_learns_nothing(make_config, use_bias, side)
 
 
 def test_rows_of_different_padding_can_share_a_batch(make_config):
-    mamba, states = randomised(YanBidirectionalMamba(make_config(use_bias=True))), torch.randn(3, 11, 32)
+    mamba, states = randomised(YanBidirectionalMamba(make_config())), torch.randn(3, 11, 32)
     mask = torch.ones(3, 11)
     mask[0, :4] = mask[1, 7:] = 0
     output = mamba(states, mask)

@@ -215,8 +215,6 @@ def test_what_is_saved_is_what_is_loaded(variant, rows, kind, data):
         "attention_conv_kernel": st.sampled_from([0, 3, 5]),
         "conv_kernel": st.integers(1, 5),
         "expand": st.integers(1, 3),
-        "use_bias": st.booleans(),
-        "use_conv_bias": st.booleans(),
         "moe_intermediate_size": st.sampled_from([None, 1, 48]),
         "num_attention_heads": st.sampled_from([1, 2, 32]),
         "cross_attention_layers": st.sampled_from([None, [0]]),
