@@ -13,7 +13,10 @@ __all__ = [
     "YanGenerationOutput",
     "YanModel",
     "YanPreTrainedModel",
+    "YanTrainerCallback",
+    "prepare_trainer",
 ]
+_OF_TRAINERS = ("YanTrainerCallback", "prepare_trainer")  # they import transformers.trainer, and it much else
 
 
 def _is_command(words: list[str]) -> bool:
@@ -22,9 +25,10 @@ def _is_command(words: list[str]) -> bool:
 
 
 def __getattr__(name):
-    """A public class in a process that has not loaded them yet."""
+    """A public name that is not loaded yet."""
     if name in __all__:
-        return getattr(import_module(".registration", __name__), name)
+        home = ".training.trainer" if name in _OF_TRAINERS else ".registration"
+        return getattr(import_module(home, __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

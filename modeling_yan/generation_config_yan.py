@@ -7,11 +7,11 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
 from .checks_yan import check_options
+from .clients_yan import open_options
 from .configuration_yan import drop_removed
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS
 from .reading_yan import END_CHOICES
-from .trainer_yan import open_options
 
 FLOW_FIELDS = (
     "num_flow_steps",

@@ -22,6 +22,7 @@ from .checks_yan import (
     check_tensor,
     not_finite_weights,
 )
+from .clients_yan import refuse_prompt_learning
 from .compilation_yan import is_exporting, merging
 from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
@@ -29,7 +30,6 @@ from .layers_yan import count_positions, with_valid_first
 from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
-from .trainer_yan import refuse_prompt_learning
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over

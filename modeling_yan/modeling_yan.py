@@ -30,6 +30,7 @@ from .checks_yan import (
     is_integer,
     not_finite_weights,
 )
+from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
 from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
 from .filling_yan import YanFillingMixin
@@ -61,7 +62,6 @@ from .pretrained_yan import (
     check_fit,
 )
 from .reading_yan import best_text
-from .trainer_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
 from .transitions_yan import YanTransitions
 
 AUTO_MAP = {

@@ -1,1 +1,0 @@
-../../../modeling_yan/trainer_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/clients_yan.py

@@ -1,0 +1,121 @@
+"""What the trainers of transformers and TRL need of a YAN model: its loss terms in their logs."""
+
+import torch
+from torch import distributed
+from transformers import GenerationConfig, TrainerCallback
+
+from ..clients_yan import refuse_prompt_learning
+
+
+class RunningMeans:
+    """Means of named scalars, added up on their device until they are asked for."""
+
+    def __init__(self):
+        self.totals, self.count = {}, 0
+
+    def add(self, scalars: dict[str, torch.Tensor], weight: int = 1):
+        self.totals = {name: self.totals.get(name, 0) + weight * scalar.float() for name, scalar in scalars.items()}
+        self.count += weight
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, over all processes; nothing where nothing was added."""
+        totals, count = self.totals, self.count
+        self.totals, self.count = {}, 0
+        if count == 0:
+            return {}
+        means = torch.stack(list(totals.values())) / count
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(means)
+            means /= distributed.get_world_size()
+        return dict(zip(totals, means.tolist(), strict=True))
+
+
+class YanTrainerCallback(TrainerCallback):
+    """Adds the means of the model's `loss_terms` to every log of a Trainer; models without such terms are left alone.
+
+    A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
+    `evaluate` and `predict` those over their rows, under their prefix. `prepare_trainer` puts it before the trackers,
+    which therefore see the terms. It also takes back what Seq2SeqTrainer writes into the model's generation config,
+    tells a collator that draws at random which epoch it is, and refuses what a Trainer can't train.
+    """
+
+    def __init__(self):
+        self.training, self.evaluation = RunningMeans(), RunningMeans()
+        self.latest = None
+
+    def _collect(self, model, means, by_row: bool = False):
+        terms = getattr(model, "loss_terms", None)
+        if terms is not None and terms is not self.latest:  # else the step made no pass with labels
+            means.add(terms, model.num_loss_rows if by_row else 1)
+            self.latest = terms
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if hasattr(model, "loss_terms"):
+            refuse_prompt_learning(model)
+            refuse_label_smoothing(args, model)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = RunningMeans()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        collator = getattr(train_dataloader, "collate_fn", None)
+        collator = getattr(collator, "data_collator", collator)  # inside of what removes columns
+        if hasattr(collator, "set_epoch"):
+            collator.set_epoch(int(state.epoch or 0))
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self._collect(model, self.training)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._collect(model, self.training)
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        self._collect(model, self.evaluation, by_row=True)
+        if getattr(args, "predict_with_generate", False):
+            reopen_options(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        means = self.training.take() if "loss" in logs else self._evaluation_means(logs)
+        logs.update(means)  # the trackers come after this callback
+        state.log_history[-1].update(means)
+
+    def on_predict(self, args, state, control, metrics=None, **kwargs):
+        metrics.update(self._evaluation_means(metrics))
+
+    def _evaluation_means(self, metrics):
+        prefix = next((name.removesuffix("runtime") for name in metrics if name.endswith("_runtime")), "")
+        return {prefix + name: mean for name, mean in self.evaluation.take().items()}
+
+
+def prepare_trainer(trainer):
+    """The Trainer itself, also one of TRL, with a `YanTrainerCallback` before all others.
+
+    ```python
+    trainer = prepare_trainer(Trainer(model, settings, collator, train_dataset=rows))
+    ```
+
+    Raises:
+        ValueError: It smooths labels, or its model learns a prompt.
+    """
+    callback = YanTrainerCallback()
+    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return trainer
+
+
+def reopen_options(model):
+    """Set the general defaults back to None that Seq2SeqTrainer has written since the model's last `generate`."""
+    defaults = GenerationConfig._get_default_generation_params()
+    for name in getattr(model, "open_options", ()):
+        if getattr(model.generation_config, name) == defaults[name]:
+            setattr(model.generation_config, name, None)
+
+
+def refuse_label_smoothing(args, model):
+    """Raise ValueError if the Trainer would put a smoothed cross-entropy in the place of the model's own loss."""
+    has_other_terms = hasattr(model, "flow") or model.config.mmd_weight or model.config.latent_norm_weight
+    if args.label_smoothing_factor and has_other_terms:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor}: must be 0, because the Trainer would train the "
+            "smoothed cross-entropy alone, without the model's other loss terms"
+        )
