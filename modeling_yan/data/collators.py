@@ -6,9 +6,7 @@ loops over tokens in Python: rows are cut one by one, everything behind that wor
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,101 +15,25 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .masking import (
+    Ids,
+    Ragged,
+    check_length,
+    check_masking,
+    draw_spans,
+    flatten,
+    hide_spans,
+    is_between,
+    lengths_of,
+    pad_rows,
+)
+
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # the label that a loss leaves out
-MAX_MASK_RATIO = 0.5  # up to here there is always a kept token for every span to stand before
 
-Ids = Sequence[int] | np.ndarray
 Row = Mapping[str, Any]
 Batch = dict[str, LongTensor]
-
-
-class Ragged(NamedTuple):
-    """Rows of different lengths (B,), all their tokens (N,) in one array."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-
-
-def mask_spans(
-    input_ids: LongTensor,
-    lengths: LongTensor,
-    mask_ratio: float,
-    max_span_len: int,
-    mask_token_id: int,
-    pad_token_id: int,
-    generator: torch.Generator | None = None,
-) -> LongTensor:
-    """Text infilling: collapse random spans of each row into one mask token each, and close the row up to the left.
-
-    Spans have 1 to `max_span_len` tokens (uniformly drawn, one of a row may be cut short) and never touch. A row of
-    n tokens loses `mask_ratio` * n of them, rounded up or down at random, so that short rows lose as much on average.
-
-    Args:
-        input_ids: (B, L), valid on the left, on the CPU.
-        lengths: (B,) numbers of valid tokens, 0 to L.
-        mask_ratio: 0 to 0.5; at 0 the input is returned as it is.
-        pad_token_id: what fills the rows up to L; may be the end-of-sequence token.
-        generator: of the CPU; the global one if None.
-
-    Returns:
-        (B, L) ids.
-    """
-    _check_masking(mask_ratio, max_span_len)
-    if mask_ratio == 0:
-        return input_ids
-    width, counts = input_ids.shape[1], lengths.numpy()
-    rows = Ragged(input_ids.numpy()[np.arange(width) < counts[:, None]], counts)
-    spans = _draw_spans(counts, mask_ratio, max_span_len, generator)
-    return torch.from_numpy(_pad(_hide_spans(rows, *spans, mask_token_id), width, pad_token_id))
-
-
-def _check_masking(mask_ratio: float, max_span_len: int) -> None:
-    if not isinstance(mask_ratio, Real) or isinstance(mask_ratio, bool) or not 0 <= mask_ratio <= MAX_MASK_RATIO:
-        raise ValueError(f"mask_ratio is {mask_ratio!r}, but must be from 0 to {MAX_MASK_RATIO}")
-    _check_length("max_span_len", max_span_len)
-
-
-def _draw_spans(
-    lengths: np.ndarray, mask_ratio: float | np.ndarray, max_span_len: int, generator: torch.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(B, n) first token and length of the spans to hide in rows of (B,) `lengths`, in order; lengths may be 0.
-
-    `mask_ratio` is one number, or one a row.
-    """
-    num_hidden = (mask_ratio * lengths + torch.rand(len(lengths), generator=generator).numpy()).astype(np.int64)
-    spans = _draw_span_lengths(num_hidden, max_span_len, generator)
-    # Deal the spans out to the gaps before and behind the kept tokens, each to one of its own: the lowest scores win.
-    scores = torch.rand(len(lengths), int(lengths.max()) + 1, generator=generator)
-    scores.numpy()[np.arange(scores.shape[1]) > (lengths - num_hidden)[:, None]] = 2.0  # there are not so many gaps
-    gaps = scores.topk(spans.shape[1], largest=False).indices.numpy()
-    # Sort the spans by their gaps, both in one number.
-    gaps, spans = np.divmod(np.sort(gaps * (max_span_len + 1) + spans), max_span_len + 1)
-    return gaps + spans.cumsum(1) - spans, spans
-
-
-def _draw_span_lengths(num_hidden: np.ndarray, max_span_len: int, generator: torch.Generator | None) -> np.ndarray:
-    """(B, n) lengths that add up to (B,) `num_hidden`, followed by zeros; the last that counts may be cut short."""
-    shape = len(num_hidden), int(num_hidden.max())
-    proposed = torch.randint(1, max_span_len + 1, shape, generator=generator).numpy()
-    left = num_hidden[:, None] - proposed.cumsum(1) + proposed
-    spans = np.minimum(proposed, np.maximum(left, 0))
-    return spans[:, : np.count_nonzero(spans.any(0))]
-
-
-def _hide_spans(rows: Ragged, starts: np.ndarray, spans: np.ndarray, mask_token_id: int) -> Ragged:
-    """The rows with every span collapsed into one mask token; `starts` and `spans` (B, n) as `_draw_spans` gives."""
-    tokens, lengths = rows.tokens.copy(), rows.lengths
-    is_span = spans > 0
-    first = (starts + (lengths.cumsum() - lengths)[:, None])[is_span]
-    changes = np.zeros(len(tokens) + 1, np.int8)  # +1 where a span begins, -1 where it is over
-    changes[first] += 1
-    changes[first + spans[is_span]] -= 1
-    is_shown = changes[:-1].cumsum(dtype=np.int8) == 0
-    is_shown[first] = True
-    tokens[first] = mask_token_id
-    return Ragged(tokens[is_shown], lengths - spans.sum(1) + is_span.sum(1))
 
 
 class SeededDraws:
@@ -191,12 +113,12 @@ class AutoencoderCollator:
         multiple_of: int = 8,
         num_answer_slots: int = 0,
     ):
-        _check_masking(mask_ratio, max_span_len)
-        _check_masking(target_mask_ratio, max_span_len)
-        _check_length("max_length", max_length)
-        _check_length("multiple_of", multiple_of)
-        _check_length("num_answer_slots", num_answer_slots, least=0)
-        _check_length("seed", seed, least=-(2**63))
+        check_masking(mask_ratio, max_span_len)
+        check_masking(target_mask_ratio, max_span_len)
+        check_length("max_length", max_length)
+        check_length("multiple_of", multiple_of)
+        check_length("num_answer_slots", num_answer_slots, least=0)
+        check_length("seed", seed, least=-(2**63))
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_ratio = mask_ratio
@@ -213,16 +135,16 @@ class AutoencoderCollator:
         generator = self.draws(rows) if generator is None else generator
         is_pair = np.array(["target" in row for row in rows])
         texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
-        text = _flatten(self._choose_windows(texts, generator))
+        text = flatten(self._choose_windows(texts, generator))
         mask_ratio = np.where(is_pair, self.target_mask_ratio, self.mask_ratio)
-        spans = _draw_spans(text.lengths, mask_ratio, self.max_span_len, generator)
-        shown = _hide_spans(text, *spans, self.tokenizer.mask_token_id)
+        spans = draw_spans(text.lengths, mask_ratio, self.max_span_len, generator)
+        shown = hide_spans(text, *spans, self.tokenizer.mask_token_id)
         if is_pair.any():
             sources = [row.get("source", []) for row in rows]
             input_ids, labels = self._add_sources(sources, text, shown)
         else:
             width, eos_token_id = self._width(int(text.lengths.max())), self.tokenizer.eos_token_id
-            input_ids, labels = _pad(shown, width, eos_token_id), _pad(text, width, eos_token_id)
+            input_ids, labels = pad_rows(shown, width, eos_token_id), pad_rows(text, width, eos_token_id)
         input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
         return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
 
@@ -243,7 +165,7 @@ class AutoencoderCollator:
         """At most `max_length` tokens of every text, from a random place."""
         if max(map(len, texts)) <= self.max_length:
             return texts
-        excess = np.maximum(_lengths(texts) - self.max_length, 0)
+        excess = np.maximum(lengths_of(texts) - self.max_length, 0)
         self.num_truncated += np.count_nonzero(excess)
         starts = torch.rand(len(texts), generator=generator, dtype=torch.float64).numpy() * (excess + 1)
         return [ids[start : start + self.max_length] for ids, start in zip(texts, starts.astype(np.int64).tolist())]
@@ -255,24 +177,24 @@ class AutoencoderCollator:
         is_cloze = self._find_clozes(sources, text)
         slot_starts, slot_ends = np.where(is_cloze, 0, slot_starts), np.where(is_cloze, lengths, slot_ends)
         has_slot = slot_ends > slot_starts
-        source = _flatten(self._cut_sources(sources, lengths, has_slot))
+        source = flatten(self._cut_sources(sources, lengths, has_slot))
         width = self._width(int((source.lengths + lengths * ~has_slot).max()))
         starts = np.where(has_slot, slot_starts, source.lengths)
         ends = np.where(source.lengths > 0, starts + lengths + 1, width)  # with one EOS, or with all of the fill
         ends = np.where(has_slot, slot_ends, ends)
 
-        labels = _pad(text, width, eos_token_id, starts)
-        labels[~_is_between(starts, ends, width)] = IGNORED
-        input_ids = _pad(source, width, eos_token_id)
-        is_text = _is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
+        labels = pad_rows(text, width, eos_token_id, starts)
+        labels[~is_between(starts, ends, width)] = IGNORED
+        input_ids = pad_rows(source, width, eos_token_id)
+        is_text = is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
         input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
         labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORED
         return input_ids, labels
 
     def _find_clozes(self, sources: Sequence[Ids], text: Ragged) -> np.ndarray:
         """(B,) whether a source is its text with some of its tokens, not all, hidden by mask tokens."""
-        is_cloze = (_lengths(sources) == text.lengths) & (text.lengths > 0)
-        candidates = _flatten([ids for ids, is_candidate in zip(sources, is_cloze.tolist()) if is_candidate])
+        is_cloze = (lengths_of(sources) == text.lengths) & (text.lengths > 0)
+        candidates = flatten([ids for ids, is_candidate in zip(sources, is_cloze.tolist()) if is_candidate])
         is_hidden = candidates.tokens == self.tokenizer.mask_token_id
         is_equal = is_hidden | (candidates.tokens == text.tokens[np.repeat(is_cloze, text.lengths)])
         starts = candidates.lengths.cumsum() - candidates.lengths
@@ -284,8 +206,8 @@ class AutoencoderCollator:
 
     def _find_slots(self, sources: Sequence[Ids], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B,) start and end of the mask tokens that begin a source; equal if too few for the text."""
-        heads = _flatten([ids[: self.max_length] for ids in sources])
-        heads = _pad(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
+        heads = flatten([ids[: self.max_length] for ids in sources])
+        heads = pad_rows(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
         starts, ends = _find_slots(heads, self.tokenizer)
         if self.num_answer_slots:  # what masks a prompt begins with is its own
             ends = np.minimum(ends, self.num_answer_slots)
@@ -293,7 +215,7 @@ class AutoencoderCollator:
 
     def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
         """The part of every source that fits, beside its text unless that has its slot there."""
-        given = _lengths(sources)
+        given = lengths_of(sources)
         kept = np.minimum(given, self.max_length - lengths * ~has_slot)
         self.num_truncated += np.count_nonzero(given > kept)
         starts = np.where(has_slot, 0, given - kept)
@@ -336,8 +258,8 @@ class FlowCollator:
         if model is not None:
             limits = _fit_to_model(limits, model.config)
         for name, length in limits.items():
-            _check_length(name, length)
-        _check_length("multiple_of", multiple_of)
+            check_length(name, length)
+        check_length("multiple_of", multiple_of)
         self.tokenizer = tokenizer
         self.max_source_length = limits["max_source_length"]
         self.canvas_length = limits["canvas_length"]
@@ -348,14 +270,14 @@ class FlowCollator:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         check_rows(rows)
         rows = encode_rows(self.tokenizer, [{key: _entry(row, key) for key in ("source", "target")} for row in rows])
-        source = _flatten([self._cut_source(row["source"]) for row in rows])
+        source = flatten([self._cut_source(row["source"]) for row in rows])
         source_width = _bucket(int(source.lengths.max()), self.multiple_of, self.max_source_length)
         starts = (
             source_width - source.lengths if self.tokenizer.padding_side == "left" else np.zeros_like(source.lengths)
         )
         batch = {
-            "input_ids": _pad(source, source_width, self.tokenizer.pad_token_id, starts),
-            "attention_mask": _is_between(starts, starts + source.lengths, source_width).astype(np.int64),
+            "input_ids": pad_rows(source, source_width, self.tokenizer.pad_token_id, starts),
+            "attention_mask": is_between(starts, starts + source.lengths, source_width).astype(np.int64),
             "labels": self._end_targets([row["target"] for row in rows]),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -371,15 +293,15 @@ class FlowCollator:
         if not self.num_truncated:
             _warn_of_cut(f"a source of {len(ids)} tokens to max_source_length={limit}", "num_truncated")
         self.num_truncated += 1
-        head = _flatten([ids[:limit]]).tokens
+        head = flatten([ids[:limit]]).tokens
         begin, end = (int(place[0]) for place in _find_slots(head[None], self.tokenizer))
         start = end if end > begin else 0  # a slot stays, and with it what stands before it
-        return np.concatenate([head[:start], _flatten([ids[start + excess :]]).tokens])
+        return np.concatenate([head[:start], flatten([ids[start + excess :]]).tokens])
 
     def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
-        target = _flatten([ids[: self.canvas_length] for ids in targets])
+        target = flatten([ids[: self.canvas_length] for ids in targets])
         width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
-        labels = _pad(target, width, IGNORED)
+        labels = pad_rows(target, width, IGNORED)
         has_end = target.lengths < self.canvas_length
         if not (self.num_cut_targets or has_end.all()):
             longest = max(map(len, targets))
@@ -466,42 +388,5 @@ def _warn_of_cut(what: str, counter: str) -> None:
     logger.warning(f"A row is too long: the collator cuts {what}. It counts such rows in {counter}.")
 
 
-def _check_length(name: str, value: int | None, least: int = 1) -> None:
-    if value is None:
-        raise ValueError(f"{name} is None, but must be at least {least}, or model be given, which knows it")
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
-
-
 def _bucket(length: int, multiple_of: int, limit: int) -> int:
     return min(-(-length // multiple_of) * multiple_of, limit)
-
-
-def _lengths(sequences: Sequence[Ids]) -> np.ndarray:
-    return np.fromiter(map(len, sequences), np.int64, len(sequences))
-
-
-def _flatten(sequences: Sequence[Ids]) -> Ragged:
-    lengths = _lengths(sequences)
-    if all(isinstance(ids, list) for ids in sequences):  # faster than an array for each
-        tokens = np.array(list(chain.from_iterable(sequences)))
-    else:
-        tokens = np.concatenate([np.asarray(ids, dtype=None if len(ids) else np.int64) for ids in sequences])
-    if len(tokens) and (tokens.dtype.kind not in "iu" or tokens.ndim != 1 or tokens.min() < 0):
-        found = tokens.min() if tokens.dtype.kind in "iu" else f"{tokens.reshape(-1)[0]!r} of {tokens.dtype}"
-        raise ValueError(f"token ids hold {found}: must be lists of integers of at least 0")
-    return Ragged(tokens.astype(np.int64), lengths)
-
-
-def _is_between(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
-    """(B, width), True from the column `starts` (B,) of a row to the one before `ends` (B,)."""
-    index = np.arange(width)
-    return (index >= starts[:, None]) & (index < ends[:, None])
-
-
-def _pad(rows: Ragged, width: int, value: int, starts: np.ndarray | None = None) -> np.ndarray:
-    """(B, width) with every row at its column `starts` (B,), 0 if None, and `value` around it."""
-    starts = np.zeros_like(rows.lengths) if starts is None else starts
-    filled = np.full((len(rows.lengths), width), value)
-    filled[_is_between(starts, starts + rows.lengths, width)] = rows.tokens
-    return filled

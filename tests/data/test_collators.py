@@ -289,14 +289,14 @@ def benchmark():
 @pytest.fixture
 def drawn(monkeypatch):
     """List that collects the spans of every batch: one list of (start, length) a row."""
-    batches, draw = [], collators._draw_spans
+    batches, draw = [], collators.draw_spans
 
     def record(*args):
         starts, lengths = draw(*args)
         batches.append([[(s, n) for s, n in zip(*row) if n] for row in zip(starts.tolist(), lengths.tolist())])
         return starts, lengths
 
-    monkeypatch.setattr(collators, "_draw_spans", record)
+    monkeypatch.setattr(collators, "draw_spans", record)
     return batches
 
 
@@ -368,7 +368,7 @@ class TestAgainstLoops:
         rng, num_tokens = random.Random(3), 40
         loop = [benchmark["draw_spans"](num_tokens, rng) for _ in range(10_000)]
         generator = torch.Generator().manual_seed(0)
-        starts, lengths = collators._draw_spans(np.full(10_000, num_tokens), 0.15, 3, generator)
+        starts, lengths = collators.draw_spans(np.full(10_000, num_tokens), 0.15, 3, generator)
         for mean, expected in (
             ((lengths > 0).sum(1).mean(), np.mean([len(spans) for spans in loop])),
             (lengths.sum(1).mean(), np.mean([sum(n for _, n in spans) for spans in loop])),
