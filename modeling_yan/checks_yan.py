@@ -170,3 +170,22 @@ def not_finite_weights(model: torch.nn.Module) -> str:
     names = [name for name, weight in weights if not weight.is_meta and not weight.isfinite().all()]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"NaN or infinity in {', '.join(names[:3])}{more}" if names else ""
+
+
+def check_prompt(model, input_ids, attention_mask, position_ids, inputs_embeds, num_slots: int = 0):
+    """Raise ValueError for a prompt that is none, before anything is computed."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    if inputs_embeds is None:
+        check_ids(input_ids, model.config)
+    else:
+        check_embeddings(inputs_embeds, model.config)
+    given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+    check_device(given, name, model)
+    shape = given.shape[:2]
+    model._check_length(shape[1], "the input", num_slots)
+    if attention_mask is not None:
+        check_mask(attention_mask, shape)
+        check_device(attention_mask, "attention_mask", model)
+    if position_ids is not None:
+        check_positions(position_ids, shape, model.config)

@@ -5,34 +5,22 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checks_yan import (
-    IGNORE_INDEX,
-    check_device,
-    check_embeddings,
-    check_ids,
-    check_labels,
-    check_mask,
-    check_positions,
-    is_integer,
-    not_finite_weights,
-)
+from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
-from .compilation_yan import select_rows
 from .configuration_yan import YanConfig
+from .embeddings_yan import YanAnswerSlotsMixin, YanEmbeddings, YanPositionEmbedding
 from .filling_yan import YanFillingMixin
 from .flow_matching_yan import hashed_normal, token_cross_entropy
 from .flow_yan import YanCondition, YanFlow, YanVelocity
@@ -53,6 +41,7 @@ from .layers_yan import (
 )
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
+from .outputs_yan import YanAutoencodingOutput, YanFlowOutput
 from .pretrained_yan import (
     YanHeadTransform,
     YanLatents,
@@ -70,119 +59,6 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_yan.YanForAutoencoding",
     "AutoModelForCausalLM": "modeling_yan.YanForFlowGeneration",
 }
-
-
-@dataclass
-class YanAutoencodingOutput(ModelOutput):
-    """Output of `YanForAutoencoding`; the terms are there when `labels` were given.
-
-    Args:
-        loss: Weighted sum of the terms below.
-        ce_loss: Cross-entropy of the decoded latents against the labels, nats per token.
-        mmd_loss: Squared maximum mean discrepancy between latents and N(0, I), if `mmd_weight` > 0.
-        latent_norm_loss: Mean square of the latents.
-        logits: (B, L, V). last_hidden_state: The latents (B, L, D).
-        hidden_states, attentions: Of the encoder, when asked for.
-    """
-
-    loss: torch.Tensor | None = None
-    ce_loss: torch.Tensor | None = None
-    mmd_loss: torch.Tensor | None = None
-    latent_norm_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class YanFlowOutput(ModelOutput):
-    """Output of `YanForFlowGeneration`; the terms are there when `labels` were given, unweighted.
-
-    Args:
-        loss: Weighted sum of the terms below (`nll_loss_per_dim` for the likelihood, the entropy subtracted).
-        nll_loss: Negative log-likelihood of the target velocity, nats per token.
-        nll_loss_per_dim: The same divided by D, comparable across widths.
-        mse_loss: Squared error of the solved latents, per token and dimension.
-        ce_loss: Cross-entropy of the decoded solved latents, nats per token; with `train_expert_choice="posterior"`
-            the mean over the solver's steps, each with the end point that it leads to.
-        text_loss: Negative log-likelihood of the target's tokens where the first step leads, summed over all experts,
-            nats per token, with `train_expert_choice="posterior"`.
-        draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
-            and the encoder is trained.
-        transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
-        gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
-            in evaluation the mean over rows of that of each.
-        expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
-            experts' posterior.
-        mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
-        logits: (B, L, V) of the canvas; if there are labels, those of every label in its place, and where there is
-            none those of the fill behind the target.
-        latents: The solved latents (B, L, D) that they are decoded from.
-        hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.
-    """
-
-    loss: torch.Tensor | None = None
-    nll_loss: torch.Tensor | None = None
-    nll_loss_per_dim: torch.Tensor | None = None
-    mse_loss: torch.Tensor | None = None
-    ce_loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    draft_loss: torch.Tensor | None = None
-    transition_loss: torch.Tensor | None = None
-    gate_entropy: torch.Tensor | None = None
-    expert_usage: torch.Tensor | None = None
-    load_balance_loss: torch.Tensor | None = None
-    mmd_loss: torch.Tensor | None = None
-    latent_norm_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class YanEmbedding(nn.Embedding):
-    """An embedding whose gradient is right where it is compiled, too."""
-
-    def forward(self, ids):
-        return select_rows(self.weight, ids)
-
-
-class YanPositionEmbedding(YanEmbedding):
-    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation.
-
-    Their frequencies are evenly spaced up to half a turn a token, so that one position is unlike all others.
-    """
-
-    @torch.no_grad()
-    def reset_sinusoids(self, standard_deviation: float):
-        num_frequencies = self.embedding_dim // 2
-        frequencies = math.pi * torch.arange(1, num_frequencies + 1) / num_frequencies
-        angles = torch.arange(self.num_embeddings)[:, None] * frequencies
-        table = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embedding_dim % 2))
-        init.copy_(self.weight, math.sqrt(2) * standard_deviation * table)
-
-
-class YanEmbeddings(nn.Module):
-    """Token and learned position embeddings; the flow uses the positions too.
-
-    A pretrained encoder has its own token embeddings, and may lack a mask token for the answer slots.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        if config.encoder is None:
-            self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
-        elif config.num_answer_slots and config.mask_token_id is None:
-            self.answer_slots = YanEmbedding(config.num_answer_slots, config.word_embedding_size)
-        self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
-        positions = self.position_embeddings(position_ids)
-        return self.dropout(inputs_embeds.to(positions.dtype) + positions)
 
 
 class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
@@ -254,24 +130,6 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
             allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
             raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
 
-    def _check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, num_slots: int = 0):
-        """Raise ValueError for a prompt that is none, before anything is computed."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if inputs_embeds is None:
-            check_ids(input_ids, self.config)
-        else:
-            check_embeddings(inputs_embeds, self.config)
-        given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
-        check_device(given, name, self)
-        shape = given.shape[:2]
-        self._check_length(shape[1], "the input", num_slots)
-        if attention_mask is not None:
-            check_mask(attention_mask, shape)
-            check_device(attention_mask, "attention_mask", self)
-        if position_ids is not None:
-            check_positions(position_ids, shape, self.config)
-
 
 class YanModel(YanPreTrainedModel):
     """Embeddings and bidirectional encoder, its own or a pretrained one: token ids to one latent vector per token."""
@@ -323,7 +181,7 @@ class YanModel(YanPreTrainedModel):
                 of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
         refuse_cache(kwargs)
-        self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds)
+        check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -426,7 +284,9 @@ class YanForAutoencoding(YanPreTrainedModel):
         return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
 
 
-class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixin, YanGenerationMixin):
+class YanForFlowGeneration(
+    YanPreTrainedModel, YanAnswerSlotsMixin, YanObjectiveMixin, YanFillingMixin, YanGenerationMixin
+):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
@@ -523,7 +383,7 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
                 fewer than one step.
         """
         refuse_cache(kwargs)
-        self._check_prompt(input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
+        check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if labels is not None:
             labels = check_labels(labels, self, len(given))
@@ -557,49 +417,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             places = places_from_start(labels != IGNORE_INDEX)
             terms |= {name: select_places(terms[name], places) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
-
-    def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:
-        """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
-        number = self.config.num_answer_slots
-        if number and input_ids is not None and self.config.mask_token_id is None:
-            input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
-        if number and input_ids is not None:
-            input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
-        if number and inputs_embeds is not None:
-            slots = self._slot_embeddings(inputs_embeds.device).to(inputs_embeds.dtype)
-            inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
-        if number and attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (number, 0), value=1)
-        if number and position_ids is not None:
-            slots = torch.arange(number, device=position_ids.device).expand(len(position_ids), -1)
-            position_ids = torch.cat([slots, position_ids + number], dim=1)
-        names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-        return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
-
-    def _slot_embeddings(self, device):
-        """Input embeddings (1, slots, E) of the answer slots: of mask tokens, or learned where there are none."""
-        if self.config.mask_token_id is None:
-            return self.model.embeddings.answer_slots(torch.arange(self.config.num_answer_slots, device=device)[None])
-        ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
-        return self.get_input_embeddings()(ids)
-
-    def _check_draft(self, canvas_length: int):
-        slots = self.config.num_answer_slots
-        if slots < canvas_length:
-            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
-            raise ValueError(f"num_flow_steps=0: must be {allowed}")
-
-    def draft(self, latents, canvas_length: int) -> torch.Tensor:
-        """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).
-
-        Raises:
-            ValueError: There are fewer slots than the canvas has tokens.
-        """
-        slots = self.config.num_answer_slots
-        if canvas_length > slots:
-            needed = f"at least canvas_length={canvas_length}, to read the encoder's draft"
-            raise ValueError(f"num_answer_slots={slots}: must be {needed}")
-        return latents[:, :canvas_length]
 
     def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
         """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
@@ -651,36 +468,6 @@ class YanForFlowGeneration(YanPreTrainedModel, YanObjectiveMixin, YanFillingMixi
             return best_text(logits, eos)
         penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
         return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
-
-    def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
-        """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
-
-        Raises:
-            ValueError: `labels` are wider than the canvas, or the config has no EOS to fill it with.
-        """
-        if self.config.eos_token_id is None:
-            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
-        if labels.shape[1] > canvas_length:
-            raise ValueError(
-                f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
-            )
-        valid = labels != IGNORE_INDEX
-        place = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
-        canvas = labels.new_full((len(labels), canvas_length + 1), self.config.eos_token_id)
-        return canvas.scatter(1, place, labels)[:, :canvas_length]
-
-    def _draw_num_steps(self) -> int:
-        config = self.config
-        if not self.training:
-            return config.num_flow_steps
-        if config.min_train_flow_steps == config.max_train_flow_steps:  # a draw would break a compiled graph
-            return config.min_train_flow_steps
-        return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
-
-    def _encode_target(self, canvas):
-        is_constant = self.config.detach_target_latents
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
-            return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
 
 
 __all__ = [

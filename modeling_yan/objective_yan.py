@@ -5,6 +5,7 @@ Letters of the shape comments: B batch, L canvas length, D hidden size, K expert
 
 import torch
 
+from .checks_yan import IGNORE_INDEX
 from .flow_matching_yan import (
     as_one_token,
     extrapolate,
@@ -195,6 +196,36 @@ class YanObjectiveMixin:
         loss = weighted_sum(self.config, terms)
         self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": logits, "latents": draft}
+
+    def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
+        """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
+
+        Raises:
+            ValueError: `labels` are wider than the canvas, or the config has no EOS to fill it with.
+        """
+        if self.config.eos_token_id is None:
+            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
+        if labels.shape[1] > canvas_length:
+            raise ValueError(
+                f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
+            )
+        valid = labels != IGNORE_INDEX
+        place = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
+        canvas = labels.new_full((len(labels), canvas_length + 1), self.config.eos_token_id)
+        return canvas.scatter(1, place, labels)[:, :canvas_length]
+
+    def _draw_num_steps(self) -> int:
+        config = self.config
+        if not self.training:
+            return config.num_flow_steps
+        if config.min_train_flow_steps == config.max_train_flow_steps:  # a draw would break a compiled graph
+            return config.min_train_flow_steps
+        return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
+
+    def _encode_target(self, canvas):
+        is_constant = self.config.detach_target_latents
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
+            return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
 
     def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:
         """Cross-entropy of the encoder's draft, where there is one to train."""

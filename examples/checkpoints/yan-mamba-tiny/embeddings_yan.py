@@ -1,0 +1,1 @@
+../../../modeling_yan/embeddings_yan.py

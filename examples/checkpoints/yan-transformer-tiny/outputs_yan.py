@@ -1,0 +1,1 @@
+../../../modeling_yan/outputs_yan.py
