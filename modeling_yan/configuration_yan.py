@@ -32,7 +32,6 @@ DEPTH_FIELDS = ("num_encoder_layers", "num_flow_layers", "num_decoder_layers", "
 MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged file would keep it building for ever
 MOST = 2**31 - 1  # of everything that is counted
 
-
 LAST_VERSION = "0.1"  # that had the fields and options below
 # What is gone, with the value that asked for nothing, and whether no other one can change what a model writes.
 REMOVED = {
@@ -48,7 +47,7 @@ REMOVED = {
     "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
     "gate_weight": (1.0, True),
-    "commit_threshold": (None, True),  # of generation: without effect but in a model with self_conditioning
+    "commit_threshold": ("off", True),  # of generation: without effect but in a model with self_conditioning
 }
 REMOVED_CHOICES = {"train_expert_choice": ("likeliest", "mixture")}  # training alone knows them
 
@@ -59,9 +58,9 @@ def drop_removed(fields: dict):
     Raises:
         ValueError: One of them has a value with which the model would write something else.
     """
-    for name in REMOVED.keys() & fields.keys():
+    for name in [name for name in REMOVED if name in fields]:
         value, (harmless, is_ignored) = fields.pop(name), REMOVED[name]
-        if value == harmless:
+        if value is None or value == harmless:
             continue
         if not is_ignored:
             allowed = f"{harmless!r}, or left out; version {LAST_VERSION} was the last that had others"

@@ -258,7 +258,8 @@ def test_a_removed_choice_of_training_becomes_the_default(tmp_path, caplog, choi
 
 def test_a_removed_option_of_generation_has_no_effect(caplog):
     with caplog.at_level(logging.WARNING):
-        assert not hasattr(YanGenerationConfig(commit_threshold=None), "commit_threshold")
+        for value in (None, "off"):
+            assert not hasattr(YanGenerationConfig(commit_threshold=value), "commit_threshold")
         assert caplog.text == ""
         assert not hasattr(YanGenerationConfig(commit_threshold=0.75), "commit_threshold")
     assert "commit_threshold=0.75: ignored, version 0.1 was the last that had it" in caplog.text
