@@ -20,7 +20,7 @@ POSITIVE_FIELDS = (
     "num_decoder_layers max_position_embeddings state_size conv_kernel expand time_step_rank "
     "num_experts flow_sigma gate_temperature init_noise time_alpha time_beta canvas_length "
     "max_span_len layer_norm_eps initializer_range "
-    "transition_candidates"
+    "transition_candidates gate_rank"
 ).split()
 NON_NEGATIVE_FIELDS = (
     "latent_noise nll_weight mse_weight ce_weight text_weight draft_weight gate_entropy_weight "
@@ -39,7 +39,6 @@ REMOVED = {
     "start_point": ("noise", False),
     "use_bias": (False, False),
     "use_conv_bias": (True, False),
-    "gate_rank": (64, False),
     "time_step_min": (0.001, True),
     "time_step_max": (0.1, True),
     "time_step_floor": (1e-4, True),
@@ -138,6 +137,7 @@ class YanConfig(PreTrainedConfig):
         expert_scope: Whether every `"token"` has an expert of its own, as in the paper, or a `"sequence"` has one for
             all its tokens, which then agree on one of several possible texts. In a `"chain"` each token's expert
             depends on the expert of the token before it: a hidden Markov model with K^L paths.
+        gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`.
         train_expert_choice: How the solver of the training objective picks an expert: `"sample"` from the gate, as
             in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's tokens, summed over
             all experts (`text_loss`), and goes on with experts drawn from their posterior: the experts share the
@@ -221,6 +221,7 @@ class YanConfig(PreTrainedConfig):
     transition_rank: int = 0
     transition_candidates: int = 16
     expert_scope: str = "token"
+    gate_rank: int = 64
     train_expert_choice: str = "sample"
     mask_ratio: float | int = 0.15
     max_span_len: int = 3

@@ -15,8 +15,6 @@ from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_op
 from .experts_triton_yan import has_kernels_for, triton_heads
 from .layers_yan import YanFeedForward, YanZeroLinear, is_plain
 
-GATE_RANK = 64  # of the scores for experts of neighbouring tokens
-
 
 class YanGate(nn.Module):
     """Which expert moves a token: an MLP on its trunk state, the mean of the prompt's latents, and the time."""
@@ -41,8 +39,8 @@ class YanGateTransitions(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.from_proj = nn.Linear(config.hidden_size, GATE_RANK)
-        self.to_proj = YanZeroLinear(config.hidden_size, GATE_RANK)
+        self.from_proj = nn.Linear(config.hidden_size, config.gate_rank)
+        self.to_proj = YanZeroLinear(config.hidden_size, config.gate_rank)
 
     def forward(self, ends, log_gate):
         """log pi (B, L - 1, K, K) of each token's expert given that of the token before it, in float32.

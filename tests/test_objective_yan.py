@@ -256,6 +256,7 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
         ({"expert_scope": "chain"}, "train_expert_choice='sample': must be 'posterior' with expert_scope='chain'"),
         ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
         ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
+        ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),
         ({"draft_weight": -1.0}, "draft_weight=-1.0: must be at least 0"),
     ],
 )

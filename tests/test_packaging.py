@@ -73,6 +73,7 @@ def test_the_metadata_names_the_dependencies_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read("modeling_yan-0.1.0.dist-info/METADATA").decode()
     core = {"torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface-hub", "safetensors"}
+    core |= {"numpy", "pyyaml", "tqdm"}
     required = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     assert {line.split("<")[0].split(">")[0] for line in required if "extra" not in line} == core
     assert "Requires-Python: >=3.10" in metadata
