@@ -177,7 +177,10 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
         stage = {ONE_PASS: "autoencoder", ONE_PASS_CHAIN: "flow"}.get(kind, kind)
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
-    first = round(recipe["autoencoder_share"] * updates)
+    first = round(arm.get("autoencoder_share", recipe["autoencoder_share"]) * updates)
+    if not first:
+        train_stage("flow", home / "preset", home / "model", updates, *run)
+        return home / "model"
     autoencoder = options.output_dir / f"autoencoder-{shared_key(config, train_file)}-{options.seed}"
     train_stage("autoencoder", home / "preset", autoencoder, first, train_file, task, recipe, options, {})
     start = home / "start"  # the first stage with this arm's config
