@@ -120,6 +120,8 @@ class YanConfig(PreTrainedConfig):
         state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; `time_step_rank` is
             `ceil(hidden_size / 16)` if None.
         num_experts: Number K of velocity experts; K = 1 is ordinary flow matching.
+        share_expert_head: Whether all experts are one head of `moe_intermediate_size` that a learned embedding of the
+            expert conditions. K experts then cost as much as one, in parameters and in the time of a text.
         flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood.
         gate_temperature: The gate's logits are divided by it.
         init_noise: Standard deviation of the noise in the start point x0.
@@ -220,6 +222,7 @@ class YanConfig(PreTrainedConfig):
     max_train_flow_steps: int = 4
     transition_rank: int = 0
     transition_candidates: int = 16
+    share_expert_head: bool = False
     expert_scope: str = "token"
     gate_rank: int = 64
     train_expert_choice: str = "sample"

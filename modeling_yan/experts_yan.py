@@ -232,27 +232,36 @@ class YanTokenGroups:
     sizes: torch.Tensor
 
 
+class YanExpertEmbedding(nn.Embedding):
+    """What tells apart K experts that share one head, as large as the states that it is added to."""
+
+
 class YanExperts(nn.Module):
-    """K feed-forward heads on the trunk's state."""
+    """K feed-forward heads on the trunk's state, or one head that is told which of K experts it is."""
 
     def __init__(self, config):
         super().__init__()
-        width = config.expert_intermediate_size
-        self.heads = nn.ModuleList(YanFeedForward(config, width) for _ in range(config.num_experts))
+        width, number = config.expert_intermediate_size, 1 if config.share_expert_head else config.num_experts
+        self.heads = nn.ModuleList(YanFeedForward(config, width) for _ in range(number))
+        is_told = config.share_expert_head and config.num_experts > 1
+        self.embedding = YanExpertEmbedding(config.num_experts, config.hidden_size) if is_told else None
 
     def forward(self, states):
-        """Outputs of all heads, (B, L, K, D), from states (B, L, D)."""
+        """Outputs of all experts, (B, L, K, D), from states (B, L, D)."""
+        if self.embedding is not None:
+            every = torch.arange(self.embedding.num_embeddings, device=states.device)
+            return self.heads[0](states.unsqueeze(-2) + self.embedding(every))
         return torch.stack([head(states) for head in self.heads], dim=-2)
 
     def group(self, chosen):
         """The tokens sorted by `chosen` (B, L), for any number of `output_of`; None where there is no choice.
 
-        In an exported program, in which all heads are computed, it is `chosen` itself.
+        It is `chosen` itself where the experts share a head, and in an exported program, which computes all heads.
         """
+        if self.embedding is not None or (len(self.heads) > 1 and is_exporting()):
+            return chosen
         if len(self.heads) == 1:
             return None
-        if is_exporting():
-            return chosen
         chosen = chosen.flatten()
         # sorted by counting: a token's place is the number of those of earlier experts, and of earlier ones of its own
         counts = (torch.arange(len(self.heads), device=chosen.device).unsqueeze(-1) == chosen).cumsum(1)
@@ -262,11 +271,13 @@ class YanExperts(nn.Module):
         return YanTokenGroups(order, place, sizes)
 
     def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
-        """Output (B, L, D) of each token's own head.
+        """Output (B, L, D) of each token's own expert.
 
         No other head is computed, but in exported programs and, outside of training, on a GPU that has no kernels for
         it: in float32 or under autocast, before Ampere, or without Triton.
         """
+        if self.embedding is not None:
+            return self.heads[0](states + self.embedding(groups))
         if groups is None:
             return self.heads[0](states)
         if isinstance(groups, torch.Tensor):

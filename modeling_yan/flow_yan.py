@@ -167,8 +167,11 @@ class YanVelocity:
 
     def _choose(self, states, modulation, x):
         """The experts of the whole solve, and what they predict at t = 0."""
-        needs_ends = self.choose is not None or self.flow.gate_transitions is not None
-        predicted = self.flow.experts(states) if needs_ends else None
+        trains_ends = self.flow.gate_transitions is not None
+        needs_ends = trains_ends or self.choose is not None
+        # where a choice alone needs them, the experts that are not chosen would have a backward pass for nothing
+        with torch.set_grad_enabled(trains_ends and torch.is_grad_enabled()):
+            predicted = self.flow.experts(states) if needs_ends else None
         self.prior = self.flow.prior(states, modulation, self.condition, predicted)
         if self.temperature != 1 and self.expert_choice == "sample":
             self.prior = self.prior.tempered(self.temperature)
@@ -177,7 +180,7 @@ class YanVelocity:
         else:
             self.experts = self.choose(predicted, self.prior)
         self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
-        if predicted is None or self.experts is None:
+        if not trains_ends or self.experts is None:
             return self._predict(states)
         index = self.experts[..., None, None].expand(-1, -1, 1, predicted.shape[-1])
         return predicted.gather(2, index).squeeze(2)

@@ -21,6 +21,7 @@ from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, no
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
 from .configuration_yan import YanConfig
 from .embeddings_yan import YanAnswerSlotsMixin, YanEmbeddings, YanPositionEmbedding
+from .experts_yan import YanExpertEmbedding
 from .filling_yan import YanFillingMixin
 from .flow_matching_yan import hashed_normal, token_cross_entropy
 from .flow_yan import YanCondition, YanFlow, YanVelocity
@@ -92,6 +93,8 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
             module.reset_identity()
         elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
+        elif isinstance(module, YanExpertEmbedding):
+            init.normal_(module.weight)
         elif isinstance(module, YanLatents):
             module.reset_statistics()
         elif isinstance(module, YanProjection):

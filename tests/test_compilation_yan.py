@@ -165,6 +165,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
         {"expert_scope": "sequence", "train_expert_choice": "posterior"},
         {"transition_rank": 4},
         {**LIKELIHOOD, "transition_rank": 4},
+        {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True},
     ],
 )
 def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):
@@ -199,9 +200,10 @@ def generated(model, ids, mask, **options):
         ({"expert_scope": "sequence"}, {}),
         ({"transition_rank": 4, "transition_candidates": 5}, {}),
         (LIKELIHOOD, {}),
+        ({**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}, {"do_sample": True, "seed": 3}),
         ({**LIKELIHOOD, "transition_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ],
-    ids=["one", "two", "ranked", "one a text", "chain", "experts as a chain", "drawn"],
+    ids=["one", "two", "ranked", "one a text", "chain", "experts as a chain", "one head", "drawn"],
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()

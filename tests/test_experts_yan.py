@@ -157,6 +157,29 @@ def test_a_single_expert_needs_no_choice(make_config):
     torch.testing.assert_close(experts.output_of(states, None), dense.squeeze(2))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_of_one_head_are_told_apart_by_their_embedding(make_config, seed):
+    torch.manual_seed(seed)
+    config = make_config(num_experts=4, share_expert_head=True)
+    experts, states, chosen = YanExperts(config), torch.randn(2, 5, 32), torch.randint(4, (2, 5))
+    assert len(experts.heads) == 1
+    dense, sparse = experts(states), experts.output_of(states, experts.group(chosen))
+    assert dense.shape == (2, 5, 4, 32)
+    torch.testing.assert_close(sparse, gather_chosen(experts, states, chosen))
+    for expert in range(4):
+        torch.testing.assert_close(dense[:, :, expert], experts.heads[0](states + experts.embedding.weight[expert]))
+    assert not torch.allclose(dense[:, :, 0], dense[:, :, 1])
+
+
+def test_experts_of_one_head_cost_an_embedding_each(make_config):
+    def size(number):
+        config = make_config(num_experts=number, share_expert_head=True)
+        return sum(weight.numel() for weight in YanExperts(config).parameters())
+
+    assert size(64) - size(2) == 62 * 32
+    assert size(1) == size(2) - 2 * 32  # one expert needs not be told which it is
+
+
 def test_the_mixture_velocity_is_the_gates_mean(experts):
     states, log_gate = torch.randn(2, 5, 32), random_gate(2, 5, 4)
     expected = torch.einsum("blkd,blk->bld", experts(states), log_gate.exp())

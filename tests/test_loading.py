@@ -219,9 +219,10 @@ WHOLE = {
 WHOLE |= {"num_answer_slots": 8, "attention_conv_kernel": 3}
 
 
+@pytest.mark.parametrize("options", [WHOLE, {"share_expert_head": True}], ids=["all parts", "one head"])
 @pytest.mark.parametrize("part", ["model", "all"])
-def test_weights_on_a_disk_are_read_in_the_call_of_their_own_module(make_model, prompts, tmp_path, part):
-    make_model(initializer_range=0.3, num_flow_steps=2, **WHOLE).save_pretrained(tmp_path)
+def test_weights_on_a_disk_are_read_in_the_call_of_their_own_module(make_model, prompts, tmp_path, part, options):
+    make_model(initializer_range=0.3, num_flow_steps=2, **options).save_pretrained(tmp_path)
     plain = YanForFlowGeneration.from_pretrained(tmp_path)
     places = {name: "disk" if part in (name, "all") else "cpu" for name, _ in plain.named_children()}
     model = YanForFlowGeneration.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")

@@ -23,6 +23,12 @@ KINDS = {
     "shared": {"expert_scope": "sequence"},
     "token": {"train_expert_choice": "posterior", "transition_rank": 4, "num_answer_slots": CANVAS},
     "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **SLOTS},
+    "one head": {
+        "train_expert_choice": "posterior",
+        "expert_scope": "sequence",
+        "share_expert_head": True,
+        "num_answer_slots": CANVAS,
+    },
     "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **SLOTS},
 }
 TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss transition_loss gate_entropy load_balance_loss").split()
@@ -193,7 +199,10 @@ def test_experts_may_have_any_numbers(variant, kind, rows, order):
     model, batch, labels = make_model(variant, kind), as_batch(rows), as_labels(rows)
     renumbered = make_model(variant, kind, initializer_range=0.21)  # another one, to be overwritten
     renumbered.load_state_dict(model.state_dict())
-    renumbered.flow.experts.heads = nn.ModuleList(renumbered.flow.experts.heads[index] for index in order)
+    if kind == "one head":
+        renumbered.flow.experts.embedding.weight.copy_(model.flow.experts.embedding.weight[order])
+    else:
+        renumbered.flow.experts.heads = nn.ModuleList(renumbered.flow.experts.heads[index] for index in order)
     gate = renumbered.flow.gate.expert_proj
     gate.weight.copy_(gate.weight[order]), gate.bias.copy_(gate.bias[order])
     expected, actual = (each(**batch, labels=labels) for each in (model, renumbered))

@@ -101,7 +101,7 @@ def part_costs(
     once += linear(num_steps, width, num_modulations * width, itemsize)
     once += linear(num_steps, 2 * (width // 2), width, itemsize)
     gate = linear(tokens, 3 * width, width, itemsize) + linear(tokens, width, config.num_experts, itemsize)
-    num_heads = min(config.num_experts, tokens)
+    num_heads = 1 if config.share_expert_head else min(config.num_experts, tokens)
     heads = feed_forwards(width, config.expert_intermediate_size, tokens, itemsize, num_heads)
     decoder = config.num_decoder_layers * feed_forward(config, tokens, itemsize)
     return {

@@ -38,16 +38,17 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
     keys = sum(linear_flops(cross.k_proj, cross.v_proj) for cross in crossing)
     trunk = linear_flops(layers) - keys + 4 * config.hidden_size * source * len(crossing)
     trunk += _attention_flops(config, config.flow_mixer, canvas) * len(layers)
-    experts = linear_flops(flow.experts)
+    head = linear_flops(flow.experts.heads[0])
+    experts = config.num_experts * head
     if num_flow_steps == 0:  # the encoder's draft alone
         return batch_size * round(3 * encoder + source * keys + 3 * canvas * decoder)
     if config.train_expert_choice == "posterior":  # several experts are read off once, without a backward pass
-        passes = num_flow_steps * trunk + experts + (num_flow_steps - 1) * experts // config.num_experts
+        passes = num_flow_steps * trunk + experts + (num_flow_steps - 1) * head
         num_reads = num_flow_steps + (config.num_experts / 3 if config.num_experts > 1 else 0)
         canvas_flops = passes + linear_flops(flow.gate) + num_reads * decoder
         target = _encoder_flops(model, canvas) if config.mse_weight else 0
     else:
-        passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * experts // config.num_experts
+        passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * head
         canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
         target = _encoder_flops(model, canvas)
     parts = (config.freeze_encoder, config.freeze_embeddings, config.freeze_flow, config.freeze_decoder)
