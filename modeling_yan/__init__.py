@@ -13,10 +13,7 @@ __all__ = [
     "YanGenerationOutput",
     "YanModel",
     "YanPreTrainedModel",
-    "YanTrainerCallback",
-    "prepare_trainer",
 ]
-_OF_TRAINERS = ("YanTrainerCallback", "prepare_trainer")  # they import transformers.trainer, and it much else
 
 
 def _is_command(words: list[str]) -> bool:
@@ -27,8 +24,7 @@ def _is_command(words: list[str]) -> bool:
 def __getattr__(name):
     """A public name that is not loaded yet."""
     if name in __all__:
-        home = ".training.trainer" if name in _OF_TRAINERS else ".registration"
-        return getattr(import_module(home, __name__), name)
+        return getattr(import_module(".registration", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

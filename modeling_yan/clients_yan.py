@@ -18,6 +18,21 @@ def open_options(config: GenerationConfig) -> list[str]:
     return [name for name in GenerationConfig._get_default_generation_params() if getattr(config, name, None) is None]
 
 
+def watch_trainers():
+    """Let the Trainer that is being made, if any, log every loss term and refuse what it can't train.
+
+    Not done by an import: a model that only generates needs no trainer.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None:
+        return
+    from .trainer_yan import YanTrainerCallback
+
+    # by name: remote code has a class of its own
+    if not any(getattr(each, "__name__", None) == "YanTrainerCallback" for each in trainer.DEFAULT_CALLBACKS):
+        trainer.DEFAULT_CALLBACKS.append(YanTrainerCallback)
+
+
 def refuse_prompt_learning(model):
     """Raise ValueError for a model of PEFT that learns a prompt: `generate` would not see it."""
     config = getattr(model, "active_peft_config", None)

@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
-from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output
+from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
 from .embeddings_yan import YanAnswerSlotsMixin, YanEmbeddings, YanPositionEmbedding
 from .experts_yan import YanExpertEmbedding
@@ -68,7 +68,7 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
+    takes_num_items = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     num_loss_rows = 0  # in that pass
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
@@ -77,6 +77,12 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": YanEncoderLayer, "attentions": YanAttention}
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `forward` divides its loss by `num_items_in_batch`; a Trainer asks before it makes its callbacks."""
+        watch_trainers()
+        return self.takes_num_items
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -225,7 +231,7 @@ class YanForAutoencoding(YanPreTrainedModel):
     """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
-    accepts_loss_kwargs = True
+    takes_num_items = True
 
     def __init__(self, config):
         super().__init__(config)

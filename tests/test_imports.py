@@ -48,11 +48,20 @@ def test_the_models_need_no_trainer_and_no_data_sets(code):
     assert not (after - before) & OWN
 
 
-def test_what_a_trainer_needs_is_loaded_on_demand():
-    code = "from transformers.trainer import DEFAULT_CALLBACKS; import modeling_yan; old = list(DEFAULT_CALLBACKS)\n"
-    code += "modeling_yan.prepare_trainer; assert DEFAULT_CALLBACKS == old"
+def test_a_trainer_of_a_yan_model_logs_its_terms_and_an_import_does_not_touch_trainers(tmp_path):
+    code = f"""
+from transformers import AutoModelForCausalLM
+from transformers.trainer import DEFAULT_CALLBACKS, Trainer, TrainingArguments
+import modeling_yan
+model = AutoModelForCausalLM.from_pretrained({str(CHECKPOINT)!r})
+assert "modeling_yan.trainer_yan" not in sys.modules and len(DEFAULT_CALLBACKS) == 1
+for _ in range(2):
+    trainer = Trainer(model, TrainingArguments({str(tmp_path)!r}, use_cpu=True, report_to="none"))
+    callbacks = [type(each).__name__ for each in trainer.callback_handler.callbacks]
+    assert callbacks.count("YanTrainerCallback") == 1
+"""
     _, after = loaded_by(code)
-    assert {"modeling_yan.training.trainer", "transformers.trainer"} <= after
+    assert "modeling_yan.trainer_yan" in after
 
 
 def test_every_public_name_is_there():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from modeling_yan import YanForFlowGeneration, prepare_trainer
+from modeling_yan import YanForFlowGeneration
 from modeling_yan.data import train_tokenizer
 
 peft = pytest.importorskip("peft")
@@ -77,7 +77,7 @@ def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batc
     arguments = TrainingArguments(str(tmp_path / "run"), **options, save_strategy="no", disable_tqdm=True)
     rows = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"][:6]} for text in TEXTS]
     trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), train_dataset=rows)
-    prepare_trainer(trainer).train()
+    trainer.train()
     logged = [log for log in trainer.state.log_history if "ce_loss" in log]
     assert len(logged) == 6
     assert logged[-1]["ce_loss"] < logged[0]["ce_loss"]
@@ -116,7 +116,7 @@ def test_a_merged_adapter_writes_the_same(base, batch, tmp_path):
 def test_learned_prompts_are_refused(base, batch, tmp_path, kind):
     model = peft.get_peft_model(base, getattr(peft, kind)(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"peft_type=.*LoRA"):
-        prepare_trainer(Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")))
+        Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     if kind == "PrefixTuningConfig":
         with pytest.raises(ValueError, match="past_key_values"):
             model(**batch)

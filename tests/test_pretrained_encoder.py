@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, YanModel, prepare_trainer
+from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, YanModel
 from modeling_yan.data import AutoencoderCollator, FlowCollator, prepare_tokenizer, train_tokenizer
 from modeling_yan.training import fit_to_tokenizer
 
@@ -361,7 +361,7 @@ def test_the_trainer_trains_it(bert, tmp_path):
     )
     collator = FlowCollator(tokenizer, model.config.max_prompt_length, model.config.canvas_length)
     trainer = Trainer(model, arguments, collator, train_dataset=PAIRS, eval_dataset=PAIRS[:4])
-    prepare_trainer(trainer).train()
+    trainer.train()
     trainer.evaluate()
     logged = [log["ce_loss"] for log in trainer.state.log_history if "ce_loss" in log]
     assert logged[-1] < logged[0]

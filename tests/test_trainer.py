@@ -16,10 +16,10 @@ from transformers import (
     default_data_collator,
 )
 
-from modeling_yan import YanForAutoencoding, YanForFlowGeneration, prepare_trainer
+from modeling_yan import YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.data import AutoencoderCollator, FlowCollator, train_tokenizer
 from modeling_yan.evaluation import exact_match
-from modeling_yan.training.trainer import RunningMeans
+from modeling_yan.trainer_yan import RunningMeans
 
 SENTENCES = ["The cat sat on the mat.", "Where is the dog?", "Mary is in the garden.", "John has the red apple."]
 
@@ -74,7 +74,7 @@ def make_trainer(trainer_class, model, tokenizer, rows, tmp_path, **options):
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         callbacks=[losses],
     )
-    return prepare_trainer(trainer), losses
+    return trainer, losses
 
 
 def test_the_trainer_trains(model, tokenizer, rows, tmp_path):
@@ -217,7 +217,7 @@ class Line(torch.nn.Module):
 def test_trainers_of_other_models_log_what_they_did(tmp_path):
     options = {"output_dir": str(tmp_path), "max_steps": 1, "logging_steps": 1, "report_to": "none", "use_cpu": True}
     trainer = Trainer(Line(), TrainingArguments(**options, save_strategy="no"), train_dataset=[{"x": [1.0]}] * 2)
-    prepare_trainer(trainer).train()
+    trainer.train()
     assert set(trainer.state.log_history[0]) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
 
 

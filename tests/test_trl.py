@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
-from modeling_yan import prepare_trainer
 from modeling_yan.clients_yan import token_output
 from modeling_yan.data import CompletionCollator, FlowCollator, train_tokenizer
 
@@ -35,7 +34,7 @@ def make_trainer(model, tokenizer, tmp_path, collator=CompletionCollator, **opti
     defaults = {"max_steps": 2, "per_device_train_batch_size": 3, "logging_steps": 1, "learning_rate": 1e-2}
     defaults |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     peft_config, rows = options.pop("peft_config", None), datasets.Dataset.from_list(options.pop("rows", ROWS))
-    trainer = trl.SFTTrainer(
+    return trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(str(tmp_path), **{**defaults, **options}),
         train_dataset=rows,
@@ -44,7 +43,6 @@ def make_trainer(model, tokenizer, tmp_path, collator=CompletionCollator, **opti
         data_collator=collator and collator(tokenizer, max_source_length=16, canvas_length=12),
         peft_config=peft_config,
     )
-    return prepare_trainer(trainer)
 
 
 def test_the_collator_gives_the_pairs_that_the_trainer_was_given(model, tokenizer, tmp_path):

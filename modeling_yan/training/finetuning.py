@@ -18,7 +18,6 @@ from transformers import (
 from ..data import FlowCollator, prepare_tokenizer, read_rows
 from ..evaluation import exact_match, rouge_l
 from ..modeling_yan import YanForFlowGeneration
-from .trainer import prepare_trainer
 
 # Attention, Mamba and feed-forward layers and the experts of the flow; encoder and decoder stay as they are.
 LORA_MODULES = (
@@ -94,7 +93,6 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
         compute_metrics=_score_with(tokenizer),
         callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
     )
-    prepare_trainer(trainer)
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     after = trainer.evaluate()

@@ -4,7 +4,7 @@ import torch
 from torch import distributed
 from transformers import GenerationConfig, TrainerCallback
 
-from ..clients_yan import refuse_prompt_learning
+from .clients_yan import refuse_prompt_learning
 
 
 class RunningMeans:
@@ -34,9 +34,10 @@ class YanTrainerCallback(TrainerCallback):
     """Adds the means of the model's `loss_terms` to every log of a Trainer; models without such terms are left alone.
 
     A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
-    `evaluate` and `predict` those over their rows, under their prefix. `prepare_trainer` puts it before the trackers,
-    which therefore see the terms. It also takes back what Seq2SeqTrainer writes into the model's generation config,
-    tells a collator that draws at random which epoch it is, and refuses what a Trainer can't train.
+    `evaluate` and `predict` those over their rows, under their prefix. A Trainer of a YAN model has one by itself
+    (`watch_trainers`), before its trackers, which therefore see the terms. It also takes back what Seq2SeqTrainer
+    writes into the model's generation config, tells a collator that draws at random which epoch it is, and refuses
+    what a Trainer can't train.
     """
 
     def __init__(self):
@@ -85,22 +86,6 @@ class YanTrainerCallback(TrainerCallback):
     def _evaluation_means(self, metrics):
         prefix = next((name.removesuffix("runtime") for name in metrics if name.endswith("_runtime")), "")
         return {prefix + name: mean for name, mean in self.evaluation.take().items()}
-
-
-def prepare_trainer(trainer):
-    """The Trainer itself, also one of TRL, with a `YanTrainerCallback` before all others.
-
-    ```python
-    trainer = prepare_trainer(Trainer(model, settings, collator, train_dataset=rows))
-    ```
-
-    Raises:
-        ValueError: It smooths labels, or its model learns a prompt.
-    """
-    callback = YanTrainerCallback()
-    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    trainer.callback_handler.callbacks.insert(0, callback)
-    return trainer
 
 
 def reopen_options(model):

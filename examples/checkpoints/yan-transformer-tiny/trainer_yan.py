@@ -1,0 +1,1 @@
+../../../modeling_yan/trainer_yan.py
