@@ -392,12 +392,13 @@ def test_visualize_draws_a_picture_and_writes_a_page_that_needs_no_other_file(ya
 
 def test_a_path_has_the_points_of_the_trajectory_and_its_straightness(folder):
     from modeling_yan.commands.loading import load_model, load_tokenizer
-    from modeling_yan.commands.visualize import follow
+    from modeling_yan.visualization import follow
 
     path = follow(load_model(folder, "cpu"), load_tokenizer(folder), SENTENCES[0], 3)
     assert path.points.shape == (len(path.tokens), 4, 2)
     assert len(path.drafts) == 3
     assert path.drafts[-1] == path.text
+    assert path.draft_tokens[-1] == path.tokens
     assert 1 >= path.straightness.max() >= path.straightness.min() > 0
     assert path.gate.argmax(1).tolist() == path.experts
     assert 1 >= sum(path.shares) > 0
