@@ -11,16 +11,18 @@ MAX_TEXTS, MAX_STEPS = 8, 16
 # pale, so that dark letters can be read on all of them
 PALETTE = "#a6cee3 #fdbf6f #b2df8a #fb9a99 #cab2d6 #ffff99 #d9d9d9 #ccebc5 #fccde5 #e5c494".split()
 PLAIN = "#eeeeee"
+PALE = "Pale with a dotted line: changes in a later step."
 LENGTHS = (16, 32, 64)  # tokens of the texts that are timed
 TIMED_STEPS = (1, 3)
 STYLE = """
 .yan { font-size: 1.05rem; line-height: 2; } .yan table { border-collapse: collapse; width: 100%; }
-.yan td, .yan th { padding: .2em .7em; text-align: left; vertical-align: top; border: 0; }
+.yan td, .yan th { padding: .2em .7em; text-align: left; vertical-align: top; }
+.yan :is(table, tr, td, th) { border: 0 !important; }
 .yan th { white-space: nowrap; width: 1%; font-weight: 600; }
 .yan span.token { color: #111; padding: .15em .35em; margin-right: .2em; border-radius: .3em; white-space: nowrap; }
 .yan span.unsettled { opacity: .55; border-bottom: 2px dotted #b00; }
 .yan .columns { display: flex; flex-wrap: wrap; gap: 1em; } .yan .columns > div { flex: 1 1 14em; }
-.yan small { opacity: .8; }
+.yan small { opacity: .8; } .yan p.legend { margin-top: 1.2em; }
 """
 
 
@@ -60,7 +62,7 @@ def _check_prompt(prompt):
 
 
 def _ordinal(rank: int) -> str:
-    return {1: "Likeliest", 2: "Second", 3: "Third"}.get(rank, f"{rank}th")
+    return {1: "Likeliest", 2: "Second", 3: "Third", 4: "Fourth"}.get(rank, f"{rank}th")
 
 
 def has_colors(model) -> bool:
@@ -81,7 +83,8 @@ def finished(paths: list[Path2D], seconds: float, is_colored: bool) -> str:
     steps = range(1, len(paths[0].drafts) + 1)
     drafts = [(f"Step {step}", tokens_html(paths[0], step, is_colored)) for step in steps]
     took = f"<p>Written in {1000 * seconds:.0f} ms, drafts included; shown more slowly.</p>"
-    return _wrap(f"{took}{_table(texts)}<h3>Drafts of text 1</h3>{_table(drafts)}{_legend(is_colored and paths)}")
+    legend = _legend(paths[0] if is_colored else None, PALE)
+    return _wrap(f"{took}{_table(texts)}<h3>Drafts of text 1</h3>{_table(drafts)}{legend}")
 
 
 def side_by_side(paths: dict[str, Path2D]) -> str:
@@ -93,8 +96,8 @@ def side_by_side(paths: dict[str, Path2D]) -> str:
     ]
     num_texts = len({path.text for path in paths.values()})
     told = "All experts write the same text." if num_texts == 1 else f"{num_texts} different texts."
-    columns = "".join(columns)
-    return _wrap(f'<p>{told}</p><div class="columns">{columns}</div>{_legend(list(paths.values()))}')
+    columns, legend = "".join(columns), _legend(next(iter(paths.values())))
+    return _wrap(f'<p>{told}</p><div class="columns">{columns}</div>{legend}')
 
 
 def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
@@ -111,14 +114,12 @@ def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
     return "".join(cells)
 
 
-def _legend(paths) -> str:
-    """The colour of each expert, and what a pale token is."""
-    words = "<small>Pale with a dotted line: changes in a later step.</small>"
-    if not paths or paths[0].experts is None:
-        return f"<p>{words}</p>"
-    experts = range(paths[0].gate.shape[1])
+def _legend(path: Path2D | None, words: str = "") -> str:
+    """The colour of each expert of a path, and further words."""
+    has_experts = path is not None and path.experts is not None
+    experts = range(path.gate.shape[1]) if has_experts else ()
     names = [f'<span class="token" style="background:{PALETTE[n % len(PALETTE)]}">expert {n}</span>' for n in experts]
-    return f"<p>{''.join(names)} {words}</p>"
+    return f'<p class="legend">{"".join(names)} <small>{words}</small></p>'
 
 
 def _table(rows) -> str:
@@ -146,6 +147,8 @@ def timing_figure(results: list[dict]):
         times = [1000 * row["seconds"]["median"] for row in rows]
         axes.plot([row["length"] for row in rows], times, "-o", label=name)
     axes.set(xlabel="tokens of the text", ylabel="milliseconds (median)", xticks=LENGTHS, yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
