@@ -246,6 +246,8 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
         (["train", "--recipe", "none.yaml"], "[Errno 2] No such file or directory: 'none.yaml'"),
         (["train", "--recipe", "{bad}"], "{bad}: must be YAML"),
         (["finetune", "--model", "{folder}"], "the following arguments are required"),
+        (["demo", "/no/folder"], "MODEL='/no/folder': must be a folder with a config.json"),
+        (["benchmark", "{folder}", "--prompt_length", "99"], "prompt_length=99: must be 1 to 32"),
         (["completion", "fish"], "argument shell: invalid choice: 'fish'"),
     ],
 )
@@ -339,6 +341,20 @@ def test_evaluate_writes_its_report(yan, folder, tmp_path):
     assert code == 0
     assert "exact_match" in "\n".join(lines)
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["num_rows"] == 3
+
+
+def test_benchmark_prints_a_table_and_writes_json_of_an_untrained_preset_too(yan, folder, tmp_path):
+    words = ["--lengths", 4, 8, "--steps", 1, "--repeats", 1, "--beside_ar", "--output", tmp_path / "a" / "speed.json"]
+    code, lines, errors = yan("benchmark", folder, *words)
+    assert (code, errors) == (0, [])
+    assert [line.split(" | ")[1:3] for line in lines[-4:]] == [
+        [str(length), name] for length in (4, 8) for name in ("YAN, 1 step", "AR decoder")
+    ]
+    report = json.loads((tmp_path / "a" / "speed.json").read_text())
+    assert [row["length"] for row in report["results"]] == [4, 4, 8, 8]
+    shutil.copy(Path(folder, "config.json"), tmp_path)
+    assert yan("benchmark", tmp_path, "--lengths", 4, "--repeats", 1, "--untrained")[0] == 0
+    assert yan("benchmark", tmp_path, "--lengths", 4)[0] == 2
 
 
 def test_export_writes_a_program(yan, folder, tmp_path):

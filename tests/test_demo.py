@@ -119,6 +119,8 @@ def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(spac
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(space)
         page.get_by_text(gaps).click()
+        playwright.expect(page.get_by_label("Prompt")).to_have_value(gaps)
+        page.wait_for_load_state("networkidle")  # the server knows it, too
         for tab, button in tabs.items():
             page.get_by_role("tab", name=tab, exact=True).click()
             page.get_by_role("button", name=button, exact=True).click()

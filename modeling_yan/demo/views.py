@@ -19,7 +19,7 @@ STYLE = """
 .yan td, .yan th { padding: .2em .7em; text-align: left; vertical-align: top; }
 .yan :is(table, tr, td, th) { border: 0 !important; }
 .yan th { white-space: nowrap; width: 1%; font-weight: 600; }
-.yan span.token { color: #111; padding: .15em .35em; margin-right: .2em; border-radius: .3em; white-space: nowrap; }
+.yan span.token { color: #111; padding: .15em .35em; border-radius: .3em; white-space: nowrap; }
 .yan span.unsettled { opacity: .55; border-bottom: 2px dotted #b00; }
 .yan .columns { display: flex; flex-wrap: wrap; gap: 1em; } .yan .columns > div { flex: 1 1 14em; }
 .yan small { opacity: .8; } .yan p.legend { margin-top: 1.2em; }
@@ -111,7 +111,7 @@ def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
         color = PALETTE[path.experts[place] % len(PALETTE)] if has_expert else PLAIN
         kind = "token" if is_settled else "token unsettled"
         cells.append(f'<span class="{kind}" style="background:{color}">{html.escape(token)}</span>')
-    return "".join(cells)
+    return " ".join(cells)  # lines break between tokens
 
 
 def _legend(path: Path2D | None, words: str = "") -> str:
