@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the one place; setup.cfg reads it
 __all__ = [
     "YanConfig",
     "YanForAutoencoding",

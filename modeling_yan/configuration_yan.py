@@ -112,6 +112,7 @@ class YanConfig(PreTrainedConfig):
         encoder: Config of a pretrained text encoder of transformers, or a dictionary of it, instead of YAN's own, for
             which None stands. It has its own sizes: `num_encoder_layers`, `encoder_mixer` and what belongs to it are
             then without effect. See `from_encoder_pretrained`.
+        encoder_name: Name of that encoder on the hub, for the model card.
         encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently.
         attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens, odd; 0 for none. It
             lets a token know its neighbours, which attention to learned positions is slow to find.
@@ -191,6 +192,7 @@ class YanConfig(PreTrainedConfig):
     num_decoder_layers: int = 2
     num_attention_heads: int = 12
     encoder: dict | PreTrainedConfig | None = None
+    encoder_name: str | None = None
     encoder_mixer: str = "attention"
     flow_mixer: str = "attention"
     attention_conv_kernel: int = 0

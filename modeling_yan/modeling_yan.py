@@ -4,6 +4,7 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cards_yan import YanModelCard, write_card
 from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
@@ -119,15 +121,22 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save weights, config and this code; every class of the family can be loaded from the folder."""
+        """Save weights, config, a model card and this code; every class of the family loads from the folder."""
         if self._auto_class is not None:  # transformers itself names only the class that is saved
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
+            write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        write_card(self, working_dir, repo_id)  # transformers has put the hub's card there, or an empty one
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __init__(self, config, *args, **kwargs):
         if config.model_type != YanConfig.model_type:
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
         super().__init__(config, *args, **kwargs)
+        self.model_card = YanModelCard()
 
     def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int):
         self.num_loss_rows = num_rows

@@ -5,6 +5,7 @@ Letters of the shape comments: B batch, S prompt length, H width of the encoder,
 
 import inspect
 import math
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -183,6 +184,8 @@ class YanPretrainedMixin:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: YanConfig has no such field")
         config = cls.config_class(**_default_fields(encoder, tokenizer, fields))
+        if config.encoder_name is None and not os.path.exists(name_or_path):
+            config.encoder_name = name_or_path
         model = cls(config)
         _load_encoder(model, name_or_path, hub_options)
         model.tie_weights()

@@ -25,7 +25,7 @@ SENTENCES = ["Mary went to the kitchen.", "Where is the apple?", "The apple is i
 STEPS = ("--steps", "2")
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
 SIZES |= {"num_decoder_layers": 1, "max_position_embeddings": 32, "canvas_length": 8, "num_experts": 2}
-COMMANDS = "generate fill chat train finetune evaluate export visualize info completion".split()
+COMMANDS = "generate fill chat train finetune evaluate benchmark export visualize demo info completion".split()
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,8 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
         (["train", "--recipe", "none.yaml"], "[Errno 2] No such file or directory: 'none.yaml'"),
         (["train", "--recipe", "{bad}"], "{bad}: must be YAML"),
         (["finetune", "--model", "{folder}"], "the following arguments are required"),
+        (["demo", "/no/folder"], "MODEL='/no/folder': must be a folder with a config.json"),
+        (["benchmark", "{folder}", "--prompt_length", "99"], "prompt_length=99: must be 1 to 32"),
         (["completion", "fish"], "argument shell: invalid choice: 'fish'"),
     ],
 )
@@ -341,6 +343,20 @@ def test_evaluate_writes_its_report(yan, folder, tmp_path):
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["num_rows"] == 3
 
 
+def test_benchmark_prints_a_table_and_writes_json_of_an_untrained_preset_too(yan, folder, tmp_path):
+    words = ["--lengths", 4, 8, "--steps", 1, "--repeats", 1, "--beside_ar", "--output", tmp_path / "a" / "speed.json"]
+    code, lines, errors = yan("benchmark", folder, *words)
+    assert (code, errors) == (0, [])
+    assert [line.split(" | ")[1:3] for line in lines[-4:]] == [
+        [str(length), name] for length in (4, 8) for name in ("YAN, 1 step", "AR decoder")
+    ]
+    report = json.loads((tmp_path / "a" / "speed.json").read_text())
+    assert [row["length"] for row in report["results"]] == [4, 4, 8, 8]
+    shutil.copy(Path(folder, "config.json"), tmp_path)
+    assert yan("benchmark", tmp_path, "--lengths", 4, "--repeats", 1, "--untrained")[0] == 0
+    assert yan("benchmark", tmp_path, "--lengths", 4)[0] == 2
+
+
 def test_export_writes_a_program(yan, folder, tmp_path):
     file = tmp_path / "yan.pt2"
     code, (line,), _ = yan("export", folder, "--output", file, "--prompt_length", 8, "--num_flow_steps", 1)
@@ -392,12 +408,13 @@ def test_visualize_draws_a_picture_and_writes_a_page_that_needs_no_other_file(ya
 
 def test_a_path_has_the_points_of_the_trajectory_and_its_straightness(folder):
     from modeling_yan.commands.loading import load_model, load_tokenizer
-    from modeling_yan.commands.visualize import follow
+    from modeling_yan.visualization import follow
 
     path = follow(load_model(folder, "cpu"), load_tokenizer(folder), SENTENCES[0], 3)
     assert path.points.shape == (len(path.tokens), 4, 2)
     assert len(path.drafts) == 3
     assert path.drafts[-1] == path.text
+    assert path.draft_tokens[-1] == path.tokens
     assert 1 >= path.straightness.max() >= path.straightness.min() > 0
     assert path.gate.argmax(1).tolist() == path.experts
     assert 1 >= sum(path.shares) > 0

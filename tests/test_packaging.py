@@ -1,7 +1,9 @@
 """The wheel built from the tree holds the whole package and nothing else, and works without the tree."""
 
+import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -9,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from modeling_yan import __version__
+
 ROOT = Path(__file__).parents[1]
+DIST_INFO = f"modeling_yan-{__version__}.dist-info"
 BUILD_INPUTS = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 TINY_MODEL = """
 import json, sys
@@ -65,13 +70,13 @@ def test_the_wheel_holds_every_module_and_nothing_but_the_package(wheel):
         names = set(archive.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("modeling_yan/**/*.py")}
     assert modules - names == set()
-    assert {name.split("/")[0] for name in names} == {"modeling_yan", "modeling_yan-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"modeling_yan", DIST_INFO}
     assert any(name.endswith("LICENSE") for name in names)
 
 
 def test_the_metadata_names_the_dependencies_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read("modeling_yan-0.1.0.dist-info/METADATA").decode()
+        metadata = archive.read(f"{DIST_INFO}/METADATA").decode()
     core = {"torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface-hub", "safetensors"}
     core |= {"numpy", "pyyaml", "tqdm"}
     required = [line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
@@ -82,7 +87,7 @@ def test_the_metadata_names_the_dependencies_and_the_licence(wheel):
 
 def test_the_wheel_installs_the_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        entries = archive.read("modeling_yan-0.1.0.dist-info/entry_points.txt").decode()
+        entries = archive.read(f"{DIST_INFO}/entry_points.txt").decode()
     assert "yan = modeling_yan.commands:main" in entries.splitlines()
 
 
@@ -93,3 +98,34 @@ def test_the_installed_wheel_works_away_from_the_tree(installed, tmp_path, mixer
     file, parameters = json.loads(printed.splitlines()[-1])
     assert Path(file).is_relative_to(installed)
     assert 10_000 < parameters < 1_000_000
+
+
+def test_the_version_stands_in_one_place_and_the_changelog_has_it():
+    assert __version__ not in (ROOT / "setup.cfg").read_text() + (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d+\.\d+\.\d+)$", changelog, re.M)[0] == __version__
+
+
+def test_the_space_asks_for_what_the_package_and_its_demo_do():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    asked = settings["options"]["install_requires"] + settings["options.extras_require"]["demo"]
+    requirements = (ROOT / "examples" / "space" / "requirements.txt").read_text()
+    assert set(requirements.split()) == set(asked.split())
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_a_workflow_calls_scripts_that_exist(name):
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    scripts = [word for step in steps for word in step.get("run", "").split() if word.startswith(".ci/")]
+    assert scripts
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+
+
+def test_the_workflow_runs_the_versions_of_python_that_the_metadata_names():
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    named = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.cfg").read_text())
+    assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == named

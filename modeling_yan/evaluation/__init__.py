@@ -42,6 +42,7 @@ from .statistics import (
     paired_permutation_test,
 )
 from .tables import evaluate_files, evaluate_models, format_table, join_reports
+from .timing import format_timings, time_generation
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -64,6 +65,7 @@ __all__ = [
     "explained_variance",
     "format_report",
     "format_table",
+    "format_timings",
     "generate_answers",
     "generate_timed",
     "generative_perplexity",
@@ -89,6 +91,7 @@ __all__ = [
     "run_model",
     "self_bleu",
     "semantic_distances",
+    "time_generation",
     "token_f1_scores",
     "tokens_per_second",
     "unicode_words",

@@ -96,6 +96,12 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     after = trainer.evaluate()
+    if not options.lora:  # an adapter has peft's card
+        model.model_card.metrics = ["exact_match", "rouge"]
+        model.model_card.results = {
+            f"{name.removeprefix('eval_')}, {len(trainer.eval_dataset)} held-out rows": f"{after[name]:.4f}"
+            for name in SHOWN
+        }
     trainer.save_model()
     trainer.save_metrics("eval", after)
     for name in SHOWN:

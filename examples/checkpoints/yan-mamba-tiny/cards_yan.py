@@ -1,0 +1,1 @@
+../../../modeling_yan/cards_yan.py

@@ -1,0 +1,126 @@
+"""The model card: a README.md that `save_pretrained` and `push_to_hub` write beside the weights."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+FILE = "README.md"
+OWN = "<!-- Written by modeling-yan, and again at every save. Take this line out, and the card stays as it is. -->"
+EMPTY = "This model card has been automatically generated."  # what transformers puts on the hub, with nothing in it
+TAGS = ("yan", "flow-matching", "non-autoregressive")
+# by class of the model: the hub's name of the task, and the class that loads the folder
+TASKS = {
+    "YanForFlowGeneration": ("text-generation", "AutoModelForCausalLM"),
+    "YanForAutoencoding": ("fill-mask", "AutoModelForMaskedLM"),
+    "YanModel": ("feature-extraction", "AutoModel"),
+}
+UNKNOWN = "Not stated."
+BODY = """{own}
+
+# {title}
+
+A YAN model with {size:.1f} million parameters{base}. YAN writes all tokens of a text at once, in a few flow-matching
+steps (arXiv 2604.15009); the package is modeling-yan.
+
+Prompts: {prompts}
+
+## Load it
+
+With the package, whose code then runs:
+
+```python
+import modeling_yan  # registers the classes
+from transformers import {auto_class}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}")
+{use}```
+
+Without it, transformers runs the code that lies beside the weights. Read it first, and name the revision you read:
+
+```python
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, revision="COMMIT")
+```
+
+## Results
+
+{results}
+
+## Limits
+
+{limits}
+
+Prompts have at most {longest} tokens. The model writes {canvas} tokens at once, and a longer text canvas by canvas.
+Options of token-by-token decoding, such as beams and `top_k`, are refused. What it writes may be wrong.
+"""
+USE = """inputs = tokenizer("your prompt", return_tensors="pt")
+sequences = model.generate(**inputs, num_flow_steps={steps}, return_prompt=False)
+print(tokenizer.decode(sequences[0], skip_special_tokens=True))
+"""
+
+
+@dataclass
+class YanModelCard:
+    """What the card of a model says that its config does not know: `model.model_card.license = "apache-2.0"`.
+
+    Args:
+        license: The licence by its name on the hub. language: Languages by their codes, such as "en".
+        datasets: The training data by their names on the hub. metrics: Names of metrics in `results`.
+        prompts: In which form the model takes prompts, best with an example and its answer.
+        results: Scores by what they are scores of; numbers, or texts such as "0.98 (0.97 to 0.99)".
+        limits: What the model cannot do, and must not be used for.
+    """
+
+    license: str | None = None
+    language: str | list[str] | None = None
+    datasets: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    prompts: str = UNKNOWN
+    results: dict[str, float | str] = field(default_factory=dict)
+    limits: str = UNKNOWN
+
+
+def write_card(model, folder, name: str | None = None):
+    """Write the card of a model into a folder, unless a person's card lies there.
+
+    Args:
+        folder: That the weights were saved to. name: Of the repository on the hub; the folder's if None.
+    """
+    path = Path(folder, FILE)
+    before = path.read_text(encoding="utf-8") if path.is_file() else OWN
+    if OWN not in before and EMPTY not in before:
+        return
+    tags = ModelCard(before, ignore_metadata_errors=True).data.tags or []  # those that were asked for with the push
+    path.write_text(_card(model, name or path.resolve().parent.name, tags), encoding="utf-8")
+
+
+def _card(model, name: str, tags) -> str:
+    about, config = model.model_card, model.config
+    task, auto_class = TASKS.get(type(model).__name__, TASKS["YanModel"])
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([*TAGS, *tags])),
+        base_model=config.encoder_name,
+        license=about.license,
+        language=about.language,
+        datasets=about.datasets or None,
+        metrics=about.metrics or None,
+    )
+    rows = "\n".join(f"| {what} | {score} |" for what, score in about.results.items())
+    body = BODY.format(
+        own=OWN,
+        title=name.rpartition("/")[2],
+        name=name,
+        size=model.num_parameters() / 1e6,
+        base=f", on the pretrained encoder {config.encoder_name}" if config.encoder_name else "",
+        prompts=about.prompts,
+        auto_class=auto_class,
+        use=USE.format(steps=config.num_flow_steps) if task == "text-generation" else "",
+        results=f"| score | |\n|---|---|\n{rows}" if rows else UNKNOWN,
+        limits=about.limits,
+        longest=config.max_prompt_length,
+        canvas=config.canvas_length,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"

@@ -1,0 +1,154 @@
+"""What the page shows, as HTML and figures; nothing here knows gradio."""
+
+import html
+import time
+from collections.abc import Iterator
+
+from ..evaluation.timing import time_generation
+from ..visualization import Path2D, follow_all
+
+MAX_TEXTS, MAX_STEPS = 8, 16
+# pale, so that dark letters can be read on all of them
+PALETTE = "#a6cee3 #fdbf6f #b2df8a #fb9a99 #cab2d6 #ffff99 #d9d9d9 #ccebc5 #fccde5 #e5c494".split()
+PLAIN = "#eeeeee"
+PALE = "Pale with a dotted line: changes in a later step."
+LENGTHS = (16, 32, 64)  # tokens of the texts that are timed
+TIMED_STEPS = (1, 3)
+STYLE = """
+.yan { font-size: 1.05rem; line-height: 2; } .yan table { border-collapse: collapse; width: 100%; }
+.yan td, .yan th { padding: .2em .7em; text-align: left; vertical-align: top; }
+.yan :is(table, tr, td, th) { border: 0 !important; }
+.yan th { white-space: nowrap; width: 1%; font-weight: 600; }
+.yan span.token { color: #111; padding: .15em .35em; border-radius: .3em; white-space: nowrap; }
+.yan span.unsettled { opacity: .55; border-bottom: 2px dotted #b00; }
+.yan .columns { display: flex; flex-wrap: wrap; gap: 1em; } .yan .columns > div { flex: 1 1 14em; }
+.yan small { opacity: .8; } .yan p.legend { margin-top: 1.2em; }
+"""
+
+
+def draw_options(config, steps: int, seed: int, num: int) -> dict:
+    """Options of `generate` for a number of texts: one is written without sampling, several are drawn."""
+    options = {"num_flow_steps": int(steps), "seed": int(seed), "num_return_sequences": int(num)}
+    return {**options, "do_sample": num > 1}
+
+
+def write(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -> tuple[list[Path2D], float]:
+    """Texts for a prompt and how they came about, and the seconds that took."""
+    _check_prompt(prompt)
+    start = time.perf_counter()
+    paths = follow_all(model, tokenizer, prompt, **draw_options(model.config, steps, seed, num))
+    return paths, time.perf_counter() - start
+
+
+def write_by_expert(model, tokenizer, prompt: str, steps: int) -> dict[str, Path2D]:
+    """A text for each rank of expert, by title: all tokens by their likeliest one, all by the next one and so on.
+
+    Raises:
+        ValueError: An empty prompt, or a model whose experts can't be ranked.
+    """
+    _check_prompt(prompt)
+    num, scope = model.config.num_experts, model.config.expert_scope
+    if num < 2 or scope == "chain":
+        raise ValueError("this model has one expert, or a chain of them: draw several texts on the first tab instead")
+    options = {"num_flow_steps": int(steps), "do_sample": False, "expert_choice": "ranked"}
+    paths = follow_all(model, tokenizer, prompt, num_return_sequences=num, **options)
+    titles = [f"{_ordinal(rank)} expert of every {scope}" for rank in range(1, num + 1)]
+    return dict(zip(titles, paths, strict=True))
+
+
+def _check_prompt(prompt):
+    if not prompt.strip():
+        raise ValueError("prompt: must not be empty")
+
+
+def _ordinal(rank: int) -> str:
+    return {1: "Likeliest", 2: "Second", 3: "Third", 4: "Fourth"}.get(rank, f"{rank}th")
+
+
+def has_colors(model) -> bool:
+    """Whether tokens are coloured by their expert: where there are several."""
+    return model.config.num_experts > 1
+
+
+def settling(paths: list[Path2D], is_colored: bool) -> Iterator[str]:
+    """The texts after each step, tokens that will change still marked."""
+    for step in range(1, len(paths[0].drafts) + 1):
+        rows = [(f"Text {number}", tokens_html(path, step, is_colored)) for number, path in enumerate(paths, start=1)]
+        yield _wrap(f"<p>Step {step} of {len(paths[0].drafts)}</p>{_table(rows)}")
+
+
+def finished(paths: list[Path2D], seconds: float, is_colored: bool) -> str:
+    """The texts, the time they took, and all drafts of the first one."""
+    texts = [(f"Text {number}", html.escape(path.text)) for number, path in enumerate(paths, start=1)]
+    steps = range(1, len(paths[0].drafts) + 1)
+    drafts = [(f"Step {step}", tokens_html(paths[0], step, is_colored)) for step in steps]
+    took = f"<p>Written in {1000 * seconds:.0f} ms, drafts included; shown more slowly.</p>"
+    legend = _legend(paths[0] if is_colored else None, PALE)
+    return _wrap(f"{took}{_table(texts)}<h3>Drafts of text 1</h3>{_table(drafts)}{legend}")
+
+
+def side_by_side(paths: dict[str, Path2D]) -> str:
+    """Texts beside one another, their tokens coloured by expert."""
+    columns = [
+        f"<div><h3>{html.escape(title)}</h3><p>{html.escape(path.text)}</p>"
+        f"<p>{tokens_html(path, len(path.drafts), True)}</p></div>"
+        for title, path in paths.items()
+    ]
+    num_texts = len({path.text for path in paths.values()})
+    told = "All experts write the same text." if num_texts == 1 else f"{num_texts} different texts."
+    columns, legend = "".join(columns), _legend(next(iter(paths.values())))
+    return _wrap(f'<p>{told}</p><div class="columns">{columns}</div>{legend}')
+
+
+def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
+    """The tokens after a step, on the colour of their expert; one that is not yet the final one is pale."""
+    cells = []
+    for place, token in enumerate(path.draft_tokens[step - 1]):
+        is_settled = place < len(path.tokens) and all(
+            place < len(later) and later[place] == path.tokens[place] for later in path.draft_tokens[step - 1 :]
+        )
+        has_expert = is_colored and path.experts is not None and place < len(path.experts)
+        color = PALETTE[path.experts[place] % len(PALETTE)] if has_expert else PLAIN
+        kind = "token" if is_settled else "token unsettled"
+        cells.append(f'<span class="{kind}" style="background:{color}">{html.escape(token)}</span>')
+    return " ".join(cells)  # lines break between tokens
+
+
+def _legend(path: Path2D | None, words: str = "") -> str:
+    """The colour of each expert of a path, and further words."""
+    has_experts = path is not None and path.experts is not None
+    experts = range(path.gate.shape[1]) if has_experts else ()
+    names = [f'<span class="token" style="background:{PALETTE[n % len(PALETTE)]}">expert {n}</span>' for n in experts]
+    return f'<p class="legend">{"".join(names)} <small>{words}</small></p>'
+
+
+def _table(rows) -> str:
+    return f"<table>{''.join(f'<tr><th>{name}</th><td>{cell}</td></tr>' for name, cell in rows)}</table>"
+
+
+def _wrap(inside: str) -> str:
+    return f'<div class="yan">{inside}</div>'
+
+
+def measure(model, steps: int, repeats: int = 3) -> list[dict]:
+    """Times of one text of several lengths, beside an AR model of equal size."""
+    all_steps = sorted({*TIMED_STEPS, int(steps)})
+    return time_generation(model, LENGTHS, (1,), all_steps, beside_ar=True, prompt_length=16, repeats=repeats)
+
+
+def timing_figure(results: list[dict]):
+    """Milliseconds by length, one line a model, as a figure of matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["model"] for row in results):
+        rows = [row for row in results if row["model"] == name]
+        times = [1000 * row["seconds"]["median"] for row in rows]
+        axes.plot([row["length"] for row in rows], times, "-o", label=name)
+    axes.set(xlabel="tokens of the text", ylabel="milliseconds (median)", xticks=LENGTHS, yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure

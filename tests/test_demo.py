@@ -1,0 +1,131 @@
+"""The demo: what its views show, and the page in a browser, every tab of it."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_yan.commands.demo import bundled_models
+from modeling_yan.commands.loading import load_model, load_tokenizer
+
+pytest.importorskip("matplotlib")
+from modeling_yan.demo import views
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
+ANSWER = "The apple is in the kitchen."
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The bundled Transformer and its tokenizer."""
+    return load_model(bundled_models()[0], "cpu"), load_tokenizer(bundled_models()[0])
+
+
+def test_drafts_settle_until_the_text_stands(bundled):
+    paths, seconds = views.write(*bundled, "Last word: The king went up to the <mask>.", 3, seed=1, num=2)
+    frames = list(views.settling(paths, is_colored=True))
+    assert [re.search(r"Step \d of \d", frame)[0] for frame in frames] == [f"Step {n} of 3" for n in (1, 2, 3)]
+    assert "unsettled" not in frames[-1]
+    assert any("unsettled" in frame for frame in frames[:-1])
+    page = views.finished(paths, seconds, is_colored=True)
+    assert all(path.text in page for path in paths)
+    assert "Drafts of text 1" in page
+
+
+def test_tokens_have_the_colours_of_their_experts_where_there_are_several(bundled):
+    (path,), _ = views.write(*bundled, PROMPT, 2, seed=0, num=1)
+    assert path.text == ANSWER
+    colored, plain = (views.tokens_html(path, 2, is_colored) for is_colored in (True, False))
+    assert re.findall("background:(#......)", colored) == [views.PALETTE[expert] for expert in path.experts]
+    assert set(re.findall("background:(#......)", plain)) == {views.PLAIN}
+    assert views.has_colors(bundled[0])
+
+
+def test_what_was_written_is_no_markup(bundled):
+    (path,), seconds = views.write(*bundled, PROMPT, 1, seed=0, num=1)
+    path.text, path.draft_tokens = "<b>", [["<b>"] * len(path.tokens)]
+    assert "<b>" not in views.finished([path], seconds, True) + views.side_by_side({"<b>": path})
+
+
+def test_every_rank_of_expert_has_a_column(bundled):
+    paths = views.write_by_expert(*bundled, PROMPT, 2)
+    assert list(paths)[:2] == ["Likeliest expert of every token", "Second expert of every token"]
+    for experts in zip(*(path.experts for path in paths.values()), strict=False):
+        assert len(set(experts)) == len(paths) == 4
+    assert views.side_by_side(paths).count("<h3>") == 4
+
+
+def test_bad_input_is_named(bundled, make_model):
+    with pytest.raises(ValueError, match="prompt: must not be empty"):
+        views.write(*bundled, " ", 3, 0, 1)
+    with pytest.raises(ValueError, match="this model has one expert"):
+        views.write_by_expert(make_model(num_experts=1), bundled[1], PROMPT, 3)
+
+
+def test_times_are_those_of_both_models(make_model, monkeypatch):
+    monkeypatch.setattr(views, "LENGTHS", (4, 16))
+    results = views.measure(make_model(), steps=2, repeats=1)
+    names = {"YAN, 1 step", "YAN, 2 steps", "YAN, 3 steps", "AR decoder"}
+    assert {(row["model"], row["length"]) for row in results} == {(name, n) for name in names for n in (4, 16)}
+    (axes,) = views.timing_figure(results).axes
+    assert {line.get_label() for line in axes.get_lines()} == names
+
+
+@pytest.fixture
+def space(tmp_path):
+    """The files of the Space, put together as docs/guides/demo.md says, and the address of its running app."""
+    pytest.importorskip("gradio")
+    guide = (ROOT / "docs" / "guides" / "demo.md").read_text(encoding="utf-8")
+    commands = guide.split("## On the hub")[1].split("```bash\n")[1].split("```")[0]
+    subprocess.run(["bash", "-ec", commands], cwd=ROOT, env={**os.environ, "SPACE": str(tmp_path)}, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment |= {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=environment, **settings) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        else:
+            pytest.fail("".join(lines))
+        yield address[0]
+        process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(space, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    pictures = Path(os.environ.get("YAN_SCREENSHOTS", tmp_path))
+    gaps = "He loosed <mask>, and forgave <mask> the debt."
+    tabs = {"Write": "Write", "By expert": "Write with every expert", "Path": "Draw the path", "Time": "Measure"}
+    shown = {"Write": "h3", "By expert": ".columns", "Path": "img", "Time": "table"}
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        page.set_default_timeout(240_000)
+        asked, faults = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(space)
+        page.get_by_text(gaps).click()
+        playwright.expect(page.get_by_label("Prompt")).to_have_value(gaps)
+        page.wait_for_load_state("networkidle")  # the server knows it, too
+        for tab, button in tabs.items():
+            page.get_by_role("tab", name=tab, exact=True).click()
+            page.get_by_role("button", name=button, exact=True).click()
+            page.locator("[role=tabpanel]:visible").locator(shown[tab]).first.wait_for()
+            page.screenshot(path=pictures / f"demo_{tab.lower().replace(' ', '_')}.png", full_page=True)
+        browser.close()
+    assert faults == []
+    assert [url for url in asked if not url.startswith((space, "data:", "blob:"))] == []
