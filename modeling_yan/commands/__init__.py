@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import chat, completion, evaluate, export, generate, info, training, visualize
+from . import chat, completion, evaluate, export, generate, info, serve, training, visualize
 from .parsing import Parser
 
-GROUPS = (generate, chat, training, evaluate, export, visualize, info, completion)
+GROUPS = (generate, chat, training, evaluate, export, serve, visualize, info, completion)
 FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 LONGEST_MESSAGE = 500  # characters of an error; all of it with --debug
 EPILOG = """
