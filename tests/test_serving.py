@@ -27,7 +27,7 @@ PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
 ANSWER = "The apple is in the kitchen."
 PROMPTS = [PROMPT, "Who has the hat? Anna took the hat.", "Where is Tom? Tom went to the garden.", "Who is lucky?"]
 KEY = "key-of-the-test"
-START_S, ANSWER_S = 150, 60  # of a machine that does other things, too
+START_S, ANSWER_S = 400, 60  # of a machine that does other things, too
 
 
 @pytest.fixture(scope="module")
