@@ -25,7 +25,7 @@ SENTENCES = ["Mary went to the kitchen.", "Where is the apple?", "The apple is i
 STEPS = ("--steps", "2")
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
 SIZES |= {"num_decoder_layers": 1, "max_position_embeddings": 32, "canvas_length": 8, "num_experts": 2}
-COMMANDS = "generate fill chat train finetune evaluate benchmark export visualize demo info completion".split()
+COMMANDS = "generate fill chat train finetune evaluate benchmark export serve visualize demo info completion".split()
 
 
 @pytest.fixture(scope="module")

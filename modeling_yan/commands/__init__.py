@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import benchmark, chat, completion, demo, evaluate, export, generate, info, training, visualize
+from . import benchmark, chat, completion, demo, evaluate, export, generate, info, serve, training, visualize
 from .parsing import Parser
 
-GROUPS = (generate, chat, training, evaluate, benchmark, export, visualize, demo, info, completion)
+GROUPS = (generate, chat, training, evaluate, benchmark, export, serve, visualize, demo, info, completion)
 FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 LONGEST_MESSAGE = 500  # characters of an error; all of it with --debug
 EPILOG = """

@@ -1,0 +1,72 @@
+"""examples/serving/offline.py: texts for a file of prompts, whatever happens to its processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+psutil = pytest.importorskip("psutil")
+
+ROOT = Path(__file__).parents[1]
+MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
+TIMEOUT_S = 300  # of a machine that does other things, too
+
+
+def start(folder: Path, num_rows: int, *words) -> tuple[subprocess.Popen, list[str]]:
+    """The job in a process of its own, and its prompts."""
+    places = ("kitchen", "garden", "office")
+    prompts = [
+        f"Where is the apple? Mary went to the {places[row % 3]}. Mary took the apple." for row in range(num_rows)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    command = [sys.executable, str(ROOT / "examples" / "serving" / "offline.py"), "--model", MODEL]
+    command += ["--prompts", str(folder / "prompts.jsonl"), "--output_dir", str(folder / "texts"), *words]
+    return subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True), prompts
+
+
+def finish(process: subprocess.Popen) -> str:
+    try:
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    return printed
+
+
+def check_texts(folder: Path, prompts: list[str]):
+    """All texts are there, in order, and those that `generate` writes for a prompt alone."""
+    rows = [json.loads(line) for line in (folder / "texts" / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    for row in rows[:3]:
+        inputs = tokenizer(row["prompt"], return_tensors="pt", return_token_type_ids=False)
+        wanted = tokenizer.decode(model.generate(**inputs, return_prompt=False)[0], skip_special_tokens=True)
+        assert {other["text"] for other in rows if other["prompt"] == row["prompt"]} == {wanted}
+
+
+def test_a_killed_process_loses_nothing(tmp_path):
+    process, prompts = start(tmp_path, 200, "--part_size", "5", "--batch_size", "5")
+    end, parts = time.monotonic() + TIMEOUT_S, tmp_path / "texts"
+    while len(list(parts.glob("part-*.jsonl"))) < 4 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    workers = [p for child in psutil.Process(process.pid).children() for p in child.children()]
+    workers[0].kill()
+    assert "1 times a process died" in finish(process)
+    check_texts(tmp_path, prompts)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_stopped_goes_on_with_what_is_missing(tmp_path):
+    process, prompts = start(tmp_path, 12, "--part_size", "4", "--processes", "1", "--machine", "1/2")
+    finish(process)
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["part-000000004.jsonl"]
+    written = (tmp_path / "texts" / "part-000000004.jsonl").stat().st_mtime_ns
+    finish(start(tmp_path, 12, "--part_size", "4", "--processes", "1")[0])
+    assert (tmp_path / "texts" / "part-000000004.jsonl").stat().st_mtime_ns == written
+    check_texts(tmp_path, prompts)
