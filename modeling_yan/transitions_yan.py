@@ -47,7 +47,9 @@ class YanTransitions(nn.Module):
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
-            return projection(self.norm(embedding(candidates)))
+            states = self.norm(embedding(candidates))
+            # layers that others have quantized may want two dimensions
+            return projection(states.flatten(0, 2)).unflatten(0, states.shape[:3])
         vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
         return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
 

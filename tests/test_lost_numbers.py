@@ -1,4 +1,4 @@
-"""A single weight that is no number is noticed, also where a kernel of torch or the search for the best chain hides it."""
+"""A single weight that is no number is noticed, also where a kernel or the search for the best chain hides it."""
 
 import pytest
 import torch
