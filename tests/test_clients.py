@@ -39,7 +39,8 @@ class TestPipelines:
         data = KeyDataset(Dataset.from_dict({"text": prompts}), "text")
         rows = [answer[0]["generated_text"] for answer in write(data, batch_size=2)]
         assert rows == alone
-        assert rows[:2] == [ANSWER, "The apple is in the garden."]
+        assert rows[0] == ANSWER
+        assert len(set(rows)) == len(prompts)
 
     def test_features_are_the_latents(self, folder):
         tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
