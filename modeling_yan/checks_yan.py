@@ -167,6 +167,7 @@ def _are_ids(value, vocab_size):
 def not_finite_weights(model: torch.nn.Module) -> str:
     """Which weights hold NaN or infinity, for a message; empty if none does."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    weights = [(name, weight) for name, weight in weights if type(weight) is torch.nn.Parameter]  # no quantized ones
     names = [name for name, weight in weights if not weight.is_meta and not weight.isfinite().all()]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"NaN or infinity in {', '.join(names[:3])}{more}" if names else ""

@@ -1,6 +1,7 @@
 """Configuration of YAN, a language model that writes a whole text in a few flow-matching steps (arXiv 2604.15009)."""
 
 import math
+import sys
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -8,6 +9,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+# What LoRA adapts where its config names no layers: those of the flow, in both backbones, and its experts.
+LORA_MODULES = (
+    r"flow\.(layers|experts)\..*\.(q_proj|k_proj|v_proj|o_proj|in_proj|x_proj|dt_proj|out_proj|up_proj|down_proj)"
+)
 
 CHOICES = {
     "encoder_mixer": ("attention", "mamba"),
@@ -278,6 +283,13 @@ class YanConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers. PEFT, which asks for the fields before it adapts a model, then knows its layers."""
+        if "peft.utils.constants" in sys.modules:
+            known = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            known.setdefault(self.model_type, LORA_MODULES)
+        return super().to_dict()
 
     def validate_fields(self):
         """Check every number against its range, then the fields that depend on one another."""

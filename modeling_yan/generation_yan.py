@@ -29,7 +29,7 @@ from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_
 from .layers_yan import count_positions, with_valid_first
 from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
-from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids
+from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
@@ -174,7 +174,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             written = torch.cat([written, tokens], dim=1)
             if streamer is not None:
                 self._check_written(tokens)
-                streamer.put(tokens.cpu())
+                streamer.put(tokens[:, : int(num_kept.max())].cpu())  # what is padding in all rows is not returned
             if written.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
                 break
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
@@ -217,8 +217,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
                 raise ValueError("an empty prompt needs bos_token_id, which is None")
             ids, attention_mask = torch.full((len(ids), 1), options.bos_token_id, device=ids.device), None
         if attention_mask is None:
-            pad_token_id = options.pad_token_id
-            attention_mask = torch.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).long()
+            attention_mask = without_padding(ids, options)
         check_mask(attention_mask, ids.shape)
         check_device(attention_mask, "attention_mask", self)
         # on the host, where a check costs less than a launch
@@ -345,7 +344,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         repeats = len(tokens) // len(context)
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.
-        is_valid = torch.ones_like(tokens) if options.pad_token_id is None else (tokens != options.pad_token_id).long()
+        is_valid = without_padding(tokens, options)
         context_mask = torch.ones_like(context) if context_mask is None else context_mask
         mask = torch.cat([context_mask.repeat_interleave(repeats, 0), is_valid], dim=1)
         positions_from_end = mask.flip(1).cumsum(1).flip(1)

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checks_yan import can_look_at
 from .compilation_yan import is_bare, opaque_operator, select_rows, uses_operators
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, silence
@@ -181,7 +182,17 @@ class YanAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        if attention_mask is None and can_look_at(query):
+            output = _with_lost_rows(output, query, key)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _with_lost_rows(output, query, key):
+    """The output (B, ...), NaN in rows whose queries or keys are: without a mask, torch's CPU kernel hides it."""
+    if (query.sum() + key.sum()).isfinite():
+        return output
+    is_lost = query.flatten(1).sum(1).isnan() | key.flatten(1).sum(1).isnan()
+    return output.masked_fill(is_lost.view(-1, *[1] * (output.dim() - 1)), torch.nan)
 
 
 class YanIdentityLinear(nn.Linear):

@@ -152,6 +152,8 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
 class YanModel(YanPreTrainedModel):
     """Embeddings and bidirectional encoder, its own or a pretrained one: token ids to one latent vector per token."""
 
+    _keys_to_ignore_on_load_unexpected = {r"^(flow|decoder|lm_head|transitions)\."}  # of the classes with a head
+
     def __init__(self, config):
         super().__init__(config)
         self.embeddings = YanEmbeddings(config)
@@ -239,6 +241,7 @@ class YanDecoder(nn.Module):
 class YanForAutoencoding(YanPreTrainedModel):
     """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
 
+    _keys_to_ignore_on_load_unexpected = {r"^(flow|transitions)\."}  # of stage two
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
     takes_num_items = True
 

@@ -3,6 +3,7 @@
 Letters of the shape comments: B batch, S prompt length, H width of the encoder, D hidden size, V vocabulary.
 """
 
+import copy
 import inspect
 import math
 import os
@@ -190,6 +191,20 @@ class YanPretrainedMixin:
         _load_encoder(model, name_or_path, hub_options)
         model.tie_weights()
         return model.eval()
+
+    def post_init(self):
+        """As in transformers, but a model does not ignore the weights that its parts by themselves would ignore."""
+        super().post_init()
+        self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch, but a tied weight is not missing where its source is there: a checkpoint holds it once."""
+        tied = {} if assign else getattr(self, "all_tied_weights_keys", {})
+        here, given = dict(self.named_parameters(remove_duplicate=False)), copy.copy(state_dict)
+        for name, source in tied.items():
+            if here[name] is here[source] and name not in given and source in given:
+                given[name] = given[source]
+        return super().load_state_dict(given, strict, assign)
 
     def train(self, mode: bool = True):
         """As in torch, but a frozen pretrained encoder has no dropout."""

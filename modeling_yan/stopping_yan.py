@@ -42,6 +42,17 @@ def _is_eos(tokens, options):
     return reduce(torch.logical_or, (tokens == eos for eos in ids)) if ids else torch.zeros_like(tokens, dtype=bool)
 
 
+def without_padding(ids, options) -> torch.LongTensor:
+    """A mask (B, S), 0 on pad tokens; if they are an EOS, too, only on those before and behind all other tokens."""
+    pad = options.pad_token_id
+    if pad is None:
+        return torch.ones_like(ids)
+    is_token = (ids != pad).long()
+    if pad in eos_ids(options):  # one within a text separates its parts
+        is_token = is_token.cummax(1)[0] * is_token.flip(1).cummax(1)[0].flip(1)
+    return is_token
+
+
 def cut_at_eos(tokens, finished, options):
     """Pad what follows the first EOS, and all of a row that was finished before; `finished` may be None at first.
 

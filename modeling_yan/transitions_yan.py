@@ -47,7 +47,9 @@ class YanTransitions(nn.Module):
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if candidates.numel() < embedding.num_embeddings:
-            return projection(self.norm(embedding(candidates)))
+            states = self.norm(embedding(candidates))
+            # layers that others have quantized may want two dimensions
+            return projection(states.flatten(0, 2)).unflatten(0, states.shape[:3])
         vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
         return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
 
@@ -105,11 +107,15 @@ class YanTransitions(nn.Module):
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
     def _chain(self, embedding, logits, latents, eos):
-        """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS."""
+        """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS.
+
+        The candidates are -1 in rows whose transitions are no numbers.
+        """
         emissions, candidates = logits.topk(self.num_candidates, dim=-1)
         transitions, is_end = self.scores(embedding, candidates, latents), None
+        is_lost = transitions.sum((1, 2, 3)).isnan()  # a best path would be found all the same
         if eos:
             is_end = torch.stack([candidates == token for token in eos]).any(0)
             goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)
             transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
-        return candidates, (emissions.float(), transitions), is_end
+        return candidates.masked_fill(is_lost.view(-1, 1, 1), -1), (emissions.float(), transitions), is_end

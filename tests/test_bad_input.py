@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig, BertModel
 
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, YanModel
 
-PAD, BOS = 0, 1
+PAD, BOS, EOS = 0, 1, 2
 VOCABULARY, POSITIONS = 64, 48
 
 
@@ -103,6 +103,15 @@ class TestPrompts:
         output = model.generate(padded)
         assert torch.equal(output[:, 10:], model.generate(prompts, return_prompt=False))
         assert torch.equal(output[:, :10], padded)
+
+    def test_pad_tokens_within_a_text_that_are_an_eos_too_are_none(self, model, prompts):
+        options = {"pad_token_id": EOS, "return_prompt": False, "num_flow_steps": 2, "max_new_tokens": 20}
+        prompts[:, 3] = EOS
+        expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        assert torch.equal(model.generate(prompts, **options), expected)
+        padding = torch.full((3, 2), EOS)
+        for padded in (torch.cat([padding, prompts], dim=1), torch.cat([prompts, padding], dim=1)):
+            assert torch.equal(model.generate(padded, **options), expected)
 
     def test_of_floats(self, model, prompts):
         with pytest.raises(ValueError, match=r"float32.*integers"):

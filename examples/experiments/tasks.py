@@ -195,7 +195,7 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
 
 def fingerprint(*parts) -> str:
     """A short name for what a run was made of."""
-    return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha1(json.dumps(parts, sort_keys=True).encode(), usedforsecurity=False).hexdigest()[:10]
 
 
 def check_recipe(home: Path, arm: dict, recipe: dict):
@@ -212,7 +212,7 @@ def shared_key(config: YanConfig, train_file: str) -> str:
     """Names the first stage that arms have in common whose encoder, decoder and rows are the same."""
     names = ("hidden_size", "intermediate_size", "num_encoder_layers", "num_decoder_layers", "num_answer_slots")
     parts = [*(getattr(config, name) for name in names), Path(train_file).name]
-    return hashlib.sha1(repr(parts).encode()).hexdigest()[:6]
+    return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:6]
 
 
 def load(folder: Path, kind: str):

@@ -124,10 +124,10 @@ def about(figures: dict) -> list[str]:
 
 def make_page(folder: Path) -> str:
     """The whole page."""
-    read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    read = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("bad-input", "faults", "long-run")}
     lines = [(folder / "intro.md").read_text().strip(), "", *bad_input_section(read["bad-input"])]
     lines += [*fault_section(read["faults"]), *long_section(read["long-run"])]
-    return "\n".join([*lines, (folder / "limits.md").read_text().strip(), ""])
+    return "\n".join([*lines, (folder / "checks.md").read_text(), (folder / "limits.md").read_text().strip(), ""])
 
 
 def main(arguments: list[str] | None = None):

@@ -19,10 +19,6 @@ from ..data import FlowCollator, prepare_tokenizer, read_rows
 from ..evaluation import exact_match, rouge_l
 from ..modeling_yan import YanForFlowGeneration
 
-# Attention, Mamba and feed-forward layers and the experts of the flow; encoder and decoder stay as they are.
-LORA_MODULES = (
-    r"flow\.(layers|experts)\..*\.(q_proj|k_proj|v_proj|o_proj|in_proj|x_proj|dt_proj|out_proj|up_proj|down_proj)"
-)
 DEFAULTS = {"max_steps": 20, "logging_steps": 5, "learning_rate": 1e-4, "predict_with_generate": True}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "remove_unused_columns": False}
 # A new flow and decoder need more updates than a trained one.
@@ -125,7 +121,7 @@ def _new_model(encoder, rows, fields):
 def _with_lora(model, rank):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
     return model

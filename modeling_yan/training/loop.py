@@ -74,13 +74,17 @@ def _pretrain(arguments, accelerator) -> None:
     num_places = count_places(accelerator)
     is_baseline = arguments.stage in INPUTS
     config = load_config(arguments.config, arguments.config_overrides) if is_baseline else model.config
+    names = ", ".join([*arguments.train_file, *arguments.dataset])
     mixtures = [
-        make_mixture(arguments, rows, tokenizer, config, place, num_places) for place in local_places(accelerator)
+        make_mixture(arguments, rows, tokenizer, config, place, num_places, names)
+        for place in local_places(accelerator)
     ]
     validation = None
     if arguments.validation_file:
         held_out = [row for path in arguments.validation_file for row in read_rows(path)]
-        validation = Validation(arguments, make_mixture(arguments, held_out, tokenizer, config), tokenizer)
+        names = ", ".join(arguments.validation_file)
+        mixture = make_mixture(arguments, held_out, tokenizer, config, origin=names)
+        validation = Validation(arguments, mixture, tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     training = Training(arguments, accelerator, model, tokenizer, mixtures, validation)
@@ -163,8 +167,10 @@ def load_training_rows(arguments, files: list[str], names: list[str]):
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def make_mixture(arguments, rows, tokenizer, config, place: int = 0, num_places: int = 1) -> TaskMixture:
-    """The micro-batches of one place of every update."""
+def make_mixture(
+    arguments, rows, tokenizer, config, place: int = 0, num_places: int = 1, origin: str = "the rows"
+) -> TaskMixture:
+    """The micro-batches of one place of every update; `origin` names the rows in errors."""
     return TaskMixture(
         rows,
         tokenizer,
@@ -180,6 +186,7 @@ def make_mixture(arguments, rows, tokenizer, config, place: int = 0, num_places:
         num_processes=num_places,
         bucket_batches=arguments.bucket_batches,
         shuffle_buffer=arguments.shuffle_buffer,
+        origin=origin,
     )
 
 

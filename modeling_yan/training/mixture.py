@@ -48,7 +48,7 @@ class TaskMixture(Dataset):
         max_source_length: Longest source in tokens; config: gives canvas length and masking.
         length: Number of batches. seed, process_index: Choose the batches.
         bucket_batches: At least 1, which sorts nothing. shuffle_buffer: Rows that the shuffle of a stream holds.
-        num_processes: That share a stream.
+        num_processes: That share a stream. origin: What the rows are called in errors.
 
     Raises:
         ValueError: No rows, an unknown task, one without rows, or no weight above 0; and when a batch is asked for:
@@ -71,6 +71,7 @@ class TaskMixture(Dataset):
         num_processes: int = 1,
         bucket_batches: int = 1,
         shuffle_buffer: int = 10_000,
+        origin: str = "the rows",
     ):
         if stage not in STAGE_TASKS:
             raise ValueError(f"stage={stage!r}: must be one of {', '.join(STAGE_TASKS)}")
@@ -80,7 +81,7 @@ class TaskMixture(Dataset):
         self.max_words, self.bucket_batches, self.num_skipped = max_words, bucket_batches, 0
         kinds = split_kinds(rows, process_index, num_processes, shuffle_buffer)
         self._rows = {task: kinds[kind] for kind in kinds for task in STAGE_TASKS[stage][kind]}
-        self.weights = _check_weights(weights, list(self._rows))
+        self.weights = _check_weights(weights, list(self._rows), f"{origin} and stage={stage!r}")
         self._schedule = TaskSchedule(self.weights, seed)
         self._groups = {
             task: self._rows[task].groups(partial(self._fill, task), f"{seed} {task}", process_index)
@@ -210,13 +211,11 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}={size}: must be at least 1")
 
 
-def _check_weights(weights, tasks):
+def _check_weights(weights, tasks, origin):
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(tasks))
     if unknown:
-        raise ValueError(
-            f"no rows for the task {', '.join(unknown)}: the files and the stage allow {', '.join(tasks)}"
-        )
+        raise ValueError(f"no rows for the task {', '.join(unknown)}: {origin} allow {', '.join(tasks)}")
     if not all(weight >= 0 for weight in weights.values()) or not sum(weights.values()):
         raise ValueError(f"task weights {weights}: must be at least 0 and not all 0")
     return weights

@@ -263,6 +263,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="no rows for the task translation"):
             pretrain(arguments(tasks=["translation=1"]))
 
+    def test_a_task_that_one_of_the_files_lacks(self, arguments, tmp_path):
+        settings = arguments(stage="flow")
+        lacking = [str(tmp_path / "held-out.jsonl")]
+        write_rows(lacking[0], [{"text": "The cat sat on the mat."}])
+        settings.tasks = ["pairs=1"]
+        for names in ({"train_file": lacking}, {"validation_file": lacking}):
+            with pytest.raises(ValueError, match=r"for the task pairs: .*held-out\.jsonl and stage='flow' allow"):
+                pretrain(replace(settings, **names))
+
     def test_a_file_without_rows(self, arguments, tmp_path):
         (tmp_path / "empty.jsonl").write_text("\n")
         with pytest.raises(ValueError, match=r"empty\.jsonl.*no rows"):

@@ -1,0 +1,84 @@
+"""What is in order brings no message: loading a part of a checkpoint, going on with a training, streaming."""
+
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TextStreamer, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
+from modeling_yan.data import FlowCollator, train_tokenizer
+
+ROWS = [{"source": "Where is the dog?", "target": "The dog is here."}] * 4
+
+
+@pytest.fixture
+def messages(caplog):
+    """The texts of transformers' warnings, which go past the loggers that pytest listens to."""
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    make_model(transition_rank=4, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("model_class", [YanModel, YanForAutoencoding, YanForFlowGeneration])
+def test_every_class_loads_a_flow_checkpoint(folder, model_class, messages):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert messages() == []
+
+
+@pytest.mark.parametrize("name", ["flow.other.weight", "decoder.other.weight", "other.weight"])
+def test_weights_that_the_class_itself_should_have_are_named(folder, name, messages):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    assert YanForFlowGeneration.from_pretrained(folder, output_loading_info=True)[1]["unexpected_keys"] == {name}
+    assert name in "".join(messages())
+
+
+def test_a_tied_weight_is_not_missing(make_model, folder):
+    model = make_model(transition_rank=4, tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    assert not any(model.load_state_dict(changed))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, changed["model.embeddings.word_embeddings.weight"])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert model.load_state_dict(changed, strict=False).missing_keys == ["lm_head.weight"]
+
+
+def test_going_on_says_nothing_of_missing_weights(make_model, tmp_path, messages):
+    tokenizer = train_tokenizer([row["source"] + " " + row["target"] for row in ROWS], vocab_size=280)
+    options = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    for checkpoint in (None, tmp_path / "checkpoint-1"):
+        model = make_model(vocab_size=len(tokenizer), canvas_length=16, tie_word_embeddings=True)
+        settings = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            trainer = Trainer(model, settings, FlowCollator(tokenizer, model=model), ROWS)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    assert not [message for message in messages() if "missing" in message]
+
+
+def test_a_streamer_prints_what_generate_returns(make_model, capsys):
+    tokenizer = train_tokenizer([row["source"] for row in ROWS], vocab_size=280)
+    model = make_model(vocab_size=len(tokenizer))
+    model.lm_head.bias.data[[tokenizer.eos_token_id]] = 10.0
+    prompt = tokenizer("Where is", return_tensors="pt")
+    output = model.generate(**prompt, streamer=TextStreamer(tokenizer), end_choice="first")
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert printed == tokenizer.decode(output[0])
+    assert tokenizer.pad_token not in printed
+    assert printed.endswith(tokenizer.eos_token)
