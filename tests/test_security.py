@@ -62,7 +62,7 @@ def test_no_code_comes_out_of_data():
         assert keywords.get("shell") != "True", where
 
 
-@pytest.mark.parametrize("extra", [None, "dev", "examples"])
+@pytest.mark.parametrize("extra", [None, "dev", "examples", "demo"])
 def test_what_ci_installs_is_pinned_within_the_declared_ranges(extra):
     settings = ConfigParser()
     settings.read(ROOT / "setup.cfg")
