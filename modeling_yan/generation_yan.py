@@ -22,12 +22,12 @@ from .checks_yan import (
     check_tensor,
     not_finite_weights,
 )
+from .choosing_yan import YanChoosingMixin
 from .clients_yan import refuse_prompt_learning
 from .compilation_yan import is_exporting, merging
 from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
 from .layers_yan import count_positions, with_valid_first
-from .reading_yan import best_of_text_and_fill
 from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
@@ -103,7 +103,7 @@ class Canvas:
     gate: torch.Tensor | None = None
 
 
-class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
+class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
     generation_config_class = YanGenerationConfig
@@ -314,16 +314,6 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             found = not_finite_weights(self) or "all weights are finite"
             raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
 
-    def best_chain(self, ends, prior, plan: CanvasPlan) -> torch.LongTensor:
-        """The experts (B R, L) of a chain that write the best text together, from their ends (B R, L, K, D)."""
-        eos = plan.eos if plan.end_choice == "likeliest" else ()
-        scores = []
-        for end in ends.unbind(2):  # one by one, or the logits would be K vocabularies wide
-            parts = [best_of_text_and_fill(self._allowed_logits(part, plan), eos) for part in self._split_rows(end)]
-            scores.append([torch.cat(part) for part in zip(*parts, strict=True)])
-        tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
-        return prior.best_chain(tokens, *fill, length_penalty=plan.length_penalty)
-
     def _split_rows(self, latents):
         chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
         per_token = max(self.config.vocab_size, chains)
@@ -380,8 +370,8 @@ def write_canvas(
         condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
     )
     velocity.temperature = plan.temperature
-    if plan.expert_choice == "argmax" and model.config.expert_scope == "chain":
-        velocity.choose = lambda ends, prior: model.best_chain(ends, prior, plan)
+    if plan.expert_choice == "argmax" and model.config.num_experts > 1 and model.config.expert_scope != "token":
+        velocity.choose = lambda ends, prior: model.best_experts(ends, prior, plan)
     path = [x_0]
 
     def record(step, x):

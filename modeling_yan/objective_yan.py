@@ -58,9 +58,7 @@ class YanObjectiveMixin:
     @torch.no_grad()
     def _most_probable(self, ends, prior):
         """The experts that `generate` chooses without sampling."""
-        if prior.scope == "chain":
-            return self.best_chain(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
-        return prior.choose("argmax")
+        return self.best_experts(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
 
     @torch.no_grad()
     def _expert_log_likelihood(self, ends, canvas):

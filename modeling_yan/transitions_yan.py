@@ -54,7 +54,13 @@ class YanTransitions(nn.Module):
         return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
 
     def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-        """Negative log-likelihood per token of the targets (B, L) among all chains of the vocabulary.
+        """Negative log-likelihood per token of the targets; arguments as of `log_likelihood`."""
+        return -self.log_likelihood(embedding, logits, latents, targets).sum() / targets.numel()
+
+    def log_likelihood(
+        self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor
+    ) -> torch.Tensor:
+        """Log-likelihood (B,) of the targets (B, L) among all chains of the vocabulary.
 
         A token that is no candidate has score 0 with its neighbours, so all of them together are one state more. They
         have to be counted: among candidates alone, which would have to include the target, rare tokens would rise.
@@ -69,7 +75,7 @@ class YanTransitions(nn.Module):
         path = is_target.int().argmax(-1).masked_fill(is_other, self.num_candidates)
         among_others = logits.gather(-1, targets.unsqueeze(-1)) - others  # which of the others a target is
         score = path_score(emissions, transitions, path) + (among_others.squeeze(-1) * is_other).sum(1)
-        return (log_partition(emissions, transitions) - score).sum() / targets.numel()
+        return score - log_partition(emissions, transitions)
 
     def most_likely(
         self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), length_penalty=None

@@ -1,0 +1,1 @@
+../../../modeling_yan/choosing_yan.py
