@@ -24,7 +24,7 @@ TITLES = {
     "scan": "SCAN: commands to actions",
 }
 RIVALS = ("one pass", "one pass as a chain", "AR encoder-decoder")
-METRICS = {"bleu": ("BLEU", 1, 1), "exact": ("Exact match, %,", 100, 1)}  # name, scale, digits
+METRICS = {"bleu": ("BLEU", 1, 1), "chrf": ("chrF", 1, 1), "exact": ("Exact match, %,", 100, 1)}  # name, scale, digits
 README_TASK, MARKS = "multi30k", ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
 
@@ -112,6 +112,7 @@ def distribution_tables(runs: dict) -> list[str]:
 
 
 def best_table(runs: dict, metric: str = "bleu") -> list[str]:
+    """The best texts by number of steps, in one of the METRICS."""
     steps = sorted(columns_of(runs, "best"), key=lambda step: (step == "greedy", int(step) if step.isdigit() else 0))
     heads = [{"greedy": "greedy", "0": "no step"}.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
     _, scale, digits = METRICS[metric]
@@ -152,6 +153,8 @@ def comparison_table(runs: dict, metric: str) -> list[str]:
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     lines = [f"{METRICS[metric][0]} of the best text, by number of steps:", ""]
     lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
+    if metric == "bleu":
+        lines += ["chrF of the same texts:", "", *best_table(runs, "chrf")]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
