@@ -81,6 +81,20 @@ class YanModelCard:
     limits: str = UNKNOWN
 
 
+class YanCardMixin:
+    """Saving and pushing with a card."""
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with a model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
+            write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        write_card(self, working_dir, repo_id)  # transformers has put the hub's card there, or an empty one
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
 def write_card(model, folder, name: str | None = None):
     """Write the card of a model into a folder, unless a person's card lies there.
 

@@ -4,7 +4,6 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cards_yan import YanModelCard, write_card
+from .cards_yan import YanCardMixin, YanModelCard
 from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
@@ -64,7 +63,7 @@ AUTO_MAP = {
 }
 
 
-class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
+class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
     config_class = YanConfig
     config: YanConfig
     base_model_prefix = "model"
@@ -125,12 +124,6 @@ class YanPreTrainedModel(YanPretrainedMixin, PreTrainedModel):
         if self._auto_class is not None:  # transformers itself names only the class that is saved
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True) and os.path.isdir(save_directory):
-            write_card(self, save_directory)
-
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        write_card(self, working_dir, repo_id)  # transformers has put the hub's card there, or an empty one
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __init__(self, config, *args, **kwargs):
         if config.model_type != YanConfig.model_type:

@@ -2,20 +2,22 @@
 
     python hub_server.py FOLDER
 
-prints its address and serves until its standard input closes. Repositories have one revision; what is pushed lies in
-FOLDER/OWNER/NAME. Every file is uploaded inside the commit itself, so there is no large-file storage.
+prints its address and serves until its standard input closes. A repository is FOLDER/OWNER/NAME, with a folder for
+each commit and a file `main` that names the last one. Every file is uploaded inside the commit itself, so there is no
+large-file storage. While FOLDER/break is there, a commit's upload breaks off halfway.
 """
 
 import base64
 import hashlib
 import json
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0" * 40
+NO_COMMIT = "0" * 40
 OWNER = "somebody"
 
 
@@ -29,7 +31,12 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        if "commit" in self._path() and (self.root / "break").exists():
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(length)
         match self._path():
             case ["api", "repos", "create"]:
                 self._create(json.loads(body))
@@ -38,9 +45,9 @@ class Hub(BaseHTTPRequestHandler):
                 modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
                 self._send_json({"files": modes})
             case ["api", "models", owner, name, "commit", _]:
-                self._commit(self.root / owner / name, body)
-                url = f"http://{self.headers['Host']}/{owner}/{name}/commit/{COMMIT}"
-                self._send_json({"commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
+                commit = self._commit(self.root / owner / name, body)
+                url = f"http://{self.headers['Host']}/{owner}/{name}/commit/{commit}"
+                self._send_json({"commitUrl": url, "commitOid": commit, "hookOutput": ""})
             case ["api", "validate-yaml"]:
                 self._send_json({"errors": [], "warnings": []})
             case _:
@@ -50,15 +57,16 @@ class Hub(BaseHTTPRequestHandler):
         match self._path():
             case ["api", "whoami-v2"]:
                 self._send_json({"name": OWNER, "type": "user", "orgs": []})
-            case ["api", "models", owner, name, "tree", _, *_]:
-                self._send_json(
-                    [{"type": "file", "path": path.name, **_size(path)} for path in self._files(owner, name)]
-                )
-            case ["api", "models", owner, name, *_]:
-                files = [{"rfilename": path.name} for path in self._files(owner, name)]
-                self._send_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": files})
-            case [owner, name, "resolve", _, *path]:
-                self._send_file(self.root / owner / name, "/".join(path))
+            case ["api", "models", owner, name, "tree", revision, *_]:
+                files = self._files(self.root / owner / name, revision)
+                self._send_json([{"type": "file", "path": path.name, **_size(path)} for path in files])
+            case ["api", "models", owner, name, *rest]:
+                repository, revision = self.root / owner / name, rest[1] if rest else "main"
+                files = [{"rfilename": path.name} for path in self._files(repository, revision)]
+                commit = _commit_of(repository, revision)
+                self._send_json({"id": f"{owner}/{name}", "sha": commit, "siblings": files})
+            case [owner, name, "resolve", revision, *path]:
+                self._send_file(self.root / owner / name, revision, "/".join(path))
             case _:
                 self._send_missing("Entry")
 
@@ -67,34 +75,42 @@ class Hub(BaseHTTPRequestHandler):
     def _path(self) -> list[str]:
         return [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
 
-    def _files(self, owner, name) -> list[Path]:
-        return sorted((self.root / owner / name).glob("*"))
+    def _files(self, repository, revision) -> list[Path]:
+        return sorted((repository / _commit_of(repository, revision)).glob("*"))
 
     def _create(self, request):
         name = f"{request.get('organization') or OWNER}/{request['name']}"
         (self.root / name).mkdir(parents=True, exist_ok=True)
         self._send_json({"url": f"http://{self.headers['Host']}/{name}", "name": name, "id": name})
 
-    def _commit(self, repository, body):
+    def _commit(self, repository, body) -> str:
+        """Add a folder with the last commit's files and the new ones, and make it the last."""
+        last = repository / _commit_of(repository, "main")
+        commit = hashlib.sha1(last.name.encode() + body).hexdigest()
+        if last.is_dir():
+            shutil.copytree(last, repository / commit)
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
-                path = repository / line["value"]["path"]
+                path = repository / commit / line["value"]["path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(line["value"]["content"]))
+        (repository / "main").write_text(commit)
+        return commit
 
-    def _send_file(self, repository, name):
-        path = repository / name
+    def _send_file(self, repository, revision, name):
+        commit = _commit_of(repository, revision)
+        path = repository / commit / name
         if not path.is_file():
-            self._send_missing("Entry" if repository.is_dir() else "Repo")
+            self._send_missing("Entry" if repository.is_dir() else "Repo", commit)
             return
         content = path.read_bytes()
-        self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        self._send(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit})
 
     def _send_json(self, answer):
         self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def _send_missing(self, what):
-        self._send(404, b"", {"X-Error-Code": f"{what}NotFound", "X-Repo-Commit": COMMIT})
+    def _send_missing(self, what, commit=NO_COMMIT):
+        self._send(404, b"", {"X-Error-Code": f"{what}NotFound", "X-Repo-Commit": commit})
 
     def _send(self, status, content, headers):
         self.send_response(status)
@@ -103,6 +119,12 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _commit_of(repository: Path, revision: str) -> str:
+    """The commit that a revision is."""
+    main = repository / "main"
+    return main.read_text() if revision == "main" and main.is_file() else revision
 
 
 def _size(path: Path) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_yan.commands import demo, main
 from modeling_yan.commands.demo import bundled_models
 from modeling_yan.commands.loading import load_model, load_tokenizer
 
@@ -129,3 +130,20 @@ def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(spac
         browser.close()
     assert faults == []
     assert [url for url in asked if not url.startswith((space, "data:", "blob:"))] == []
+
+
+def test_the_command_serves_its_models_where_it_is_told(monkeypatch):
+    page, launched = pytest.importorskip("modeling_yan.demo.page"), []
+    monkeypatch.setattr(page, "build_demo", list)
+    monkeypatch.setattr(page, "launch", lambda names, **options: launched.append((names, options)))
+    assert main(["demo", bundled_models()[0], "--host", "127.0.0.2", "--port", "7861"]) == 0
+    assert launched == [(["yan-transformer-tiny"], {"server_name": "127.0.0.2", "server_port": 7861})]
+
+
+def test_what_the_command_lacks_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "modeling_yan.demo.page", None)
+    assert main(["demo"]) == 2
+    assert "needs gradio and matplotlib, pip install 'modeling-yan[demo]'" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "BUNDLED", tmp_path)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("yan demo: MODEL: must be given, the bundled models are in")

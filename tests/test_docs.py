@@ -9,6 +9,8 @@ import io
 import re
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +125,29 @@ def test_the_options_of_a_command_exist(script):
             if script in words:
                 given = {word for word in words[words.index(script) :] if word.startswith("--")}
                 assert {option for option in given if option not in shown} == set(), page.name
+
+
+def test_every_name_of_the_api_page_exists():
+    names = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+    assert len(names) > 30
+    assert [name for name in names if not exists(name)] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is that of something in a module, or of something in a class of one."""
+    parts = name.split(".")
+    place = next(at for at in range(len(parts), 0, -1) if find_spec_or_none(".".join(parts[:at])))
+    thing = import_module(".".join(parts[:place]))
+    for part in parts[place:]:
+        thing = getattr(thing, part, None)
+    return thing is not None
+
+
+def find_spec_or_none(name):
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError:
+        return None
 
 
 def anchors(page: Path) -> set[str]:

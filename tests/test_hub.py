@@ -1,5 +1,6 @@
 """Pushed to a hub, a model and its tokenizer come back by the name of their repository, in a fresh process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig, YanForFlowGeneration
@@ -27,7 +29,32 @@ for folder in map(Path, sys.argv[1:]):
     AutoTokenizer.from_pretrained(folder).push_to_hub(f"somebody/{folder.name}")
 """
 
-LOAD = """
+PUSH_VERSIONS = """
+import json, sys
+from pathlib import Path
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer
+from modeling_yan import YanForFlowGeneration
+
+folder, root = map(Path, sys.argv[1:])
+name, model = "somebody/versions", YanForFlowGeneration.from_pretrained(folder)
+model.model_card.license = "mit"
+first = model.push_to_hub(name, max_shard_size="20KB").oid
+with torch.no_grad():
+    model.lm_head.bias += 1
+(root / "break").touch()
+try:
+    model.push_to_hub(name, max_shard_size="20KB")
+except Exception as error:
+    broken = type(error).__name__
+(root / "break").unlink()
+after = HfApi().model_info(name).sha
+second = model.push_to_hub(name, max_shard_size="20KB", tags=["sharded"]).oid
+Path("pushed.json").write_text(json.dumps([first, broken, after, second]))
+"""
+
+WITHOUT_PACKAGE = """
 import importlib.util, sys
 from pathlib import Path
 
@@ -35,18 +62,29 @@ from pathlib import Path
 sys.path = [path for path in sys.path if not (Path(path) / "modeling_yan").is_dir()]
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 assert importlib.util.find_spec("modeling_yan") is None
+"""
 
+LOAD_VERSIONS = f"""{WITHOUT_PACKAGE}
+import torch
+from transformers import AutoModelForCausalLM
+
+load = AutoModelForCausalLM.from_pretrained
+models = [load("somebody/versions", revision=revision, trust_remote_code=True) for revision in sys.argv[1:]]
+torch.save([model.state_dict() for model in models], "versions.pt")
+"""
+
+LOAD = f"""{WITHOUT_PACKAGE}
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-results, prompts = {}, sys.argv[1:]
+results, prompts = {{}}, sys.argv[1:]
 for name in ("somebody/attention", "somebody/mamba"):
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(name)
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     write = pipeline("text-generation", model=name, trust_remote_code=True)
     texts = [answers[0]["generated_text"] for answers in write(prompts, batch_size=2)]
-    results[name] = {"tokens": model.generate(**batch), "texts": texts, "weights": model.state_dict()}
+    results[name] = {{"tokens": model.generate(**batch), "texts": texts, "weights": model.state_dict()}}
 torch.save(results, "results.pt")
 """
 
@@ -99,15 +137,49 @@ def test_what_is_pushed_comes_back_in_a_fresh_process(hub, folders, tmp_path):
     user.mkdir()
     run(PUSH, address, publisher, *folders, PYTHONPATH=str(SERVER.parents[1]))
     for folder in folders:
-        pushed = {path.name: path.read_bytes() for path in (root / "somebody" / folder.name).glob("*")}
+        pushed = {path.name: path.read_bytes() for path in last_commit(root, folder.name).glob("*")}
         local = {path.name: path.read_bytes() for path in folder.glob("*")}
-        assert pushed.keys() - {"README.md"} == local.keys()
+        assert pushed.keys() == local.keys()
         assert pushed["model.safetensors"] == local["model.safetensors"]
+
+        card = ModelCard(pushed["README.md"].decode())
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+        assert f'from_pretrained("somebody/{folder.name}", trust_remote_code=True' in card.text
 
     run(LOAD, address, user, *PROMPTS, PYTHONPATH="")
     results = torch.load(user / "results.pt")
     for folder in folders:
         compare(results[f"somebody/{folder.name}"], folder)
+
+
+def last_commit(root, name) -> Path:
+    """The files of a repository."""
+    repository = root / "somebody" / name
+    return repository / (repository / "main").read_text()
+
+
+@pytest.mark.slow
+def test_a_pinned_revision_stays_and_an_upload_that_breaks_off_changes_nothing(hub, folders, tmp_path):
+    address, root = hub
+    publisher, user = tmp_path / "publisher", tmp_path / "user"
+    publisher.mkdir()
+    user.mkdir()
+    run(PUSH_VERSIONS, address, publisher, folders[0], root, PYTHONPATH=str(SERVER.parents[1]))
+    first, broken, after, second = json.loads((publisher / "pushed.json").read_text())
+    assert broken
+    assert after == first != second
+    files = {path.name for path in last_commit(root, "versions").glob("*")}
+    assert "model.safetensors.index.json" in files
+    assert len([name for name in files if name.startswith("model-")]) > 2
+    card = ModelCard.load(last_commit(root, "versions") / "README.md")
+    assert (card.data.license, "sharded" in card.data.tags) == ("mit", True)
+
+    run(LOAD_VERSIONS, address, user, first, "main", PYTHONPATH="")
+    old, new = torch.load(user / "versions.pt")
+    expected = YanForFlowGeneration.from_pretrained(folders[0]).state_dict()
+    assert all(torch.equal(old[name], value) for name, value in expected.items())
+    assert torch.equal(new.pop("lm_head.bias"), expected.pop("lm_head.bias") + 1)
+    assert all(torch.equal(new[name], value) for name, value in expected.items())
 
 
 def compare(result, folder):

@@ -21,7 +21,7 @@ STYLE = """
 .yan th { white-space: nowrap; width: 1%; font-weight: 600; }
 .yan span.token { color: #111; padding: .15em .35em; border-radius: .3em; white-space: nowrap; }
 .yan span.unsettled { opacity: .55; border-bottom: 2px dotted #b00; }
-.yan .columns { display: flex; flex-wrap: wrap; gap: 1em; } .yan .columns > div { flex: 1 1 14em; }
+.yan .columns { display: flex; flex-wrap: wrap; gap: 1em; } .yan .columns > div { flex: 1 1 12em; }
 .yan small { opacity: .8; } .yan p.legend { margin-top: 1.2em; }
 """
 
@@ -119,7 +119,7 @@ def _legend(path: Path2D | None, words: str = "") -> str:
     has_experts = path is not None and path.experts is not None
     experts = range(path.gate.shape[1]) if has_experts else ()
     names = [f'<span class="token" style="background:{PALETTE[n % len(PALETTE)]}">expert {n}</span>' for n in experts]
-    return f'<p class="legend">{"".join(names)} <small>{words}</small></p>'
+    return f'<p class="legend">{" ".join(names)} <small>{words}</small></p>'
 
 
 def _table(rows) -> str:
@@ -139,6 +139,7 @@ def measure(model, steps: int, repeats: int = 3) -> list[dict]:
 def timing_figure(results: list[dict]):
     """Milliseconds by length, one line a model, as a figure of matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -147,8 +148,9 @@ def timing_figure(results: list[dict]):
         times = [1000 * row["seconds"]["median"] for row in rows]
         axes.plot([row["length"] for row in rows], times, "-o", label=name)
     axes.set(xlabel="tokens of the text", ylabel="milliseconds (median)", xticks=LENGTHS, yscale="log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
