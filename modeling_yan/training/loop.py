@@ -113,10 +113,24 @@ def make_accelerator(arguments) -> Accelerator:
             f"report_to={arguments.report_to}: {', '.join(sorted(unusable))} is not installed; "
             "install it, or use --report_to none"
         )
+    check_sharding(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it wants to know before it sees a batch
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     return accelerator
+
+
+def check_sharding(accelerator):
+    """Raise ValueError where the launcher asks for shards, and Accelerate makes whole copies, as it does on CPUs."""
+    found = accelerator.distributed_type
+    for wanted in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        variable = f"ACCELERATE_USE_{wanted.value}"
+        is_asked = os.environ.get(variable, "").lower() == "true" and accelerator.num_processes > 1
+        if is_asked and found != wanted:
+            raise ValueError(
+                f"{variable}=true: must be false on {accelerator.device}, where Accelerate trains by {found.value}; "
+                "use configuration/accelerate/ddp.yaml"
+            )
 
 
 def count_places(accelerator) -> int:

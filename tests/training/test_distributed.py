@@ -5,14 +5,17 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from modeling_yan import YanForFlowGeneration
 from modeling_yan.training import pretrain
+from modeling_yan.training.loop import check_sharding
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain.py"
@@ -112,6 +115,16 @@ def test_accelerate_reads_the_ready_files(path, sharding):
         assert config.fsdp_config["fsdp_version"] == 2
     if path.stem.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+@pytest.mark.parametrize("wanted", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_shards_that_accelerate_would_not_make_are_refused(wanted, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{wanted.value}", "true")
+    found = {"distributed_type": DistributedType.MULTI_CPU, "num_processes": 2, "device": "cpu"}
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{wanted.value}=true: must be false on cpu.*MULTI_CPU"):
+        check_sharding(SimpleNamespace(**found))
+    check_sharding(SimpleNamespace(**{**found, "num_processes": 1}))
+    check_sharding(SimpleNamespace(**{**found, "distributed_type": wanted}))
 
 
 def test_there_is_a_file_for_each_setup():
