@@ -18,6 +18,7 @@ from litserve.loops import BatchedStreamingLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from .answers import Answer, error_body, event
 from .metrics import VANISHED, Metrics
@@ -191,6 +192,8 @@ class OpenAIRoutes(LitSpec):
             return await asyncio.wait_for(request.body(), self.settings.timeout_s)
         except asyncio.TimeoutError:
             raise RequestError("the body did not come in time", status=408) from None
+        except ClientDisconnect:
+            raise RequestError("the client left", status=VANISHED) from None
         except StarletteHTTPException as error:  # of LitServe, for a body that is too large
             message = f"the body must have at most {self.settings.max_body} bytes"
             raise RequestError(message, status=error.status_code) from None
