@@ -320,14 +320,12 @@ def section(figures: dict) -> str:
         lines += ["", _origin(found)]
     if "soak" in figures:
         found = figures["soak"]
-        lines += [
-            "",
-            f"{found['minutes']:g} minutes at {found['clients']} clients, some of which vanish, read slowly or",
-        ]
-        lines += ["send too much:", "", "| what they did, and what came | requests |", "|---|---|"]
-        lines += [f"| {name} | {number} |" for name, number in found["counts"].items()]
+        lines += ["", f"{found['minutes']:g} minutes at {found['clients']} clients, some of which vanish, read slowly"]
+        lines += ["or send too much. What each did, what came of it, and how often:"]
+        lines += ["; ".join(f"{name} {number}" for name, number in found["counts"].items()) + "."]
         memory = [f"{found[name]} MiB" for name in ("mib_second_quarter", "mib_last_quarter") if name in found]
-        lines += ["", f"Memory of all processes, second quarter and last: {', '.join(memory)}.", "", _origin(found)]
+        lines += [f"Memory of all processes, mean of the second quarter and of the last: {', '.join(memory)}."]
+        lines += ["", _origin(found)]
     return "\n".join([*lines, END])
 
 
