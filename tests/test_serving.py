@@ -59,22 +59,23 @@ def free_port() -> int:
 
 
 class Server:
-    """`yan serve` with two replicas."""
+    """`yan serve`, in a process group of its own."""
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, replicas: int = 2):
         self.port, self.log = free_port(), log
         words = [sys.executable, "-m", "modeling_yan", "serve", MODEL, "--name", "yan", "--port", str(self.port)]
-        words += ["--device", "cpu", "--replicas", "2", "--threads", "1", "--max_body", "20000"]
+        words += ["--device", "cpu", "--replicas", str(replicas), "--threads", "1", "--max_body", "20000"]
         own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "YAN_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        settings = {"env": {**os.environ, **own}, "start_new_session": True}
         with log.open("w") as out:
-            self.process = subprocess.Popen([*words, "--batch_wait_ms", "50"], env={**os.environ, **own}, stderr=out)
+            self.process = subprocess.Popen([*words, "--batch_wait_ms", "50"], stderr=out, **settings)
 
     def client(self, **settings):
         settings = {"api_key": KEY, "timeout": ANSWER_S, "max_retries": 0, **settings}
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **settings)
 
     def wait(self):
-        """Until both replicas are there."""
+        """Until all replicas are there."""
         end = time.monotonic() + START_S
         while not self.is_ready():
             assert self.process.poll() is None, self.log.read_text()
@@ -104,10 +105,10 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    def stop(self, number=signal.SIGTERM) -> list:
+    def stop(self, send=os.kill, number=signal.SIGTERM) -> list:
         """End it, and return the processes that it leaves behind."""
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        self.process.send_signal(number)
+        send(self.process.pid, number)
         self.process.wait(ANSWER_S)
         _, left = psutil.wait_procs(processes, timeout=10)
         return left
@@ -268,3 +269,16 @@ def test_a_replica_that_is_killed_under_load_loses_nothing(server, client, write
 
 def test_a_signal_ends_all_processes(server):
     assert server.stop() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_ends_all_processes(tmp_path):
+    server = Server(tmp_path / "log", replicas=1)
+    try:
+        server.wait()
+    finally:
+        left = server.stop(os.killpg, signal.SIGINT)  # a terminal sends it to the whole group
+        for process in left:
+            process.kill()
+    assert left == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
