@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_yan import YanConfig, YanForAutoencoding
 from modeling_yan.serving.requests import Job, Limits, RequestError, RequestReader
 from modeling_yan.serving.writing import BatchWriter, Text, group_jobs
 
@@ -291,3 +292,25 @@ def test_a_request_without_an_answer_is_given_up_in_time(reader, monkeypatch):
     with pytest.raises(RequestError, match="the time for a request is over") as caught:
         ask_engine(reader, Engine([]), timeout_s=0.05)
     assert caught.value.status == 504
+
+
+def test_a_replica_without_the_flows_weights_does_not_start(tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(serving.signal, "signal", lambda *_: None)  # the one of this process
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
+    YanForAutoencoding(YanConfig(vocab_size=64, num_decoder_layers=1, **sizes)).save_pretrained(tmp_path)
+    settings = serving.Settings(str(tmp_path))
+    with pytest.raises(ValueError, match="has no weights for"):
+        serving.YanAPI(settings, serving.OpenAIRoutes(settings, reader)).setup("cpu")
+
+
+def test_a_key_may_have_any_letters(reader):
+    settings = serving.Settings(MODEL, api_key="schlüssel")
+    api = serving.YanAPI(settings, serving.OpenAIRoutes(settings, reader))
+
+    def request(key: bytes):
+        scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer " + key)]}
+        return serving.Request({**scope, "server": ("x", 1), "query_string": b""})
+
+    api.authorize(request("schlüssel".encode()))
+    with pytest.raises(serving.HTTPException):
+        api.authorize(request("schlüssel".encode("latin-1")))

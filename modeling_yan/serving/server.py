@@ -73,15 +73,19 @@ class YanAPI(litserve.LitAPI):
     def setup(self, device):
         """Load the model in the process of a replica."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        from ..commands.loading import load_tokenizer, prepare_library
+        from ..commands.loading import load_model, load_tokenizer, prepare_library
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the main process sees to
         prepare_library(is_quiet=True)
         torch.seed()  # replicas draw different numbers
-        model = AutoModelForCausalLM.from_pretrained(self.settings.model).to(device).eval()
-        self.writer = BatchWriter(model, load_tokenizer(self.settings.model), self.settings.threads)
+        name = self.settings.model
+        if AutoConfig.from_pretrained(name).model_type == "yan":
+            model = load_model(name, device)  # refuses a folder without the flow's weights
+        else:  # such as an autoregressive one to compare with
+            model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        self.writer = BatchWriter(model, load_tokenizer(name), self.settings.threads)
 
     def decode_request(self, request):
         return request
@@ -107,7 +111,7 @@ class YanAPI(litserve.LitAPI):
         if key is None or request.url.path in OPEN_PATHS:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             body = error_body("wrong or missing API key", 401, code="invalid_api_key")
             raise HTTPException(401, body, headers={"WWW-Authenticate": "Bearer"})
 
