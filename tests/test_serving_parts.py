@@ -277,6 +277,21 @@ def test_what_a_dead_replica_took_with_it_is_handed_in_again(reader, monkeypatch
     assert engine.taken == 3
 
 
+def test_a_job_that_no_replica_took_before_one_died_is_handed_in_once_more(reader, monkeypatch):
+    monkeypatch.setattr(serving, "POLL_S", 0.01)
+    engine = Engine(None, [END])
+    put, taken = engine.put, []
+
+    def put_without_a_taker(message):
+        put(message)
+        taken.append(message[1])
+        engine.routes.response_buffer[message[1]].worker_id = None
+
+    engine.put = put_without_a_taker
+    assert ask_engine(reader, engine) == [END]
+    assert len(set(taken)) == 2  # under another name: an answer to the first one would be for nobody
+
+
 def test_a_stream_whose_replica_died_ends_with_an_error(reader, monkeypatch):
     monkeypatch.setattr(serving, "POLL_S", 0.01)
     engine = Engine([{**END, "finish": None}])

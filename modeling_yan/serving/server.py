@@ -123,6 +123,7 @@ class OpenAIRoutes(LitSpec):
         super().__init__()
         self.settings, self.reader, self.metrics = settings, reader, Metrics()
         self.name, self.num_open = settings.name or settings.model, 0
+        self.short_since = None  # when a replica was missed first, of those that are not back yet
         self.api_path = "/v1/completions"
         self.add_endpoint("/v1/completions", self.completions, ["POST"])
         self.add_endpoint("/v1/chat/completions", self.chat_completions, ["POST"])
@@ -228,8 +229,7 @@ class OpenAIRoutes(LitSpec):
         self.num_open += 1
         try:
             for job in jobs:
-                tickets.append(Ticket(str(uuid.uuid4()), job))
-                self.response_buffer[tickets[-1].uid] = tickets[-1].item
+                tickets.append(Ticket(job))
                 self._submit(tickets[-1])
             for number, ticket in enumerate(tickets):
                 async for piece in self._read(ticket, deadline):
@@ -240,8 +240,11 @@ class OpenAIRoutes(LitSpec):
                 self.response_buffer.pop(ticket.uid, None)
 
     def _submit(self, ticket: "Ticket"):
-        ticket.item.worker_id = None
-        self.request_queue.put((self.response_queue_id, ticket.uid, time.monotonic(), ticket.job))
+        """Hand a job in, under a new name if for the second time: what comes of the old one is for nobody."""
+        self.response_buffer.pop(ticket.uid, None)
+        ticket.uid, ticket.since, ticket.item.worker_id = str(uuid.uuid4()), time.monotonic(), None
+        self.response_buffer[ticket.uid] = ticket.item
+        self.request_queue.put((self.response_queue_id, ticket.uid, ticket.since, ticket.job))
 
     async def _read(self, ticket: "Ticket", deadline: float) -> AsyncIterator[dict]:
         """The pieces of a job.
@@ -271,19 +274,23 @@ class OpenAIRoutes(LitSpec):
                     yield piece
 
     def _is_lost(self, ticket: "Ticket") -> bool:
-        """Whether the replica that took a job is not there any more."""
-        number = ticket.item.worker_id
-        if number is None:
-            return False
-        name = f"{self.api_path.split('/')[-1]}_{number}"
-        return self._server.workers_setup_status.get(name) != WorkerSetupStatus.READY
+        """Whether a replica died with a job, or may have: it was killed while the job was on its way to one."""
+        states = dict(self._server.workers_setup_status)
+        is_short = any(state != WorkerSetupStatus.READY for state in states.values())
+        if not is_short:
+            self.short_since = None
+        elif self.short_since is None:
+            self.short_since = time.monotonic()
+        if ticket.item.worker_id is None:
+            return is_short and ticket.since < self.short_since
+        return states.get(f"{self.api_path.split('/')[-1]}_{ticket.item.worker_id}") != WorkerSetupStatus.READY
 
 
 class Ticket:
     """A job on its way, and what came back of it."""
 
-    def __init__(self, uid: str, job: Job):
-        self.uid, self.job = uid, job
+    def __init__(self, job: Job):
+        self.job, self.uid, self.since = job, None, 0.0
         self.item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
         self.num_open_texts = dict(job.settings).get("num_return_sequences", 1)
 
