@@ -424,3 +424,16 @@ def test_a_path_has_the_points_of_the_trajectory_and_its_straightness(folder):
 
 def test_the_parser_takes_no_abbreviation():
     assert build_parser().parse_known_args(["generate", "M", "--stre"])[1] == ["--stre"]
+
+
+def test_a_server_without_its_packages_says_what_to_install(yan, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "litserve", None)
+    monkeypatch.delitem(sys.modules, "modeling_yan.serving.server", raising=False)
+    code, _, errors = yan("serve", folder)
+    assert code == 2
+    assert "pip install 'modeling-yan[serve]'" in errors[-1]
+
+
+@pytest.mark.parametrize("words", [["--port", "80"], ["--host", "example.org"], ["--replicas", "0"]])
+def test_a_server_that_cannot_be_is_refused(yan, folder, words):
+    assert yan("serve", folder, *words)[0] == 2

@@ -1,6 +1,5 @@
-"""`yan serve`, asked by the real `openai` client on loopback, and what it is made of."""
+"""`yan serve`, asked by the real `openai` client on loopback: one process with two replicas for all tests."""
 
-import asyncio
 import json
 import os
 import signal
@@ -14,12 +13,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_yan.serving.requests import Job, Limits, RequestError, RequestReader
-from modeling_yan.serving.writing import BatchWriter, Text, group_jobs
-
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
-serving = pytest.importorskip("modeling_yan.serving.server")
+pytest.importorskip("modeling_yan.serving.server")
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
@@ -52,179 +48,8 @@ def write(model, tokenizer):
     return run
 
 
-@pytest.fixture(scope="module")
-def reader(tokenizer):
-    return RequestReader(tokenizer, Limits(prompt_tokens=88), new_tokens=40)
-
-
 def body(**fields) -> bytes:
     return json.dumps({"prompt": PROMPT, **fields}).encode()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt": None}, "prompt: must be given"),
-        ({"prompt": []}, r"prompt=\[\]: must be a string or a list of strings"),
-        ({"prompt": [1, 2]}, "token ids are not supported"),
-        ({"prompt": "apple " * 100}, "prompt: has .* tokens, must have at most 88"),
-        ({"max_tokens": 0}, "max_tokens=0: must be an integer from 1 to 1024"),
-        ({"max_tokens": True}, "max_tokens=True"),
-        ({"temperature": 3}, "temperature=3: must be a number from 0 to 2"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"n": 2}, "n=2: must be 1 unless temperature is above 0"),
-        ({"n": 8, "temperature": 1, "prompt": PROMPTS}, "32 texts: a request may ask for 16"),
-        ({"stop": [""]}, "stop="),
-        ({"seed": "x"}, "seed='x'"),
-        ({"stream": 1}, "stream=1: must be true or false"),
-        ({"top_p": 0.5}, "top_p=0.5: not supported"),
-        ({"logprobs": 0}, "logprobs=0: not supported"),
-        ({"echo": True}, "echo=True: not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5: not supported"),
-        ({"logit_bias": {"1": 5}}, "logit_bias=.*: not supported"),
-        ({"num_flow_steps": 65}, "num_flow_steps=65: must be an integer from 0 to 64"),
-        ({"max_tokns": 5}, "'max_tokns': no field of this server"),
-        ({"generation_config": "{"}, "generation_config='{'"),
-        ({"generation_config": '{"num_beams": 4}'}, "generation_config: 'num_beams' is not supported"),
-        ({"generation_config": '{"max_new_tokens": 5000}'}, "max_tokens=5000"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_request_that_is_wrong_is_told_which_field_and_what_is_allowed(reader, fields, message):
-    with pytest.raises(RequestError, match=message):
-        reader.completion(body(**fields))
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b"[" * 100_000], ids="empty cut list bytes deep".split())
-def test_a_body_that_is_no_object_is_refused(reader, text):
-    with pytest.raises(RequestError, match="the body"):
-        reader.completion(text)
-
-
-@pytest.mark.parametrize(
-    "messages", ["x", [], [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": [1]}]]
-)
-def test_messages_that_are_wrong_are_refused(reader, messages):
-    with pytest.raises(RequestError, match="messages="):
-        reader.chat(json.dumps({"messages": messages}).encode())
-
-
-def test_fields_that_ask_for_nothing_are_accepted(reader, tokenizer):
-    neutral = {"top_p": 1, "n": 1, "echo": False, "logprobs": None, "logit_bias": {}, "user": "me", "tools": []}
-    _, jobs = reader.completion(body(**neutral))
-    settings = (("max_new_tokens", 40), ("do_sample", False))
-    assert jobs == [Job(tuple(tokenizer(PROMPT)["input_ids"]), settings)]
-
-
-def test_what_transformers_chat_sends_is_understood(reader):
-    config = '{"do_sample": true, "max_new_tokens": 30, "transformers_version": "5.24.0"}'
-    _, jobs = reader.completion(body(generation_config=config))
-    drawn = {"do_sample": True, "temperature": 1.0, "num_return_sequences": 1, "seed": None}
-    assert dict(jobs[0].settings) == {"max_new_tokens": 30, **drawn}
-
-
-def test_drawn_texts_with_a_seed_are_written_alone():
-    def job(**settings):
-        return Job((1,), tuple(settings.items()))
-
-    jobs = [job(seed=1), job(seed=None), job(seed=1), job(seed=None), job(do_sample=False), job(do_sample=False)]
-    assert group_jobs(jobs) == [[0], [1, 3], [2], [4, 5]]
-
-
-def jobs_for(reader, prompts, **fields):
-    return reader.completion(json.dumps({"prompt": prompts, **fields}).encode())[1]
-
-
-def collect(writer, jobs) -> list[str]:
-    """The whole texts of jobs of one text each."""
-    texts = [""] * len(jobs)
-    for round_ in writer.write(jobs):
-        for number, pieces in enumerate(round_):
-            texts[number] += "".join(piece.get("text", "") for piece in pieces)
-    return texts
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("options", [{"num_flow_steps": 1}, {"canvas_length": 3, "max_tokens": 8}])
-def test_a_batch_equals_its_prompts_alone(model, tokenizer, reader, write, stream, options):
-    options = dict(options)
-    jobs = jobs_for(reader, PROMPTS, stream=stream, **options)
-    options["max_new_tokens"] = options.pop("max_tokens", 40)
-    assert collect(BatchWriter(model, tokenizer), jobs) == [write(prompt, **options) for prompt in PROMPTS]
-
-
-def test_a_stream_comes_canvas_by_canvas_with_its_drafts(model, tokenizer, reader):
-    jobs = jobs_for(reader, PROMPT, stream=True, drafts=True, canvas_length=3, num_flow_steps=2, max_tokens=8)
-    pieces = [round_[0][0] for round_ in BatchWriter(model, tokenizer).write(jobs) if round_[0]]
-    kinds = ["draft" if "draft" in piece else "text" for piece in pieces]
-    assert kinds == ["draft", "draft", "text"] * 3
-    assert "".join(piece.get("text", "") for piece in pieces).startswith("The")
-    assert [piece["finish"] for piece in pieces if "finish" in piece] == [None, None, "length"]
-
-
-def test_a_seed_draws_the_same_texts_whatever_else_is_asked_for(model, tokenizer, reader, write):
-    drawn = {"temperature": 1.0, "seed": 5}
-    jobs = jobs_for(reader, PROMPTS[:2], temperature=1.0) + jobs_for(reader, PROMPTS[:2], **drawn)
-    texts = collect(BatchWriter(model, tokenizer), jobs)[2:]
-    assert texts == [write(prompt, do_sample=True, **drawn) for prompt in PROMPTS[:2]]
-
-
-def test_an_error_of_one_group_is_told_to_it_alone(model, tokenizer, reader):
-    jobs = jobs_for(reader, PROMPT, expert_choice="best") + jobs_for(reader, PROMPT)
-    found = list(BatchWriter(model, tokenizer).write(jobs))
-    assert found[0][0][0]["status"] == 400
-    assert "expert_choice='best'" in found[0][0][0]["error"]
-    assert found[1][1][0]["text"] == ANSWER
-
-
-def test_a_fault_in_the_middle_of_a_stream_is_told(model, tokenizer, reader, monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("secret")
-
-    writer = BatchWriter(model, tokenizer)
-    monkeypatch.setattr(model, "generate", fail)
-    for stream in (False, True):
-        assert list(writer.write(jobs_for(reader, PROMPT, stream=stream))) == [
-            [[{"error": "internal error", "status": 500}]]
-        ]
-
-
-class Letters:
-    """A tokenizer of bytes."""
-
-    def decode(self, ids, skip_special_tokens):
-        return bytes(ids).decode(errors="replace")
-
-
-@pytest.mark.parametrize(
-    ("stop", "canvases", "pieces", "finish"),
-    [
-        ((), ["ab", "cd"], ["ab", "cd"], "length"),
-        (("bc",), ["ab", "cd"], ["a", ""], "stop"),
-        (("bx",), ["ab", "cd"], ["a", "bcd"], "length"),
-        (("cd", "b"), ["ab", "cd"], ["a"], "stop"),
-    ],
-)
-def test_a_stop_string_is_cut_off_wherever_a_canvas_ends(stop, canvases, pieces, finish):
-    text = Text(Letters(), set(), stop, limit=4)
-    assert [text.extend(list(canvas.encode())) for canvas in canvases][: len(pieces)] == pieces
-    assert text.finish == finish
-
-
-def test_half_a_letter_waits_for_its_other_half():
-    text, (first, second) = Text(Letters(), set(), (), limit=9), "é".encode()
-    assert [text.extend([first]), text.extend([second]), text.extend([first], is_over=True)] == ["", "é", "\ufffd"]
-
-
-def test_more_open_requests_than_allowed_are_refused(reader):
-    routes = serving.OpenAIRoutes(serving.Settings(MODEL, max_queue=2), reader)
-    routes.num_open = 2
-    with pytest.raises(RequestError, match="2 requests are open") as caught:
-        asyncio.run(anext(routes._pieces(jobs_for(reader, PROMPT))))
-    assert (caught.value.status, routes.num_open) == (429, 2)
-
-
-# The server: a process of its own with two replicas, the same one for all tests below.
 
 
 def free_port() -> int:
@@ -234,22 +59,23 @@ def free_port() -> int:
 
 
 class Server:
-    """`yan serve` with two replicas."""
+    """`yan serve`, in a process group of its own."""
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, replicas: int = 2):
         self.port, self.log = free_port(), log
         words = [sys.executable, "-m", "modeling_yan", "serve", MODEL, "--name", "yan", "--port", str(self.port)]
-        words += ["--device", "cpu", "--replicas", "2", "--threads", "1", "--max_body", "20000"]
+        words += ["--device", "cpu", "--replicas", str(replicas), "--threads", "1", "--max_body", "20000"]
         own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "YAN_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        settings = {"env": {**os.environ, **own}, "start_new_session": True}
         with log.open("w") as out:
-            self.process = subprocess.Popen([*words, "--batch_wait_ms", "50"], env={**os.environ, **own}, stderr=out)
+            self.process = subprocess.Popen([*words, "--batch_wait_ms", "50"], stderr=out, **settings)
 
     def client(self, **settings):
         settings = {"api_key": KEY, "timeout": ANSWER_S, "max_retries": 0, **settings}
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **settings)
 
     def wait(self):
-        """Until both replicas are there."""
+        """Until all replicas are there."""
         end = time.monotonic() + START_S
         while not self.is_ready():
             assert self.process.poll() is None, self.log.read_text()
@@ -279,10 +105,10 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
-    def stop(self, number=signal.SIGTERM) -> list:
+    def stop(self, send=os.kill, number=signal.SIGTERM) -> list:
         """End it, and return the processes that it leaves behind."""
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        self.process.send_signal(number)
+        send(self.process.pid, number)
         self.process.wait(ANSWER_S)
         _, left = psutil.wait_procs(processes, timeout=10)
         return left
@@ -443,3 +269,16 @@ def test_a_replica_that_is_killed_under_load_loses_nothing(server, client, write
 
 def test_a_signal_ends_all_processes(server):
     assert server.stop() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_ends_all_processes(tmp_path):
+    server = Server(tmp_path / "log", replicas=1)
+    try:
+        server.wait()
+    finally:
+        left = server.stop(os.killpg, signal.SIGINT)  # a terminal sends it to the whole group
+        for process in left:
+            process.kill()
+    assert left == []
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import import_module
 
 from .loading import load_config, prepare_library
 from .parsing import add_command, add_model, whole_number
@@ -44,7 +45,7 @@ def serve(options):
     prepare_library(is_quiet=not options.debug)
     load_config(options.model)
     try:
-        from ..serving import server
+        server = import_module("modeling_yan.serving.server")
     except ImportError as error:
         message = f"a server needs packages of the extra `serve`: pip install 'modeling-yan[serve]' ({error})"
         raise ImportError(message) from error

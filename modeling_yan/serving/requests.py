@@ -9,13 +9,14 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant")
 # accepted, and of no influence on a text
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "model")
+OWN_FIELDS = ("num_flow_steps", "canvas_length", "expert_choice", "drafts")  # of YAN
 # OpenAI's fields that YAN can't honour, with the values that ask for nothing
 NEUTRAL = {
     **dict.fromkeys(("top_p", "best_of"), (1,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs"), (0,)),
     **dict.fromkeys(("echo", "logprobs", "parallel_tool_calls"), (False,)),
-    **dict.fromkeys(("suffix",), ("",)),
-    **dict.fromkeys(("logit_bias",), ({},)),
+    "suffix": ("",),
+    "logit_bias": ({},),
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
     "modalities": (["text"],),
@@ -109,7 +110,7 @@ class RequestReader:
     def __init__(self, tokenizer, limits: Limits, new_tokens: int, is_yan: bool = True):
         self.tokenizer, self.limits, self.new_tokens = tokenizer, limits, min(new_tokens, limits.new_tokens)
         self.rules = field_rules(limits)
-        self.own_fields = ("num_flow_steps", "canvas_length", "expert_choice", "drafts") if is_yan else ()
+        self.is_yan = is_yan
 
     def completion(self, body: bytes) -> tuple[dict, list[Job]]:
         """The fields of a request to /v1/completions, and a job for every prompt."""
@@ -153,9 +154,7 @@ class RequestReader:
             if value not in NEUTRAL[name] or isinstance(value, bool) != isinstance(NEUTRAL[name][0], bool):
                 raise RequestError(f"{name}={reprlib.repr(value)}: not supported by this server", name)
             return
-        if name not in self.rules or (
-            name in ("num_flow_steps", "canvas_length", "expert_choice", "drafts") and name not in self.own_fields
-        ):
+        if name not in self.rules or (name in OWN_FIELDS and not self.is_yan):
             raise RequestError(f"{reprlib.repr(name)}: no field of this server", name)
         is_allowed, allowed = self.rules[name]
         if not is_allowed(value):
@@ -190,7 +189,7 @@ class RequestReader:
         settings = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             settings |= {"temperature": float(temperature), "num_return_sequences": number, "seed": fields.get("seed")}
-        own = {name: fields[name] for name in self.own_fields if name in fields and name != "drafts"}
+        own = {name: fields[name] for name in OWN_FIELDS if name in fields and name != "drafts"}
         return settings | own
 
 

@@ -18,6 +18,7 @@ from litserve.loops import BatchedStreamingLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from .answers import Answer, error_body, event
 from .metrics import VANISHED, Metrics
@@ -72,15 +73,19 @@ class YanAPI(litserve.LitAPI):
     def setup(self, device):
         """Load the model in the process of a replica."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        from ..commands.loading import load_tokenizer, prepare_library
+        from ..commands.loading import load_model, load_tokenizer, prepare_library
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the main process sees to
         prepare_library(is_quiet=True)
         torch.seed()  # replicas draw different numbers
-        model = AutoModelForCausalLM.from_pretrained(self.settings.model).to(device).eval()
-        self.writer = BatchWriter(model, load_tokenizer(self.settings.model), self.settings.threads)
+        name = self.settings.model
+        if AutoConfig.from_pretrained(name).model_type == "yan":
+            model = load_model(name, device)  # refuses a folder without the flow's weights
+        else:  # such as an autoregressive one to compare with
+            model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        self.writer = BatchWriter(model, load_tokenizer(name), self.settings.threads)
 
     def decode_request(self, request):
         return request
@@ -106,7 +111,7 @@ class YanAPI(litserve.LitAPI):
         if key is None or request.url.path in OPEN_PATHS:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             body = error_body("wrong or missing API key", 401, code="invalid_api_key")
             raise HTTPException(401, body, headers={"WWW-Authenticate": "Bearer"})
 
@@ -118,6 +123,7 @@ class OpenAIRoutes(LitSpec):
         super().__init__()
         self.settings, self.reader, self.metrics = settings, reader, Metrics()
         self.name, self.num_open = settings.name or settings.model, 0
+        self.short_since = None  # when a replica was missed first, of those that are not back yet
         self.api_path = "/v1/completions"
         self.add_endpoint("/v1/completions", self.completions, ["POST"])
         self.add_endpoint("/v1/chat/completions", self.chat_completions, ["POST"])
@@ -191,6 +197,8 @@ class OpenAIRoutes(LitSpec):
             return await asyncio.wait_for(request.body(), self.settings.timeout_s)
         except asyncio.TimeoutError:
             raise RequestError("the body did not come in time", status=408) from None
+        except ClientDisconnect:
+            raise RequestError("the client left", status=VANISHED) from None
         except StarletteHTTPException as error:  # of LitServe, for a body that is too large
             message = f"the body must have at most {self.settings.max_body} bytes"
             raise RequestError(message, status=error.status_code) from None
@@ -221,8 +229,7 @@ class OpenAIRoutes(LitSpec):
         self.num_open += 1
         try:
             for job in jobs:
-                tickets.append(Ticket(str(uuid.uuid4()), job))
-                self.response_buffer[tickets[-1].uid] = tickets[-1].item
+                tickets.append(Ticket(job))
                 self._submit(tickets[-1])
             for number, ticket in enumerate(tickets):
                 async for piece in self._read(ticket, deadline):
@@ -233,8 +240,11 @@ class OpenAIRoutes(LitSpec):
                 self.response_buffer.pop(ticket.uid, None)
 
     def _submit(self, ticket: "Ticket"):
-        ticket.item.worker_id = None
-        self.request_queue.put((self.response_queue_id, ticket.uid, time.monotonic(), ticket.job))
+        """Hand a job in, under a new name if for the second time: what comes of the old one is for nobody."""
+        self.response_buffer.pop(ticket.uid, None)
+        ticket.uid, ticket.since, ticket.item.worker_id = str(uuid.uuid4()), time.monotonic(), None
+        self.response_buffer[ticket.uid] = ticket.item
+        self.request_queue.put((self.response_queue_id, ticket.uid, ticket.since, ticket.job))
 
     async def _read(self, ticket: "Ticket", deadline: float) -> AsyncIterator[dict]:
         """The pieces of a job.
@@ -264,19 +274,23 @@ class OpenAIRoutes(LitSpec):
                     yield piece
 
     def _is_lost(self, ticket: "Ticket") -> bool:
-        """Whether the replica that took a job is not there any more."""
-        number = ticket.item.worker_id
-        if number is None:
-            return False
-        name = f"{self.api_path.split('/')[-1]}_{number}"
-        return self._server.workers_setup_status.get(name) != WorkerSetupStatus.READY
+        """Whether a replica died with a job, or may have: it was killed while the job was on its way to one."""
+        states = dict(self._server.workers_setup_status)
+        is_short = any(state != WorkerSetupStatus.READY for state in states.values())
+        if not is_short:
+            self.short_since = None
+        elif self.short_since is None:
+            self.short_since = time.monotonic()
+        if ticket.item.worker_id is None:
+            return is_short and ticket.since < self.short_since
+        return states.get(f"{self.api_path.split('/')[-1]}_{ticket.item.worker_id}") != WorkerSetupStatus.READY
 
 
 class Ticket:
     """A job on its way, and what came back of it."""
 
-    def __init__(self, uid: str, job: Job):
-        self.uid, self.job = uid, job
+    def __init__(self, job: Job):
+        self.job, self.uid, self.since = job, None, 0.0
         self.item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
         self.num_open_texts = dict(job.settings).get("num_return_sequences", 1)
 

@@ -1,5 +1,6 @@
-"""examples/serving/offline.py: texts for a file of prompts, whatever happens to its processes."""
+"""examples/serving: texts for a file of prompts, whatever happens to its processes; the figures of the load."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -70,3 +71,35 @@ def test_a_job_that_was_stopped_goes_on_with_what_is_missing(tmp_path):
     finish(start(tmp_path, 12, "--part_size", "4", "--processes", "1")[0])
     assert (tmp_path / "texts" / "part-000000004.jsonl").stat().st_mtime_ns == written
     check_texts(tmp_path, prompts)
+
+
+@pytest.fixture(scope="module")
+def load():
+    """The script that loads the server."""
+    spec = importlib.util.spec_from_file_location("serving_load", ROOT / "examples" / "serving" / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_figures_that_were_measured(load):
+    figures = json.loads((ROOT / "docs" / "benchmarks" / "serving.json").read_text())
+    assert load.section(figures) in (ROOT / "docs" / "guides" / "serve.md").read_text()
+
+
+def test_a_soak_tells_right_from_wrong_and_lost(load):
+    soak = load.Soak(0, {"prompt": "right"}, 0)
+    found = [
+        soak._judge(status, "prompt", lambda text=text: text)
+        for status, text in ((200, "right"), (200, ""), (0, ""), (429, ""))
+    ]
+    assert found == ["right", "wrong", "lost", "status 429"]
+    events = (
+        b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [{"text": "b", "draft": "x"}]}\n\ndata: [DONE]\n\n'
+    )
+    assert load._text_of_events(events) == "ab"
+
+
+def test_a_load_sums_up_what_was_measured(load):
+    found = load.Load(latencies=[0.1] * 98 + [0.2, 0.3], failed=1, seconds=10.0).summary()
+    assert found == {"requests": 100, "failed": 1, "requests_per_s": 10.0, "p50_s": 0.1, "p99_s": 0.201}
