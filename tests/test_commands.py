@@ -300,7 +300,8 @@ def test_the_exit_code_says_what_ended_a_command(yan, monkeypatch, error, code, 
 
 def test_ctrl_c_ends_a_process_quietly():
     process = run_late(
-        "import time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "info.prepare_library = lambda **_: print('ready', flush=True) or time.sleep(60)\n"
         "sys.exit(main(['info', 'MODEL']))"
     )
