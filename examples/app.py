@@ -3,6 +3,7 @@
 python examples/app.py
 """
 
+import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,5 +20,6 @@ def load(folder):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # it has no options: say so, and do not start
     folders = sorted(CHECKPOINTS.iterdir(), reverse=True)
     launch(build_demo({folder.name: load(folder) for folder in folders}))

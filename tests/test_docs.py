@@ -119,7 +119,7 @@ SCRIPTS = sorted({script for page in PAGES for words in commands(page) for scrip
 def test_the_options_of_a_command_exist(script):
     start = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     command = [sys.executable, *start, "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
     for page in PAGES:
         for words in commands(page):
             if script in words:
