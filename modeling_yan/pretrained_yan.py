@@ -3,7 +3,6 @@
 Letters of the shape comments: B batch, S prompt length, H width of the encoder, D hidden size, V vocabulary.
 """
 
-import copy
 import inspect
 import math
 import os
@@ -196,15 +195,8 @@ class YanPretrainedMixin:
         """As in transformers, but a model does not ignore the weights that its parts by themselves would ignore."""
         super().post_init()
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch, but a tied weight is not missing where its source is there: a checkpoint holds it once."""
-        tied = {} if assign else getattr(self, "all_tied_weights_keys", {})
-        here, given = dict(self.named_parameters(remove_duplicate=False)), copy.copy(state_dict)
-        for name, source in tied.items():
-            if here[name] is here[source] and name not in given and source in given:
-                given[name] = given[source]
-        return super().load_state_dict(given, strict, assign)
+        # or a Trainer that goes on would miss the tied weights in its log, which a checkpoint holds once
+        self._keys_to_ignore_on_save |= set(self.all_tied_weights_keys)
 
     def train(self, mode: bool = True):
         """As in torch, but a frozen pretrained encoder has no dropout."""
