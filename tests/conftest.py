@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 
@@ -23,6 +24,14 @@ TINY = {
     "freeze_decoder": False,
     "freeze_embeddings": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Commands and the server quieten transformers: no test after them may miss its warnings."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(params=["attention", "mamba"])
