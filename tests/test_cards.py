@@ -23,7 +23,7 @@ from modeling_yan.data import train_tokenizer
 def test_a_saved_model_has_a_card_with_what_its_config_knows(make_model, tmp_path, model_class, task, auto_class):
     make_model(model_class).save_pretrained(tmp_path / "my-model")
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", task)
+    assert (card.data.get("library_name"), card.data.pipeline_tag) == ("transformers", task)
     assert card.data.base_model is None
     assert "# my-model" in card.text
     assert f'{auto_class}.from_pretrained("my-model", trust_remote_code=True, revision="COMMIT")' in card.text
