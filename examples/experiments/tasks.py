@@ -4,10 +4,11 @@
         --output_dir results/multi30k --table docs/results/multi30k/table.json
 
 DATA holds `NAME-train.jsonl.gz`, `NAME-validation.jsonl.gz` and `NAME-test.jsonl.gz`: rows of `source` and `target`,
-of which those with one source give its references. A recipe says the task's name, the preset with changed fields, the
-updates and the arms. All arms see the same rows, as often, and have as many parameters. Each arm is trained once for
-each seed. A run that was killed goes on when the command is given again; one that stands in the table, or whose
-figures lie in the output folder, is not repeated. The table is written anew after every run.
+of which those with one source give its references; a row may have a `task` to be counted by. A recipe says the task's
+name, the preset with changed fields, the updates and the arms. All arms see the same rows, as often, and have as many
+parameters; those on the recipe's pretrained encoder have that besides. Each arm is trained once for each seed. A run
+that was killed goes on when the command is given again; one that stands in the table, or whose figures lie in the
+output folder, is not repeated. The table is written anew after every run.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+import encoder_arms
 import sacrebleu
 import torch
 import yaml
@@ -31,12 +33,22 @@ from modeling_yan.baselines import INPUTS, count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import read_rows, train_tokenizer, write_rows
 from modeling_yan.evaluation import load_for_generation, self_bleu
+from modeling_yan.evaluation.metrics import token_f1_scores
 from modeling_yan.evaluation.runs import generate_answers
 from modeling_yan.training import PretrainingArguments, pretrain
 
 NAMES = "task config fields vocab_size updates autoencoder_share batch_size steps temperatures arms".split()
-OPTIONAL = ("training", "flow_training", "draws", "metric", "num_rows")
-TRAINING_NAMES = "task config fields vocab_size updates autoencoder_share batch_size training flow_training".split()
+OPTIONAL = (
+    "training",
+    "flow_training",
+    "draws",
+    "metric",
+    "num_rows",
+    "encoder",
+    "encoder_fields",
+    "encoder_training",
+)
+TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 NUM_TEXTS = 4  # of one source, for self-BLEU
 ONE_PASS, ONE_PASS_CHAIN = "one pass", "one pass, chain"  # without a flow: every token by itself, or as a chain
 NO_STEPS = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
@@ -62,9 +74,10 @@ class Task:
 
     def __init__(self, recipe: dict, data_dir: Path, output_dir: Path, num_rows: int | None = None):
         self.files = {part: str(data_dir / f"{recipe['task']}-{part}.jsonl.gz") for part in ("train", "validation")}
-        self.references = {}
+        self.references, self.kinds = {}, {}
         for row in read_rows(data_dir / f"{recipe['task']}-test.jsonl.gz")[:num_rows]:
-            self.references.setdefault(row["source"], []).append(row["target"])
+            self.references.setdefault(row["source"], []).extend(row.get("answers") or [row["target"]])
+            self.kinds[row["source"]] = row.get("task")
         self.sources = list(self.references)
         self.tokenizer = output_dir / "tokenizer"
         if not (self.tokenizer / "tokenizer.json").exists():
@@ -73,13 +86,22 @@ class Task:
             train_tokenizer(texts, recipe["vocab_size"]).save_pretrained(self.tokenizer)
 
     def scores(self, texts: list[str]) -> dict[str, float]:
-        """BLEU and chrF of sacrebleu in [0, 100] against all references, exact match of one of them in [0, 1]."""
+        """BLEU and chrF of sacrebleu in [0, 100] against all references; exact match and F1 of one of them, and the
+        share of texts that are a target of no row, in [0, 1]; and the exact match of every `task` of the rows."""
         wanted = [self.references[source] for source in self.sources]
         most = max(map(len, wanted))
         columns = [[each[index] if index < len(each) else None for each in wanted] for index in range(most)]
-        exact = sum(text.strip() in each for text, each in zip(texts, wanted, strict=True)) / len(texts)
+        right = [text.strip() in each for text, each in zip(texts, wanted, strict=True)]
+        f1 = sum(max(token_f1_scores([text] * len(each), each)) for text, each in zip(texts, wanted)) / len(texts)
         bleu, chrf = sacrebleu.corpus_bleu(texts, columns), sacrebleu.corpus_chrf(texts, columns)
-        return {"bleu": bleu.score, "brevity_penalty": bleu.bp, "chrf": chrf.score, "exact": exact}
+        known = {target for each in wanted for target in each}
+        scores = {"bleu": bleu.score, "brevity_penalty": bleu.bp, "chrf": chrf.score, "f1": f1}
+        scores |= {
+            "exact": sum(right) / len(right),
+            "unknown": sum(text.strip() not in known for text in texts) / len(texts),
+        }
+        kinds = [self.kinds[source] for source in self.sources]
+        return {**scores, "by_task": encoder_arms.mean_by(kinds, right)} if all(kinds) else scores
 
     def distribution(self, drawn: list[list[str]]) -> dict[str, float]:
         """How the texts drawn for each source are distributed, against its references."""
@@ -132,7 +154,16 @@ def taught_rows(name: str, task: Task, recipe: dict, options) -> str:
 
 
 def train_stage(
-    stage: str, config: Path, folder: Path, updates: int, train_file: str, task: Task, recipe: dict, options, settings
+    stage: str,
+    config: Path,
+    folder: Path,
+    updates: int,
+    train_file: str,
+    task: Task,
+    recipe: dict,
+    options,
+    settings: dict,
+    tokenizer: Path | None = None,
 ):
     """One stage into a folder of its own, or what is left of it."""
     if (folder / "model.safetensors").exists():
@@ -141,7 +172,7 @@ def train_stage(
     arguments = PretrainingArguments(
         stage,
         str(config),
-        str(task.tokenizer),
+        str(tokenizer or task.tokenizer),
         str(folder),
         train_file=[train_file],
         max_steps=updates,
@@ -161,6 +192,8 @@ def train_stage(
 def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     """All stages of an arm with one seed; the folder of its model."""
     arm, home = recipe["arms"][name], options.output_dir / f"{name}-{options.seed}".replace(" ", "_")
+    if arm.get("encoder"):
+        return train_on_encoder(arm, home, task, recipe, options)
     tokenizer, updates = AutoTokenizer.from_pretrained(task.tokenizer), recipe["updates"]
     config, settings = preset(recipe, tokenizer, arm.get("fields", {})), arm.get("training", {})
     kind = arm.get("kind", "yan")
@@ -193,6 +226,24 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     return home / "model"
 
 
+def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -> Path:
+    """An arm on the pretrained encoder of the recipe: in one stage, by the updates of the others."""
+    check_recipe(home, arm, recipe)
+    kind, encoder = arm.get("kind", "yan"), options.encoder or recipe["encoder"]
+    settings = {**recipe["encoder_training"], **arm.get("training", {})}
+    if kind == encoder_arms.CLASSIFIER:
+        settings = {**recipe.get("training", {}), **settings}
+        encoder_arms.train_classifier(encoder, task.files["train"], recipe, settings, options.seed, home / "model")
+        return home / "model"
+    fields = {**recipe["encoder_fields"], **arm.get("fields", {})}
+    encoder_arms.start_model(encoder, fields, kind, read_rows(task.files["train"]), home / "start")
+    YanConfig.from_pretrained(home / "start").save_pretrained(home / "preset")
+    stage = "flow" if kind in ("yan", ONE_PASS_CHAIN) else kind
+    run = (recipe["updates"], task.files["train"], task, recipe, options, settings)
+    train_stage(stage, home / "start", home / "model", *run, tokenizer=home / "start")
+    return home / "model"
+
+
 def fingerprint(*parts) -> str:
     """A short name for what a run was made of."""
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode(), usedforsecurity=False).hexdigest()[:10]
@@ -219,6 +270,8 @@ def load(folder: Path, kind: str):
     """The model of an arm; one pass is a YAN whose flow is never asked."""
     if kind in (ONE_PASS, ONE_PASS_CHAIN):
         return YanForFlowGeneration.from_pretrained(folder).eval()
+    if kind == encoder_arms.CLASSIFIER:
+        return encoder_arms.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     return load_for_generation(str(folder))
 
 
@@ -229,6 +282,9 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     references, and the total variation of their frequencies from the references'.
     """
     kind = recipe["arms"][name].get("kind", "yan")
+    if kind == encoder_arms.CLASSIFIER:
+        length = recipe["training"]["max_source_length"]
+        return {"best": {"class": task.scores(encoder_arms.classify(folder, task.sources, length))}}
     model, tokenizer = load(folder, kind), AutoTokenizer.from_pretrained(folder)
     config = YanConfig.from_pretrained(options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "preset")
 
@@ -339,6 +395,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--table", type=Path, help="where the table goes; into the output folder if left out")
     parser.add_argument("--arms", nargs="+", help="those of the recipe to train, all if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--encoder", help="folder of the recipe's encoder, if it is not to be fetched from the hub")
     parser.add_argument("--num_rows", type=int, help="of the test file, instead of the recipe's")
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args(arguments)

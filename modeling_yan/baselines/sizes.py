@@ -9,7 +9,16 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ..configuration_yan import YanConfig
 from ..modeling_yan import YanForFlowGeneration
@@ -67,6 +76,26 @@ def _encoder_decoder(config: YanConfig, intermediate_size: int, kernel_size: int
     return T5ForConditionalGeneration(T5Config(**settings))
 
 
+def _pretrained_encoder_decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
+    """BERT's decoder with cross-attention on YAN's pretrained encoder, as wide as this and as deep as YAN's flow."""
+    decoder = BertConfig(
+        **_common(config),
+        hidden_size=config.encoder.hidden_size,
+        num_hidden_layers=config.num_flow_layers,
+        num_attention_heads=config.encoder.num_attention_heads,
+        intermediate_size=intermediate_size,
+        is_decoder=True,
+        add_cross_attention=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    settings = EncoderDecoderConfig.from_encoder_decoder_configs(config.encoder, decoder)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(settings, name, getattr(config, name))
+    settings.decoder_start_token_id = config.bos_token_id
+    return EncoderDecoderModel(settings)
+
+
 def _common(config: YanConfig) -> dict:
     shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
     return {"tie_word_embeddings": True, **{name: getattr(config, name) for name in shared}}
@@ -89,7 +118,7 @@ def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
 
     Width, heads and number of layers are YAN's, encoder and flow added up; the feed-forward layers' width is chosen so
     that the number of parameters comes as near to YAN's as it can. YAN's embeddings may be untied, the baselines' are
-    always tied.
+    always tied. On YAN's pretrained encoder the decoder's embeddings are its own, and come on top.
 
     Args:
         kind: A key of `BASELINES`. The self-attention of those in `CONVOLVED` sees, as YAN's does, a convolution of
@@ -104,6 +133,10 @@ def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
     if kind in CONVOLVED and not config.attention_conv_kernel:
         raise ValueError(f"kind={kind!r}: needs a config with attention_conv_kernel above 0, the convolution's width")
     make = BASELINES[kind]
+    if config.encoder is not None and kind == "encoder_decoder":
+        make = _pretrained_encoder_decoder
+        size = count_parameters(config) + config.vocab_size * config.encoder.hidden_size
+        return make(config, fit_width(lambda width: make(config, width), size, kind))
     return make(config, fit_width(lambda width: make(config, width), count_parameters(config), kind))
 
 

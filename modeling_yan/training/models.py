@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import (
@@ -25,7 +26,8 @@ WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IND
 def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False, config_overrides: str = ""):
     """The stage's model: weights of a checkpoint, or a fresh one of a preset, fitted to the tokenizer.
 
-    A baseline is always fresh, and as large as the YAN whose config there is.
+    A baseline is always fresh, and as large as the YAN whose config there is; but a pretrained encoder is that of the
+    checkpoint.
 
     Args:
         name: Folder or hub name. It counts as a preset if it holds no weights.
@@ -43,7 +45,7 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
     config = load_config(name, config_overrides)
     if stage in INPUTS or not has_weights(name):
         config.update({"vocab_size": count_ids(tokenizer), **special})
-        return make_baseline(stage, config) if stage in INPUTS else STAGES[stage](config)
+        return _make_baseline(stage, name, config) if stage in INPUTS else STAGES[stage](config)
     differing = {role: value for role, value in special.items() if getattr(config, role) != value}
     if (count_ids(tokenizer) > config.vocab_size or differing) and not resize_embeddings:
         raise ValueError(
@@ -55,6 +57,17 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
     fit_to_tokenizer(model, tokenizer)
     if stage == "flow" and model.generation_config.max_new_tokens == load_config(name).canvas_length:
         model.generation_config.max_new_tokens = config.canvas_length  # one canvas, however long it is now
+    return model
+
+
+def _make_baseline(stage, name, config):
+    model = make_baseline(stage, config)
+    if config.encoder is not None and has_weights(name):
+        source = YanForFlowGeneration.from_pretrained(name).model.encoder
+        model.get_encoder().load_state_dict(source.state_dict(), strict=False)  # a pooler, which nothing reads, is new
+        words = model.get_decoder().get_input_embeddings().weight
+        with torch.no_grad():
+            words.copy_(source.get_input_embeddings().weight)
     return model
 
 

@@ -66,14 +66,18 @@ def baseline_flops(model: nn.Module, batch_size: int, source: int, target: int) 
         source, target: Widths of the batch in tokens; `source` is all of it where both are one sequence.
     """
     if model.config.is_encoder_decoder:
-        tokens = source * linear_flops(model.encoder) + target * linear_flops(model.decoder, model.lm_head)
+        heads = [model.lm_head] if hasattr(model, "lm_head") else []  # a BERT's is in its decoder
+        tokens = source * linear_flops(model.encoder) + target * linear_flops(model.decoder, *heads)
     else:
         tokens = (source + target) * linear_flops(model.model) + (target or source) * linear_flops(model.lm_head)
     return 3 * batch_size * tokens
 
 
 def _encoder_flops(model, length):
-    config = model.config
+    config, pretrained = model.config, model.config.encoder
+    if pretrained is not None:
+        attention = 4 * pretrained.hidden_size * length * pretrained.num_hidden_layers
+        return length * (linear_flops(model.model.encoder, model.model.latents) + attention)
     attention = _attention_flops(config, config.encoder_mixer, length) * config.num_encoder_layers
     return length * (linear_flops(model.model.layers) + attention)
 

@@ -1,0 +1,114 @@
+"""Arms of `tasks.py` on a pretrained encoder: YAN, one pass, an AR encoder-decoder, and a head that classifies.
+
+They are trained by the same updates of as many rows as the other arms. An arm has `encoder: true` in its recipe, which
+names the encoder.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.baselines import count_parameters
+from modeling_yan.baselines.sizes import fit_width
+from modeling_yan.data import prepare_tokenizer, read_rows
+
+ONE_PASS_CHAIN, CLASSIFIER = "one pass, chain", "classifier"
+MEASURED_ROWS = 1024
+BATCH_SIZE = 32
+
+
+def start_model(encoder: str, fields: dict, kind: str, rows: list[dict], folder: Path):
+    """Leave a new model on the encoder, with measured latents, and its tokenizer in a folder.
+
+    One pass has the layers and parameters of YAN's flow in its decoder, and answers in mask tokens before the prompt.
+    """
+    if folder.exists():
+        return
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    prepare_tokenizer(tokenizer)
+    model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
+    if kind == ONE_PASS_CHAIN:
+        fields = one_pass_fields(model.config, fields)
+        model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
+    limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}
+    texts = [row["source"] for row in rows[:MEASURED_ROWS]]
+    batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
+    model.measure_latents(tokenizer(batch, return_tensors="pt", **limits) for batch in batches)
+    aside = folder.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+
+def one_pass_fields(config: YanConfig, fields: dict) -> dict:
+    """The fields of an arm whose decoder has the layers and parameters of a YAN's flow besides, and no flow to ask."""
+    layers = config.num_flow_layers + config.num_decoder_layers
+    fields = {**fields, "num_answer_slots": config.canvas_length, "num_decoder_layers": layers, "num_flow_layers": 1}
+    fields |= {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
+
+    def used(width: int):
+        model = YanForFlowGeneration(YanConfig(**{**config.to_dict(), **fields, "intermediate_size": width}))
+        del model.flow
+        return model
+
+    return {**fields, "intermediate_size": fit_width(used, count_parameters(config), "one pass")}
+
+
+def train_classifier(encoder: str, train_file: str, recipe: dict, settings: dict, seed: int, folder: Path):
+    """Train the encoder with transformers' own head on the targets as classes, and leave both in a folder."""
+    if (folder / "model.safetensors").exists():
+        return
+    torch.manual_seed(seed)
+    rows, tokenizer = read_rows(train_file), AutoTokenizer.from_pretrained(encoder)
+    labels = {name: number for number, name in enumerate(sorted({row["target"] for row in rows}))}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=len(labels), label2id=labels, id2label={number: name for name, number in labels.items()}
+    )
+    length = recipe["training"]["max_source_length"]
+    sources = tokenizer([row["source"] for row in rows], truncation=True, max_length=length)["input_ids"]
+    data = [{"input_ids": ids, "label": labels[row["target"]]} for ids, row in zip(sources, rows, strict=True)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=recipe["updates"],
+        per_device_train_batch_size=recipe["batch_size"],
+        learning_rate=settings["learning_rate"],
+        warmup_steps=recipe["training"]["warmup_steps"],
+        bf16=recipe["training"].get("mixed_precision") == "bf16",
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+
+
+@torch.no_grad()
+def classify(folder: Path, sources: list[str], length: int) -> list[str]:
+    """The name of the likeliest class of every source."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = []
+    for start in range(0, len(sources), BATCH_SIZE):
+        batch = sources[start : start + BATCH_SIZE]
+        inputs = tokenizer(batch, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        found += [model.config.id2label[int(number)] for number in model(**inputs).logits.argmax(-1)]
+    return found
+
+
+def mean_by(names: list[str], values: list[float]) -> dict[str, float]:
+    """The mean of the values of each name."""
+    return {name: float(np.mean([v for n, v in zip(names, values) if n == name])) for name in sorted(set(names))}
