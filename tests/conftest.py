@@ -75,14 +75,14 @@ def _seeded():
 
 
 @pytest.fixture
-def load_script():
+def load_script(monkeypatch):
     """Function from the name of an experiment to its module."""
     loaded = []
 
     def load(name):
-        spec = importlib.util.spec_from_file_location(
-            f"experiment_{name}", Path(__file__).parents[1] / "examples/experiments" / f"{name}.py"
-        )
+        folder = Path(__file__).parents[1] / "examples" / "experiments"
+        monkeypatch.syspath_prepend(folder)  # as for a script that is run there
+        spec = importlib.util.spec_from_file_location(f"experiment_{name}", folder / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         loaded.append(spec.name)
