@@ -61,6 +61,12 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
             write_rows(tmp_path / f"{name}-{part}.jsonl.gz", [{"text": story}] * 4)
     for part in ("train", "test"):
         write_rows(tmp_path / f"scan-{part}.jsonl.gz", [{"source": "jump left", "target": "I_TURN_LEFT I_JUMP"}] * 10)
+    for part in ("train", "validation", "test"):
+        write_rows(tmp_path / f"agnews-{part}.jsonl.gz", [{"source": "s", "target": "Sci/Tech"}])
+        write_rows(tmp_path / f"dbpedia-{part}.jsonl.gz", [{"source": "s", "target": "MeanOfTransportation"}])
+        questions = [{"source": f"{part} {n}", "target": "n,w", "task": f"qa{n % 2}"} for n in range(300)]
+        shared = [{"source": "Where?", "target": "hall", "task": "qa1"}]
+        write_rows(tmp_path / f"babi-{part}.jsonl.gz", questions + shared)
     script.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "rows")])
     parts = {path.name.split(".")[0]: read_rows(path) for path in (tmp_path / "rows").iterdir()}
     train, held_out = ({row["source"] for row in parts[f"e2e-{part}"]} for part in ("train", "validation"))
@@ -75,6 +81,11 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
     assert f"{first['source']} {first['target']}" in story
     assert [len(parts[f"scan-{part}"]) for part in ("train", "validation", "test")] == [9, 1, 10]
     assert parts["scan-test"][0]["target"] == "TURNLEFT JUMP"
+    assert parts["agnews-train"] == [{"source": "s", "target": "sci tech"}]
+    assert parts["dbpedia-test"] == [{"source": "s", "target": "mean of transportation"}]
+    assert Counter(row["task"] for row in parts["babi-test"]) == {"qa0": 100, "qa1": 100}
+    assert {row["target"] for row in parts["babi-validation"]} == {"n w", "hall"}
+    assert [len(parts[f"babi-{part}"]) for part in ("train", "validation")] == [300, 301]
 
 
 TASK_ARMS = {

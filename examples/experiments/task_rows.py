@@ -1,20 +1,26 @@
-"""Rows of three tasks for `tasks.py` that their public files hold in another form.
+"""Rows of the tasks for `tasks.py` that their public files hold in another form.
 
     python examples/experiments/task_rows.py --data_dir DATA --output_dir ROWS
 
-DATA holds `e2e-{validation,test}.jsonl.gz` and `scan-{train,test}.jsonl.gz` (`source` and `target`), and
-`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). ROWS
-gets the train, validation and test files of
+DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz` and the three parts of `agnews`, `dbpedia`
+and `babi` (`source` and `target`), and `tinystories-{train,validation}.jsonl.gz` and
+`fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). `--tasks` names some of them. ROWS gets the train,
+validation and test files of
 
 - e2e: a tenth of the development part's sources is for validation, the rest to train on;
 - continuation: the next sentence of a story from the three before it. Stories of TinyStories' validation part are
   shared between validation and test, in turn;
 - scan: an action is one word (`TURNLEFT` for `I_TURN_LEFT`), so that it is one token. The last tenth of the training
-  rows, in random order, is for validation.
+  rows, in random order, is for validation;
+- agnews, dbpedia: the class as lower-case words, which every tokenizer can write ("sci tech", "natural place");
+- babi: all twenty tasks, without commas in the answer. Training rows that are in the test part, too, are left out; of
+  every task 100 test rows are measured.
 """
 
 import argparse
 import random
+import re
+from functools import partial
 from pathlib import Path
 
 from modeling_yan.data import read_rows, write_rows
@@ -22,6 +28,8 @@ from modeling_yan.data.tasks import split_sentences
 
 NUM_BEFORE = 3  # sentences that are given
 MAX_WORDS = 24  # of the sentence that is asked for
+PARTS = ("train", "validation", "test")
+ROWS_OF_A_TASK = 100  # of bAbI's test part
 
 
 def continuations(text: str) -> list[dict[str, str]]:
@@ -70,14 +78,54 @@ def scan_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
     return {"train": rows[:cut], "validation": rows[cut:], "test": parts["test"]}
 
 
+def class_parts(data_dir: Path, name: str) -> dict[str, list[dict[str, str]]]:
+    """The rows of a classification by part, the class as words."""
+
+    def words(label: str) -> str:
+        return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)).lower()
+
+    return {
+        part: [{"source": row["source"], "target": words(row["target"])} for row in rows]
+        for part, rows in ((part, read_rows(data_dir / f"{name}-{part}.jsonl.gz")) for part in PARTS)
+    }
+
+
+def babi_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of the twenty tasks, by part."""
+    parts = {
+        part: [{**row, "target": row["target"].replace(",", " ")} for row in rows]
+        for part, rows in ((part, read_rows(data_dir / f"babi-{part}.jsonl.gz")) for part in PARTS)
+    }
+    seen = {row["source"].lower() for row in parts["test"]}
+    by_task: dict[str, list] = {}
+    for row in random.Random(0).sample(parts["test"], len(parts["test"])):
+        by_task.setdefault(row["task"], []).append(row)
+    return {
+        "train": [row for row in parts["train"] if row["source"].lower() not in seen],
+        "validation": parts["validation"],
+        "test": [row for rows in by_task.values() for row in rows[:ROWS_OF_A_TASK]],
+    }
+
+
+TASKS = {
+    "e2e": e2e_parts,
+    "continuation": continuation_parts,
+    "scan": scan_parts,
+    "agnews": partial(class_parts, name="agnews"),
+    "dbpedia": partial(class_parts, name="dbpedia"),
+    "babi": babi_parts,
+}
+
+
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="all if left out")
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    for task, parts in {"e2e": e2e_parts, "continuation": continuation_parts, "scan": scan_parts}.items():
-        for part, rows in parts(options.data_dir).items():
+    for task in options.tasks:
+        for part, rows in TASKS[task](options.data_dir).items():
             write_rows(options.output_dir / f"{task}-{part}.jsonl.gz", rows)
             print(task, part, len(rows), "rows")
 
