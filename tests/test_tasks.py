@@ -223,5 +223,5 @@ def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):
     page = script.make_page(tables, Path("docs/results/intro.md"))
     assert Path("docs/results.md").read_text() == page
     assert len(page.splitlines()) <= 300
-    readme, figures = Path("README.md").read_text(), Path("docs/results/multi30k/table.json")
-    assert script.put_into_readme(readme, figures) == readme
+    readme = Path("README.md").read_text()
+    assert script.put_into_readme(readme, tables) == readme

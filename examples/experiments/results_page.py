@@ -22,10 +22,24 @@ TITLES = {
     "continuation": "Stories: the next sentence",
     "disflqa": "Disfl-QA: questions without slips of the tongue",
     "scan": "SCAN: commands to actions",
+    "sst2_sentences": "SST-2: the sentiment of a sentence",
+    "agnews": "AG News: the section of a newspaper",
+    "dbpedia": "DBpedia: the kind of a thing",
+    "babi": "bAbI: twenty tasks at once",
+    "squad_devsplit": "SQuAD: answers to questions",
 }
 RIVALS = ("one pass", "one pass as a chain", "AR encoder-decoder")
-METRICS = {"bleu": ("BLEU", 1, 1), "chrf": ("chrF", 1, 1), "exact": ("Exact match, %,", 100, 1)}  # name, scale, digits
-README_TASK, MARKS = "multi30k", ("<!-- results -->", "<!-- end of results -->")
+ENCODER_RIVALS = ("one pass as a chain on MiniLM", "classification head on MiniLM")
+METRICS = {  # name, scale, digits
+    "bleu": ("BLEU", 1, 1),
+    "chrf": ("chrF", 1, 1),
+    "exact": ("exact match, %", 100, 1),
+    "f1": ("F1, %", 100, 1),
+    "unknown": ("share of texts that are the answer of no row, %", 100, 1),
+}
+README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2"}
+README_ARMS = ("YAN, one expert", "one pass", "one pass as a chain", "AR decoder", "AR encoder-decoder")
+MARKS = ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
 
 
@@ -113,8 +127,9 @@ def distribution_tables(runs: dict) -> list[str]:
 
 def best_table(runs: dict, metric: str = "bleu") -> list[str]:
     """The best texts by number of steps, in one of the METRICS."""
-    steps = sorted(columns_of(runs, "best"), key=lambda step: (step == "greedy", int(step) if step.isdigit() else 0))
-    heads = [{"greedy": "greedy", "0": "no step"}.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
+    steps = sorted(columns_of(runs, "best"), key=lambda step: (not step.isdigit(), int(step) if step.isdigit() else 0))
+    names = {"greedy": "greedy", "class": "class", "0": "no step"}
+    heads = [names.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
     _, scale, digits = METRICS[metric]
     return make_table(runs, heads, [("best", step, metric) for step in steps], digits, scale)
 
@@ -123,14 +138,14 @@ def final_figures(runs: dict, arm: str, metric: str) -> list[float]:
     """An arm's best text by seed: at three steps, or as the arm writes where it has no steps."""
     found = []
     for run in runs.get(arm, {}).values():
-        names = [name for name in ("3", "greedy", "0") if name in run["best"]]
+        names = [name for name in ("3", "greedy", "class", "0") if name in run["best"]]
         found += [METRICS[metric][1] * run["best"][names[0]][metric]] if names else []
     return found
 
 
 def comparison_table(runs: dict, metric: str) -> list[str]:
     """Each arm against the rivals: the difference, and p of Welch's t-test over training seeds."""
-    rivals = [rival for rival in RIVALS if len(final_figures(runs, rival, metric)) > 1]
+    rivals = [rival for rival in RIVALS + ENCODER_RIVALS if len(final_figures(runs, rival, metric)) > 1]
     lines = []
     for arm in runs:
         own, cells = final_figures(runs, arm, metric), []
@@ -153,8 +168,9 @@ def comparison_table(runs: dict, metric: str) -> list[str]:
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     lines = [f"{METRICS[metric][0]} of the best text, by number of steps:", ""]
     lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
-    if metric == "bleu":
-        lines += ["chrF of the same texts:", "", *best_table(runs, "chrf")]
+    others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
+    if others.get(metric) in columns_of(runs, "best", columns_of(runs, "best")[0]):
+        lines += [f"{METRICS[others[metric]][0]} of the same texts:", "", *best_table(runs, others[metric])]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
@@ -164,12 +180,26 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     return lines
 
 
-def put_into_readme(text: str, path: Path) -> str:
-    """The text with the table of the best texts, of the figures in a file, between its two marks."""
-    runs = json.loads(path.read_text())["runs"]
+def readme_table(paths: dict[str, Path]) -> list[str]:
+    """The arms that most tasks have, with a column for each task: at three steps, or as the arm generates."""
+    tables = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    metrics = {name: table["recipe"].get("metric", "bleu") for name, table in tables.items()}
+    heads = [f"{README_TASKS[name]}, {METRICS[metrics[name]][0]}" for name in tables]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for arm in README_ARMS:
+        figures = [final_figures(table["runs"], arm, metrics[name]) for name, table in tables.items()]
+        cells = [mean_with_interval(values, 1) if values else "" for values in figures]
+        lines += [f"| {arm} | " + " | ".join(cells) + " |"] if any(cells) else []
+    return lines
+
+
+def put_into_readme(text: str, paths: list[Path]) -> str:
+    """The text with the table of its tasks, of the figures in these files, between its two marks."""
+    found = {path.parent.name: path for path in paths}
+    table = readme_table({name: found[name] for name in README_TASKS if name in found})
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    return f"{before}{MARKS[0]}\n{chr(10).join(best_table(runs)).rstrip()}\n{MARKS[1]}{after}"
+    return f"{before}{MARKS[0]}\n{chr(10).join(table)}\n{MARKS[1]}{after}"
 
 
 def make_page(paths: list[Path], intro: Path) -> str:
@@ -185,12 +215,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--intro", type=Path, default=Path("docs/results/intro.md"))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--readme", type=Path, help=f"gets the table of {README_TASK}, too")
+    parser.add_argument("--readme", type=Path, help="gets a table of the main arms, too")
     options = parser.parse_args(arguments)
     options.output.write_text(make_page(sorted(options.tables), options.intro))
-    for path in options.tables:
-        if options.readme and path.parent.name == README_TASK:
-            options.readme.write_text(put_into_readme(options.readme.read_text(), path))
+    if options.readme:
+        options.readme.write_text(put_into_readme(options.readme.read_text(), options.tables))
 
 
 if __name__ == "__main__":
