@@ -289,8 +289,8 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     config = YanConfig.from_pretrained(options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "preset")
 
     def write(sources=task.sources, **settings):
-        length = config.canvas_length
-        return generate_answers(model, tokenizer, sources, 100, max_new_tokens=length, **settings)
+        settings |= {"max_source_length": recipe.get("training", {}).get("max_source_length")}
+        return generate_answers(model, tokenizer, sources, 100, max_new_tokens=config.canvas_length, **settings)
 
     def draw(temperature: float, number: int, num_flow_steps: int = 0 if kind == ONE_PASS_CHAIN else 3):
         """So many texts for each source."""

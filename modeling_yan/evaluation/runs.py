@@ -79,17 +79,24 @@ def generate_answers(model, tokenizer, sources: Sequence[str], batch_size: int =
 
 @torch.no_grad()
 def generate_timed(
-    model, tokenizer, sources: Sequence[str], batch_size: int = 32, seed: Sequence[int] | int | None = None, **options
+    model,
+    tokenizer,
+    sources: Sequence[str],
+    batch_size: int = 32,
+    seed: Sequence[int] | int | None = None,
+    max_source_length: int | None = None,
+    **options,
 ) -> Generated:
     """Generate for each source, and count tokens and seconds.
 
     Args:
+        max_source_length: Sources of more tokens keep their end, as in training.
         seed: For models whose `generate` has a `seed`. Every batch gets its own, made from this and its place: with
             one for all, rows at the same place of different batches would start from the same noise.
     """
     result = Generated([], [], 0.0)
     for start in tqdm(range(0, len(sources), batch_size), desc="generating", leave=False):
-        batch = _tokenize(tokenizer, sources[start : start + batch_size]).to(model.device)
+        batch = _tokenize(tokenizer, sources[start : start + batch_size], max_source_length).to(model.device)
         if seed is not None:
             options["seed"] = _batch_seed(seed, start)
         sequences, seconds = _timed(model.generate, **batch, **options)
@@ -199,11 +206,14 @@ def _by_length(model, generate, lengths) -> Generated:
     return result
 
 
-def _tokenize(tokenizer, texts):
+def _tokenize(tokenizer, texts, max_length=None):
     """Prompts as tensors, padded on the left, where a causal model needs it; YAN takes either side."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt")
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    limits = {"truncation": max_length is not None, "max_length": max_length}
+    batch = tokenizer(list(texts), padding=True, padding_side="left", return_tensors="pt", **limits)
+    tokenizer.truncation_side = side
     batch.pop("token_type_ids", None)  # `generate` refuses what the model's forward doesn't take
     return batch
 

@@ -130,6 +130,18 @@ def test_seeds_change_the_sampled_run_alone_and_batches_have_their_own_noise(yan
     assert [[one.texts for one in run.passes] for run in again] == [[one.texts for one in run.passes] for run in runs]
 
 
+def test_a_long_source_keeps_its_end(yan, tokenizer, rows):
+    options = {"num_flow_steps": 1, "canvas_length": 8, "max_new_tokens": 8, "max_source_length": 12}
+    source = rows[0]["source"]
+    end = tokenizer.decode(tokenizer(source)["input_ids"][-12:])
+    yan.config.init_noise = 0.0
+    before = tokenizer.truncation_side
+    assert generate_answers(yan, tokenizer, [" ".join([source] * 50)], **options) == generate_answers(
+        yan, tokenizer, [end], **options
+    )
+    assert tokenizer.truncation_side == before
+
+
 def test_with_oracle_length_no_row_gets_more_tokens_than_its_reference(yan, tokenizer, rows):
     sources = [row["source"] for row in rows]
     targets = ["Yes.", *(row["target"] for row in rows[1:])]
