@@ -175,7 +175,7 @@ class YanOptionsMixin:
         if not (is_simple and last and last[0] == call):
             configs = [config for config in (generation_config, self.generation_config) if config is not None]
             asked = [kwargs, *(config.to_diff_dict() for config in configs)]
-            _refuse_other_options(vars(self.config), *asked)
+            _refuse_other_options({*vars(self.config), *vars(self.config.objective)}, *asked)
             self.open_options = open_options(self.generation_config)
             options = self._resolve_options(generation_config, kwargs)
             self._last_call = (deepcopy(call), options, asked) if is_simple else None
@@ -251,7 +251,7 @@ def _refuse_other_options(model_fields, kwargs, *configs):
     defaults = GenerationConfig._get_default_generation_params()  # a config may be filled up with them; nobody asked
     chosen = [{name: value for name, value in config.items() if value != defaults.get(name)} for config in configs]
     # from_pretrained hands fields of the model's config to that of generation, too
-    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT, *(set(model_fields) - STOCK_FIELDS)}
+    known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT, *(model_fields - STOCK_FIELDS)}
     for options in (keywords, *chosen):
         others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
         asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]

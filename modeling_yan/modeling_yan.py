@@ -284,9 +284,10 @@ class YanForAutoencoding(YanPreTrainedModel):
         )
 
     def _add_noise(self, latents):
-        if not self.training or self.config.latent_noise == 0:
+        noise = self.config.objective.latent_noise
+        if not self.training or noise == 0:
             return latents
-        level = self.config.latent_noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
+        level = noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
         return latents + level * torch.randn_like(latents)
 
     def _loss_terms(self, logits, labels, latents, attention_mask):
@@ -295,7 +296,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         regularisers = latent_regularisers(self, latents, attention_mask)
         terms = {"ce_loss": ce_loss, **regularisers}
         self._keep_terms(terms, len(labels))
-        return {"loss": ce_loss + weighted_sum(self.config, regularisers), **terms}
+        return {"loss": ce_loss + weighted_sum(self.config.objective, regularisers), **terms}
 
 
 class YanForFlowGeneration(
@@ -335,22 +336,22 @@ class YanForFlowGeneration(
         return loaded
 
     def apply_freeze_switches(self):
-        """Let the config's `freeze_*` fields decide which parameters are trained; call it after changing them.
+        """Let the objective's `freeze_*` fields decide which parameters are trained; call it after changing them.
 
         What training never asks is frozen, too, because several processes wait for the gradient of all others: the
         gate of a single expert, and a flow that is trained for no step.
         """
-        config = self.config
-        trains_flow = not config.freeze_flow and config.max_train_flow_steps > 0
+        objective = self.config.objective
+        trains_flow = not objective.freeze_flow and objective.max_train_flow_steps > 0
         parts = {
-            self.model: not config.freeze_encoder,
+            self.model: not objective.freeze_encoder,
             self.flow: trains_flow,
-            self.flow.gate: trains_flow and config.num_experts > 1,
-            self.decoder: not config.freeze_decoder,
-            self.lm_head: not config.freeze_decoder,
-            self.model.embeddings: not config.freeze_embeddings,
+            self.flow.gate: trains_flow and self.config.num_experts > 1,
+            self.decoder: not objective.freeze_decoder,
+            self.lm_head: not objective.freeze_decoder,
+            self.model.embeddings: not objective.freeze_embeddings,
         }
-        if config.encoder is not None:
+        if self.config.encoder is not None:
             parts |= self.model.pretrained_switches()  # last: the head may be tied to the encoder's words
         for part, is_trained in parts.items():
             for parameter in part.parameters():

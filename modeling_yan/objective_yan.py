@@ -33,16 +33,16 @@ PRIOR_TEMPERATURE = 4.0  # of the gate in the posterior that experts are drawn f
 def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
     """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
     terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
-    if model.config.mmd_weight > 0:
+    if model.config.objective.mmd_weight > 0:
         tokens = latents.flatten(0, 1) if attention_mask is None else latents[attention_mask.bool()]
         if len(tokens):
             terms["mmd_loss"] = gaussian_mmd(tokens, seed=None if model.training else 0)
     return terms
 
 
-def weighted_sum(config, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
-    """Sum of the terms `x_loss`, each with the config's `x_weight`."""
-    return sum(getattr(config, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
+def weighted_sum(objective, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
+    """Sum of the terms `x_loss`, each with the objective's `x_weight`."""
+    return sum(getattr(objective, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
 class YanObjectiveMixin:
@@ -84,13 +84,14 @@ class YanObjectiveMixin:
         """Start points and times of a training batch; in evaluation mode those of the `rows` (B,)."""
         if self.training:
             x_0 = self.config.init_noise * torch.randn_like(x_1)
-            return x_0, sample_times(len(x_1), self.config.time_alpha, self.config.time_beta, device=x_1.device)
+            alpha, beta = self.config.objective.time_alpha, self.config.objective.time_beta
+            return x_0, sample_times(len(x_1), alpha, beta, device=x_1.device)
         x_0 = self.config.init_noise * hashed_normal(0, tuple(x_1.shape), x_1.device, rows)
         return x_0.to(x_1.dtype), hashed_uniform(1, (len(x_1),), x_1.device, rows)
 
     def _nll(self, target, velocities, log_gate):
         """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
-        sigma, length = self.config.flow_sigma, target.shape[1]
+        sigma, length = self.config.objective.flow_sigma, target.shape[1]
         if self.config.expert_scope == "token":
             return mixture_nll(target, velocities, log_gate, sigma)
         return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
@@ -100,7 +101,7 @@ class YanObjectiveMixin:
 
         In evaluation mode they are the means of what every row has by itself; `rows` as of `_draw_path`.
         """
-        config = self.config
+        config, objective = self.config, self.config.objective
         if config.train_expert_choice == "posterior":
             return self._text_objective(canvas, condition, num_flow_steps, rows)
         x_1 = self._encode_target(canvas)
@@ -126,7 +127,8 @@ class YanObjectiveMixin:
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
         entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
-        loss = weighted_sum(config, terms) + config.nll_weight * nll_per_dim - config.gate_entropy_weight * entropy
+        loss = weighted_sum(objective, terms) + objective.nll_weight * nll_per_dim
+        loss = loss - objective.gate_entropy_weight * entropy
         terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
         self._keep_terms(terms, len(canvas))
         expert_usage = log_gate.exp().mean((0, 1)).detach()
@@ -142,7 +144,7 @@ class YanObjectiveMixin:
         experts drawn from their posterior. For that posterior the gate is flattened: an expert that is a little ahead
         would otherwise get every text, and the others would never learn to write one.
         """
-        config, terms = self.config, {}
+        config, objective, terms = self.config, self.config.objective, {}
         if num_flow_steps == 0:
             return self._one_pass_objective(canvas, condition)
         num_tokens = canvas.numel()
@@ -170,7 +172,7 @@ class YanObjectiveMixin:
         if config.num_experts == 1:  # its likelihood is known, and there is nothing to choose
             terms |= {"text_loss": ce_losses[0].detach(), "expert_usage": torch.ones(1, device=canvas.device)}
         terms |= self._draft_loss(condition, canvas)
-        if config.mse_weight:
+        if objective.mse_weight:
             x_1 = self._encode_target(canvas)
             terms["mse_loss"] = sum((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
             if x_1.requires_grad:
@@ -179,7 +181,7 @@ class YanObjectiveMixin:
             embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
         usage = terms.pop("expert_usage")
-        loss = weighted_sum(config, terms)
+        loss = weighted_sum(objective, terms)
         self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
 
@@ -191,7 +193,7 @@ class YanObjectiveMixin:
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
-        loss = weighted_sum(self.config, terms)
+        loss = weighted_sum(self.config.objective, terms)
         self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": logits, "latents": draft}
 
@@ -213,22 +215,22 @@ class YanObjectiveMixin:
         return canvas.scatter(1, place, labels)[:, :canvas_length]
 
     def _draw_num_steps(self) -> int:
-        config = self.config
         if not self.training:
-            return config.num_flow_steps
-        if config.min_train_flow_steps == config.max_train_flow_steps:  # a draw would break a compiled graph
-            return config.min_train_flow_steps
-        return int(torch.randint(config.min_train_flow_steps, config.max_train_flow_steps + 1, ()))
+            return self.config.num_flow_steps
+        fewest, most = self.config.objective.min_train_flow_steps, self.config.objective.max_train_flow_steps
+        if fewest == most:  # a draw would break a compiled graph
+            return fewest
+        return int(torch.randint(fewest, most + 1, ()))
 
     def _encode_target(self, canvas):
-        is_constant = self.config.detach_target_latents
+        is_constant = self.config.objective.detach_target_latents
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
             return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
 
     def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:
         """Cross-entropy of the encoder's draft, where there is one to train."""
-        has_draft = self.config.num_answer_slots >= canvas.shape[1]
-        if not has_draft or self.config.freeze_encoder or not self.config.draft_weight:
+        has_draft, objective = self.config.num_answer_slots >= canvas.shape[1], self.config.objective
+        if not has_draft or objective.freeze_encoder or not objective.draft_weight:
             return {}
         draft = self.draft(condition.draft, canvas.shape[1])
         return {"draft_loss": token_cross_entropy(self.decode(draft), canvas)}

@@ -17,6 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING
 from transformers.utils import can_return_tuple, logging
 
+from .objective_config_yan import flatten_objective
+
 # A model on a pretrained encoder is trained as a whole, on the likelihood of its texts.
 DEFAULTS = {
     "num_flow_layers": 4,
@@ -180,9 +182,7 @@ class YanPretrainedMixin:
         encoder.name_or_path = ""  # the checkpoint holds its weights
         if tokenizer is None:
             tokenizer = _load_tokenizer(name_or_path, hub_options)
-        unknown = sorted(name for name in fields if not hasattr(cls.config_class, name))
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: YanConfig has no such field")
+        cls.config_class.refuse_unknown(fields)
         config = cls.config_class(**_default_fields(encoder, tokenizer, fields))
         if config.encoder_name is None and not os.path.exists(name_or_path):
             config.encoder_name = name_or_path
@@ -207,8 +207,9 @@ class YanPretrainedMixin:
         return self
 
     def pretrained_switches(self) -> dict[nn.Module, bool]:
-        """Which parts of a `YanModel` the config's `freeze_*` fields leave to be trained; smaller ones come later."""
-        is_trained, has_words = not self.config.freeze_encoder, not self.config.freeze_embeddings
+        """Which parts of a `YanModel` the `freeze_*` fields leave to be trained; smaller ones come later."""
+        objective = self.config.objective
+        is_trained, has_words = not objective.freeze_encoder, not objective.freeze_embeddings
         return {self.latents: True, self.encoder: is_trained, self.get_input_embeddings(): is_trained and has_words}
 
     @can_return_tuple
@@ -291,7 +292,7 @@ def _default_fields(encoder, tokenizer, fields: dict) -> dict:
     for name, sources in SPECIAL_TOKENS.items():
         ids = [getattr(place, source, None) for place in (tokenizer, encoder) for source in sources]
         defaults[name] = next((token for token in ids if token is not None), None)
-    fields = {**defaults, "vocab_size": encoder.vocab_size, "encoder": encoder, **fields}
+    fields = {**defaults, "vocab_size": encoder.vocab_size, "encoder": encoder, **flatten_objective(fields)}
     size = fields["hidden_size"]
     num_heads = (heads for heads in range(encoder.num_attention_heads, 0, -1) if size % heads == 0)
     fields.setdefault("num_attention_heads", next(num_heads))

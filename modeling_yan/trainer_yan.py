@@ -98,7 +98,8 @@ def reopen_options(model):
 
 def refuse_label_smoothing(args, model):
     """Raise ValueError if the Trainer would put a smoothed cross-entropy in the place of the model's own loss."""
-    has_other_terms = hasattr(model, "flow") or model.config.mmd_weight or model.config.latent_norm_weight
+    objective = model.config.objective
+    has_other_terms = hasattr(model, "flow") or objective.mmd_weight or objective.latent_norm_weight
     if args.label_smoothing_factor and has_other_terms:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor}: must be 0, because the Trainer would train the "

@@ -11,14 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
 from modeling_yan import YanConfig, YanForFlowGeneration, YanGenerationConfig
-from modeling_yan.configuration_yan import (
-    NON_NEGATIVE_FIELDS,
-    POSITIVE_FIELDS,
-    PROBABILITY_FIELDS,
-    REMOVED,
-    TOKEN_ID_FIELDS,
-)
+from modeling_yan import configuration_yan as model_fields
+from modeling_yan import objective_config_yan as objective_fields
+from modeling_yan.configuration_yan import TOKEN_ID_FIELDS
+from modeling_yan.fields_yan import REMOVED
+from modeling_yan.objective_config_yan import NON_NEGATIVE_FIELDS
 
+POSITIVE_FIELDS = model_fields.POSITIVE_FIELDS + objective_fields.POSITIVE_FIELDS
+PROBABILITY_FIELDS = model_fields.PROBABILITY_FIELDS + objective_fields.PROBABILITY_FIELDS
 PRESETS = Path(__file__).parents[1] / "configuration"
 WRONG_VALUES = [
     # field, wrong value, what the message says is allowed
@@ -52,7 +52,8 @@ WRONG_VALUES = [
     ("canvas_length", 49, "max_position_embeddings=48"),
     ("max_train_flow_steps", 2, "min_train_flow_steps=3"),
     ("num_flow_steps", 0, "at least 1 without answer slots for the canvas"),
-    ("min_train_flow_steps", 0, "at least 1 without answer slots for the canvas"),
+    ("min_train_flow_steps", 0, "1 or more, or 0 as max_train_flow_steps"),
+    ("min_train_flow_steps", -1, "at least 0"),
     ("pad_token_id", 64, "vocab_size=64"),
     ("eos_token_id", -1, "vocab_size=64"),
 ]
@@ -157,8 +158,9 @@ def test_a_preset_loads_without_a_warning(mixer, size, caplog):
         config = YanConfig.from_pretrained(PRESETS / f"{name}-{size}")
     assert caplog.text == ""
     assert (config.encoder_mixer, config.flow_mixer) == (mixer, mixer)
-    for field, value in json.loads((PRESETS / f"{name}-{size}" / "config.json").read_text()).items():
-        assert field in ("auto_map", "transformers_version") or getattr(config, field) == value
+    saved = json.loads((PRESETS / f"{name}-{size}" / "config.json").read_text())
+    for field, value in {**saved.pop("objective"), **saved}.items():
+        assert field in ("model_type", "auto_map", "transformers_version") or getattr(config, field) == value
 
 
 @pytest.mark.parametrize(("name", "promised"), [("yan-transformer-base", 200e6), ("yan-mamba-base", 210e6)])
@@ -182,6 +184,8 @@ def test_a_flow_is_trained_in_every_update_or_in_none():
     YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 0})
     with pytest.raises(ValueError, match="min_train_flow_steps=0: must be 1 or more, or 0 as max_train_flow_steps"):
         YanConfig(**{**slots, "min_train_flow_steps": 0, "max_train_flow_steps": 3})
+    with pytest.raises(ValueError, match="min_train_flow_steps=0: must be at least 1 without answer slots"):
+        YanConfig(**{**SMALL, "min_train_flow_steps": 0, "max_train_flow_steps": 0})
 
 
 def old_config(folder, **fields):

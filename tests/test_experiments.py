@@ -209,7 +209,7 @@ def test_the_arms_of_a_recipe_are_valid_and_of_one_size(load_script, path):
     preset = YanConfig.from_pretrained(ROOT / recipe["config"])
     arms = [fields or {} for fields in recipe["arms"].values()]
     if recipe["share_autoencoder"]:  # the arms are as large as they come
-        configs = [YanConfig(**{**preset.to_dict(), **fields}) for fields in arms]
+        configs = [preset.with_fields(**fields) for fields in arms]
     else:
         configs = [script.match_size(preset, **fields) for fields in arms]
     assert len({json.dumps(config.to_dict(), sort_keys=True) for config in configs}) == len(configs)

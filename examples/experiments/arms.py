@@ -48,8 +48,7 @@ def apply_fields(folder: Path, fields: dict, output: Path):
     for path in folder.iterdir():
         if path.is_file() and not (output / path.name).exists():
             (output / path.name).write_bytes(path.read_bytes())
-    config = YanConfig.from_pretrained(folder)
-    YanConfig(**{**config.to_dict(), **fields}).save_pretrained(output)
+    YanConfig.from_pretrained(folder).with_fields(**fields).save_pretrained(output)
 
 
 def train_first_stage(name: str, fields: dict, recipe: dict, data: dict, output_dir: Path) -> Path:

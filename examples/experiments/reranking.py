@@ -72,7 +72,7 @@ def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int
             log_gate = model.flow.log_gate(states, modulation, condition)
             mixture = x_1 - x_0, model.flow.velocities(states, x_t), log_gate
             mixture = as_one_token(*mixture) if model.config.expert_scope == "sequence" else mixture
-            scores[:, index] -= token_nll(*mixture, model.config.flow_sigma).sum(-1)
+            scores[:, index] -= token_nll(*mixture, model.config.objective.flow_sigma).sum(-1)
     return scores
 
 

@@ -115,9 +115,10 @@ class Task:
 
 def preset(recipe: dict, tokenizer, fields: dict) -> YanConfig:
     """The YAN of an arm. Raises ValueError if it is not as large as that of the recipe, within 3%."""
-    base = {**YanConfig.from_pretrained(recipe["config"]).to_dict(), "vocab_size": len(tokenizer), **recipe["fields"]}
-    config = YanConfig(**{**base, **fields})
-    own, wanted = count_parameters(config), count_parameters(YanConfig(**base))
+    shared = {"vocab_size": len(tokenizer), **recipe["fields"]}
+    base = YanConfig.from_pretrained(recipe["config"]).with_fields(**shared)
+    config = base.with_fields(**fields)
+    own, wanted = count_parameters(config), count_parameters(base)
     if abs(own - wanted) > 0.03 * wanted:
         raise ValueError(f"an arm with {fields} has {own} parameters: must have {wanted}, as the others, within 3%")
     return config
@@ -128,7 +129,7 @@ def widen_encoder(config: YanConfig) -> YanConfig:
     layers = config.num_encoder_layers + config.num_flow_layers
 
     def changed(width: int) -> YanConfig:
-        return YanConfig(**{**config.to_dict(), "num_encoder_layers": layers, "intermediate_size": width})
+        return config.with_fields(num_encoder_layers=layers, intermediate_size=width)
 
     return changed(fit_width(lambda width: YanForAutoencoding(changed(width)), count_parameters(config), "one pass"))
 
@@ -200,7 +201,7 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     if kind in (ONE_PASS, ONE_PASS_CHAIN):
         config = widen_encoder(config)
     if kind == ONE_PASS_CHAIN:
-        config = YanConfig(**{**config.to_dict(), **NO_STEPS})
+        config = config.with_fields(**NO_STEPS)
     check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
     own = settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings}

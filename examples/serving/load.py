@@ -74,8 +74,8 @@ def parse_arguments(arguments=None):
 def make_models(preset: str, length: int, folder: Path) -> dict[str, dict]:
     """Folders of a YAN and of a decoder of equal size, with fresh weights and the same tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-    settings = YanConfig.from_pretrained(ROOT / "configuration" / preset).to_dict()
-    config = YanConfig(**{**settings, "vocab_size": len(tokenizer), "canvas_length": length})
+    config = YanConfig.from_pretrained(ROOT / "configuration" / preset)
+    config = config.with_fields(vocab_size=len(tokenizer), canvas_length=length)
     torch.manual_seed(0)
     made = {"yan": YanForFlowGeneration(config), "decoder": make_baseline("decoder", config)}
     for name, model in made.items():

@@ -148,10 +148,9 @@ def match_size(config: YanConfig, **changes) -> YanConfig:
     Raises:
         ValueError: A change that is not allowed, or that leaves no room for feed-forward layers.
     """
-    settings = {**config.to_dict(), **changes}
 
     def changed(width: int) -> YanConfig:
-        return YanConfig(**{**settings, "intermediate_size": width})
+        return config.with_fields(**{**changes, "intermediate_size": width})
 
     return changed(fit_width(lambda width: YanForFlowGeneration(changed(width)), count_parameters(config), "YAN"))
 

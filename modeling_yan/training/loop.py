@@ -350,7 +350,7 @@ class Training:
         """Loss of the micro-batch at a place of this update, a pure function of weights, seed, update and place."""
         seed, settings = self.arguments.seed, {}
         if self.arguments.stage == "flow":  # the same for all processes, or sharded weights would wait for each other
-            low, high = self.config.min_train_flow_steps, self.config.max_train_flow_steps
+            low, high = self.config.objective.min_train_flow_steps, self.config.objective.max_train_flow_steps
             settings["num_flow_steps"] = random.Random(f"{seed} steps {self.step}").randint(low, high)
         torch.manual_seed(random.Random(f"{seed} noise {self.step} {place}").getrandbits(63))
         outputs = self.model(**to_device(batch, self.accelerator.device), **settings)

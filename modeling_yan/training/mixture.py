@@ -176,10 +176,9 @@ class TaskMixture(Dataset):
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
         if self.stage == "autoencoder":
-            names = ("mask_ratio", "max_span_len", "num_answer_slots")
-            options = {name: getattr(config, name) for name in names}
+            options = {name: getattr(config.objective, name) for name in ("mask_ratio", "max_span_len")}
             longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
-            return AutoencoderCollator(self.tokenizer, longest, **options)
+            return AutoencoderCollator(self.tokenizer, longest, num_answer_slots=config.num_answer_slots, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:

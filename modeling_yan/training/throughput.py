@@ -27,7 +27,7 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
         source, canvas: Widths of the batch in tokens; the autoencoder has no canvas.
         num_flow_steps: Solver steps that the objective runs through.
     """
-    config = model.config
+    config, objective = model.config, model.config.objective
     decoder = linear_flops(model.decoder, model.lm_head)
     if not hasattr(model, "flow"):
         return 3 * batch_size * (_encoder_flops(model, source) + source * decoder)
@@ -46,15 +46,15 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
         passes = num_flow_steps * trunk + experts + (num_flow_steps - 1) * head
         num_reads = num_flow_steps + (config.num_experts / 3 if config.num_experts > 1 else 0)
         canvas_flops = passes + linear_flops(flow.gate) + num_reads * decoder
-        target = _encoder_flops(model, canvas) if config.mse_weight else 0
+        target = _encoder_flops(model, canvas) if objective.mse_weight else 0
     else:
         passes = (1 + num_flow_steps) * trunk + experts + num_flow_steps * head
         canvas_flops = passes + 2 * linear_flops(flow.gate) + decoder
         target = _encoder_flops(model, canvas)
-    parts = (config.freeze_encoder, config.freeze_embeddings, config.freeze_flow, config.freeze_decoder)
+    parts = (objective.freeze_encoder, objective.freeze_embeddings, objective.freeze_flow, objective.freeze_decoder)
     return batch_size * round(
-        encoder * (1 if config.freeze_encoder else 3)
-        + target * (1 if config.freeze_encoder or config.detach_target_latents else 3)
+        encoder * (1 if objective.freeze_encoder else 3)
+        + target * (1 if objective.freeze_encoder or objective.detach_target_latents else 3)
         + (1 if all(parts) else 3) * (source * keys + canvas * canvas_flops)
     )
 

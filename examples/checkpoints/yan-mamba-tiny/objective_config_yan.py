@@ -1,0 +1,1 @@
+../../../modeling_yan/objective_config_yan.py

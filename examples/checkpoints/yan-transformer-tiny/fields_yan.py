@@ -1,0 +1,1 @@
+../../../modeling_yan/fields_yan.py

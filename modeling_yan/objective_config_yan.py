@@ -1,0 +1,145 @@
+"""How a YAN model is trained: the `objective` of its config, which does not change what it generates."""
+
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .fields_yan import MOST, require, require_ranges, warn_of_unknown, with_plain_errors
+
+POSITIVE_FIELDS = ("flow_sigma", "time_alpha", "time_beta", "max_span_len")
+PROBABILITY_FIELDS = ("mask_ratio",)
+NON_NEGATIVE_FIELDS = (
+    *("latent_noise", "nll_weight", "mse_weight", "ce_weight", "text_weight", "draft_weight", "transition_weight"),
+    *("gate_entropy_weight", "load_balance_weight", "mmd_weight", "latent_norm_weight"),
+)
+
+
+@with_plain_errors
+@strict
+class YanObjectiveConfig(PreTrainedConfig):
+    r"""Corruption, frozen parts, training steps and weights of the losses: `YanConfig.objective`.
+
+    No field changes what a trained model generates. The loss is the sum of its terms, each times its weight; section
+    numbers are those of arXiv 2604.15009.
+
+    Args:
+        mask_ratio: Share of the tokens that text infilling masks in the autoencoder stage; in [0, 1), 0.15.
+        max_span_len: Longest span that it masks, in tokens; at least 1, 3.
+        latent_noise: Upper end of the uniform level of noise that is added to the encoder's latents, per sequence, so
+            that the decoder forgives what the flow misses; at least 0, 0.0.
+        freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are; True.
+            `apply_freeze_switches` has to be called after a change.
+        freeze_flow: The same of the flow; False. With all four, the transitions of a finished model are trained.
+        detach_target_latents: Whether x1 = E(y) is a constant for the flow stage; True. If False and the encoder is
+            trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
+        min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here;
+            at least 1, or 0 both for a model without a flow; 1 and 4.
+        time_alpha, time_beta: Training times t are drawn from Beta(time_alpha, time_beta); above 0, 1.0.
+        flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood, in units of a latent's
+            dimension (section 3); above 0, 1.0.
+        nll_weight: Of the negative log-likelihood of the velocity, per latent dimension (section 3); at least 0, 1.0.
+        mse_weight: Of the squared error of the solved latents, per dimension; at least 0, 1.0.
+        ce_weight: Of the cross-entropy of the decoded latents, per token; at least 0, 1.0.
+        text_weight: Of the likelihood of the text, summed over all experts; at least 0, 1.0.
+        draft_weight: Of the cross-entropy of the encoder's draft in the answer slots; at least 0, 0.5.
+        transition_weight: Of the likelihood of the text as one chain; at least 0, 1.0.
+        gate_entropy_weight: Of the gate's entropy, which is rewarded; at least 0, 0.01.
+        load_balance_weight: Of KL(mean gate || uniform); at least 0, 0.1.
+        mmd_weight: Of the squared maximum mean discrepancy between latents and N(0, I); at least 0, 0.0.
+        latent_norm_weight: Of the mean square of the latents; at least 0, 0.0.
+
+    Raises:
+        ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
+        TypeError: A field has a value of another type; the message names them, too.
+
+    Example:
+
+        >>> from modeling_yan import YanConfig
+        >>> YanConfig(objective={"mse_weight": 0.0}).objective.mse_weight
+        0.0
+        >>> YanConfig(mse_weight=0.0).objective.mse_weight  # the same, in short
+        0.0
+    """
+
+    model_type = "yan_objective"
+
+    mask_ratio: float | int = 0.15
+    max_span_len: int = 3
+    latent_noise: float | int = 0.0
+    freeze_encoder: bool = True
+    freeze_decoder: bool = True
+    freeze_embeddings: bool = True
+    freeze_flow: bool = False
+    detach_target_latents: bool = True
+    min_train_flow_steps: int = 1
+    max_train_flow_steps: int = 4
+    time_alpha: float | int = 1.0
+    time_beta: float | int = 1.0
+    flow_sigma: float | int = 1.0
+    nll_weight: float | int = 1.0
+    mse_weight: float | int = 1.0
+    ce_weight: float | int = 1.0
+    text_weight: float | int = 1.0
+    draft_weight: float | int = 0.5
+    transition_weight: float | int = 1.0
+    gate_entropy_weight: float | int = 0.01
+    load_balance_weight: float | int = 0.1
+    mmd_weight: float | int = 0.0
+    latent_norm_weight: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        known = set(dir(self))
+        super().__post_init__(**kwargs)
+        warn_of_unknown(self, kwargs, known)
+        self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
+
+    def to_dict(self):
+        """The fields of the objective, without those that transformers gives to every config."""
+        found = super().to_dict()
+        return {name: found[name] for name in (*OBJECTIVE_FIELDS, "model_type", "transformers_version")}
+
+    def validate_fields(self):
+        """Check every number against its range, and the two numbers of steps against each other."""
+        require_ranges(self, POSITIVE_FIELDS, NON_NEGATIVE_FIELDS, PROBABILITY_FIELDS)
+        require(self, "min_train_flow_steps", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
+        alone = "1 or more, or 0 as max_train_flow_steps: a flow is trained in every update, or in none"
+        require(self, "min_train_flow_steps", lambda value: value > 0 or self.max_train_flow_steps == 0, alone)
+        fewest = f"at least min_train_flow_steps={self.min_train_flow_steps}"
+        require(self, "max_train_flow_steps", lambda value: value >= self.min_train_flow_steps, fewest)
+
+
+_OF_ALL = {field.name for field in fields(PreTrainedConfig)}
+OBJECTIVE_FIELDS = tuple(field.name for field in fields(YanObjectiveConfig) if field.name not in _OF_ALL)
+
+
+def as_objective(value) -> PreTrainedConfig:
+    """The objective that a config, its fields or None stand for."""
+    if value is None or isinstance(value, dict):
+        own = {"model_type", "transformers_version"}
+        return YanObjectiveConfig(**{name: each for name, each in (value or {}).items() if name not in own})
+    if value.model_type != YanObjectiveConfig.model_type:  # its class may be that of a checkpoint's code
+        raise ValueError(f"objective of model_type={value.model_type!r}: must be {YanObjectiveConfig.model_type!r}")
+    return value
+
+
+def refuse_clash(fields: dict, nested):
+    """Raise ValueError if a field stands in `fields` and in an objective, `nested`, with two values."""
+    given = _given(nested)
+    for name in [name for name in OBJECTIVE_FIELDS if name in fields and name in given]:
+        if fields[name] != given[name]:
+            both = f"{name}={fields[name]!r} and objective={{{name!r}: {given[name]!r}}}"
+            raise ValueError(f"{both}: must be the same, or one of them")
+
+
+def flatten_objective(fields: dict) -> dict:
+    """Fields of a `YanConfig` with those of the objective among them, wherever they were given."""
+    nested = fields.get("objective")
+    refuse_clash(fields, nested)
+    others = {name: value for name, value in fields.items() if name != "objective"}
+    return others | {name: value for name, value in _given(nested).items() if name in OBJECTIVE_FIELDS}
+
+
+def _given(nested) -> dict:
+    """What is given in an objective: a config, a dictionary, or None for nothing."""
+    return nested if isinstance(nested, dict) else {} if nested is None else nested.to_dict()
