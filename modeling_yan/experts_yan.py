@@ -3,6 +3,7 @@
 Letters: B batch, L canvas length, D hidden size, K experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -134,6 +135,31 @@ class YanExpertPrior:
     def _emissions(self, scores):
         """Scores (B, L, K) in which the first token has its prior, as the functions of chains want them."""
         return torch.cat([scores[:, :1] + self.log_gate[:, :1], scores[:, 1:]], dim=1)
+
+
+@dataclass(frozen=True)
+class YanExpertChoice:
+    """How the experts of a solve are chosen.
+
+    Args:
+        name: "argmax", "sample", "mixture" or "ranked", of the gate. numbers: As `choose_experts` wants them.
+        temperature: At which they are drawn.
+        judge: Instead of the gate's choice, a function of what every expert predicts (B, L, K, D) and of the
+            `YanExpertPrior` to the experts (B, L).
+    """
+
+    name: str = "argmax"
+    numbers: torch.Tensor | None = None
+    temperature: float = 1.0
+    judge: Callable | None = None
+
+    def __call__(self, prior: YanExpertPrior, ends) -> tuple[YanExpertPrior, torch.LongTensor | None]:
+        """The prior that they were chosen from, and the experts (B, L); None for the "mixture"."""
+        if self.temperature != 1:
+            prior = prior.tempered(self.temperature)
+        if self.judge is not None:
+            return prior, self.judge(ends, prior)
+        return prior, prior.choose(self.name, self.numbers)
 
 
 def _are_narrow(*tensors: torch.Tensor) -> bool:

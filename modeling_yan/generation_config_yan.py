@@ -9,9 +9,9 @@ from transformers.generation.configuration_utils import CompileConfig
 from .checks_yan import check_options
 from .clients_yan import open_options
 from .configuration_yan import drop_removed
+from .decoding_yan import END_CHOICES
 from .experts_yan import EXPERT_CHOICES
 from .flow_matching_yan import SOLVERS
-from .reading_yan import END_CHOICES
 
 FLOW_FIELDS = (
     "num_flow_steps",

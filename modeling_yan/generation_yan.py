@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .canvas_yan import Canvas, CanvasNoise, CanvasPlan, encode_and_solve
 from .checks_yan import (
     check_device,
     check_helpers,
@@ -22,12 +23,10 @@ from .checks_yan import (
     check_tensor,
     not_finite_weights,
 )
-from .choosing_yan import YanChoosingMixin
 from .clients_yan import refuse_prompt_learning
-from .compilation_yan import is_exporting, merging
-from .flow_matching_yan import extrapolate, hashed_normal, hashed_uniform, solve_flow
+from .compilation_yan import merging
+from .flow_matching_yan import hashed_normal, hashed_uniform
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
-from .layers_yan import count_positions, with_valid_first
 from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
@@ -35,7 +34,6 @@ PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
 TRACER_SETTINGS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
 MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-MAX_LOGITS = 2**28  # computed at once
 _programs: dict[str, Callable] = {}
 
 
@@ -59,51 +57,7 @@ class YanGenerationOutput(ModelOutput):
     gate: tuple[torch.Tensor, ...] | None = None
 
 
-@dataclass(frozen=True)
-class CanvasPlan:
-    """What does not change the tensors that a canvas is written from, but what is done with them.
-
-    Args:
-        num_flow_steps, solver, expert_choice, end_choice, use_transitions, length_penalty: As in
-            `YanGenerationConfig`.
-        temperature: Of what is drawn: experts, and tokens of a chain.
-        repeats: Sequences R per row of context.
-        suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
-        keep_path: Whether the points of the path, the experts and their gate are wanted.
-    """
-
-    num_flow_steps: int
-    solver: str
-    expert_choice: str
-    repeats: int
-    suppressed: tuple[int, ...]
-    eos: tuple[int, ...]
-    num_without_eos: int
-    keep_path: bool
-    end_choice: str = "likeliest"
-    use_transitions: bool = True
-    length_penalty: float = 1.0
-    temperature: float = 1.0
-
-    @classmethod
-    def of_config(cls, config, num_flow_steps: int, num_without_eos: int = 0, **options) -> "CanvasPlan":
-        """The plan of a canvas that is written without sampling and without further wishes."""
-        eos = () if config.eos_token_id is None else (config.eos_token_id,)
-        return cls(num_flow_steps, "euler", "argmax", 1, (), eos, num_without_eos, False, **options)
-
-
-@dataclass
-class Canvas:
-    """One canvas: its token ids (B R, L), and how they came about where that is wanted."""
-
-    tokens: torch.LongTensor
-    num_trunk_passes: int
-    trajectory: torch.Tensor | None = None
-    experts: torch.LongTensor | None = None
-    gate: torch.Tensor | None = None
-
-
-class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
+class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
     generation_config_class = YanGenerationConfig
@@ -162,7 +116,7 @@ class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
         finished, kept, canvases = None, [], []
         while True:
             forbidden = min_new_tokens - written.shape[1]
-            canvas = self._write_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
+            canvas = self._solve_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
             canvases.append(canvas)
             tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
             tokens, num_kept, finished = cut_at_eos(tokens, finished, options)
@@ -236,40 +190,41 @@ class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
 
-    def _write_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
-        """Draw the noise of a canvas, and write it on the context (B or B R, S)."""
+    def _solve_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
+        """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
         draws_tokens = options.do_sample and options.use_transitions and self._draws_tokens()
         plan = _plan(options, index, num_without_eos, draws_tokens)
-        # without sampling, all rows share their noise
-        num_noises = plan.repeats * len(context) if options.do_sample else 1
-        shape, seed, device = (num_noises, options.canvas_length), seed + index, context.device
+        noise = self._draw_noise(plan.repeats * len(context), options, seed + index, draws_tokens, context.device)
+        on_draft = None
+        if hasattr(streamer, "put_draft"):
+            on_draft = lambda tokens: streamer.put_draft(tokens.cpu())  # noqa: E731
+        if options.compile_generation and not options.disable_compile and on_draft is None:
+            return self._solve_compiled(context, context_mask, noise, plan, options.compile_config)
+        return encode_and_solve(self, context, context_mask, *noise, plan, on_draft)
+
+    def _draw_noise(self, num_rows, options, seed, draws_tokens, device) -> CanvasNoise:
+        """All that is drawn for a canvas of `num_rows`; without sampling, they share one noise."""
+        shape = num_rows if options.do_sample else 1, options.canvas_length
         if options.do_sample:
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
             x_0 = _shared_noise(seed, (*shape, self.config.hidden_size), device, self.config.init_noise)
-        expert_numbers = None
+        experts = tokens = None
         if options.expert_choice == "sample":
             # of another seed than the start noise, or the expert would be a function of it
-            expert_numbers = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
+            experts = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
         elif options.expert_choice == "ranked":
             ranks = torch.arange(options.num_return_sequences, device=device)
-            expert_numbers = ranks.repeat(plan.repeats * len(context) // len(ranks)).unsqueeze(1)
-        token_numbers = None
+            experts = ranks.repeat(num_rows // len(ranks)).unsqueeze(1)
         if draws_tokens:
-            token_numbers = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
-        tensors = context, context_mask, x_0, expert_numbers, token_numbers
-        is_compiled = options.compile_generation and not options.disable_compile
-        if is_compiled and not hasattr(streamer, "put_draft"):
-            return self._write_compiled(*tensors, plan, options.compile_config)
-        return write_canvas(self, *tensors, plan, streamer if hasattr(streamer, "put_draft") else None)
+            tokens = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
+        return CanvasNoise(x_0, experts, tokens)
 
     def _draws_tokens(self) -> bool:
         """Whether sampling draws the chain of tokens, too: where the model was trained as a distribution of them."""
         return self.transitions is not None and self.config.train_expert_choice == "posterior"
 
-    def _write_compiled(
-        self, context, context_mask, x_0, expert_numbers, token_numbers, plan, compile_config
-    ) -> Canvas:
+    def _solve_compiled(self, context, context_mask, noise, plan, compile_config) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_prompt_length)
@@ -277,56 +232,22 @@ class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
             context_mask = torch.ones_like(context) if context_mask is None else context_mask
             context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
 
-        def write(*tensors):
+        def solve(*tensors):
             settings = _compiler_settings(compile_config)
             with torch._dynamo.config.patch(**TRACER_SETTINGS), merging():
                 return vars(compiled_program(settings)(self, *tensors, plan))
 
-        tensors = context, context_mask, x_0, expert_numbers, token_numbers
+        tensors = context, context_mask, *noise
         if context.device.type != "cuda":
-            return Canvas(**write(*tensors))
+            return Canvas(**solve(*tensors))
         self._recordings = self._recordings or Recordings()
-        return Canvas(**self._recordings.call(self, write, tensors, (plan, repr(compile_config))))
-
-    def read_off(self, latents, plan: CanvasPlan, token_numbers=None) -> torch.LongTensor:
-        """Most likely allowed token ids (B R, L) of latents (B R, L, D); never all logits of a large batch at once.
-
-        With uniform numbers (B R, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
-        or the logits no numbers, there is no likeliest token, and the id is -1.
-        """
-        eos, texts = plan.eos if plan.end_choice == "likeliest" else (), []
-        for part in self._split_rows(latents):
-            logits = self._allowed_logits(part, plan)
-            # a weight of the head that is NaN shows in every place, so one of them tells
-            is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
-            if token_numbers is None:
-                text = self.most_likely(logits, part, eos, plan.use_transitions, plan.length_penalty)
-            else:
-                numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
-                options = numbers, eos, plan.temperature
-                text = self.transitions.draw(self.get_input_embeddings(), logits, part, *options)
-            texts.append(text.masked_fill(is_lost, -1))
-        return torch.cat(texts)
+        return Canvas(**self._recordings.call(self, solve, tensors, (plan, repr(compile_config))))
 
     def _check_written(self, tokens):
         """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
             found = not_finite_weights(self) or "all weights are finite"
             raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
-
-    def _split_rows(self, latents):
-        chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
-        per_token = max(self.config.vocab_size, chains)
-        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))
-
-    def _allowed_logits(self, latents, plan):
-        logits = self.decode(latents)
-        # one token after the other: a list as an index would be copied to the device, and keep CUDA graphs out
-        for token in plan.suppressed:
-            logits[..., token] = -torch.inf
-        for token in plan.eos if plan.num_without_eos > 0 else ():
-            logits[:, : plan.num_without_eos, token] = -torch.inf
-        return logits
 
     def _extend_context(self, context, context_mask, tokens, options):
         """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
@@ -342,60 +263,11 @@ class YanGenerationMixin(YanChoosingMixin, YanOptionsMixin, GenerationMixin):
         return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
-def write_canvas(
-    model, context, context_mask, x_0, expert_numbers, token_numbers, plan: CanvasPlan, streamer=None
-) -> Canvas:
-    """Encode the context and solve for one canvas of tokens: nothing but a function of tensors and the plan.
-
-    Args:
-        model: A `YanForFlowGeneration`. context, context_mask: (B, S); the mask may be None if all is valid.
-        x_0: Noise of the start (B R or 1, L, D). expert_numbers: As `choose_experts` wants them, for B R rows.
-        token_numbers: Uniform numbers (B R, L, C) to draw the chain of tokens with, or None for the best one.
-        streamer: Gets drafts, if there is one.
-    """
-    if is_exporting() and context_mask is not None:  # else they come aligned
-        context_mask, context = with_valid_first(context_mask, context)
-    prompt = model.with_answer_slots(context, context_mask, count_positions(context, context_mask))
-    context_mask = prompt["attention_mask"]
-    latents = model.model(**prompt, return_dict=True).last_hidden_state
-    if plan.repeats > 1:
-        latents = latents.repeat_interleave(plan.repeats, 0)
-        context_mask = None if context_mask is None else context_mask.repeat_interleave(plan.repeats, 0)
-    length = x_0.shape[1]
-    if plan.num_flow_steps == 0:
-        return Canvas(model.read_off(model.draft(latents, length), plan, token_numbers), 0)
-    condition = model.condition(latents, context_mask, length)
-    x_0 = x_0.to(condition.mean.dtype).expand(len(condition.mean), -1, -1)
-    velocity = model.velocity_field(
-        condition, length, plan.num_flow_steps, plan.solver, plan.expert_choice, expert_numbers
-    )
-    velocity.temperature = plan.temperature
-    if plan.expert_choice == "argmax" and model.config.num_experts > 1 and model.config.expert_scope != "token":
-        velocity.choose = lambda ends, prior: model.best_experts(ends, prior, plan)
-    path = [x_0]
-
-    def record(step, x):
-        path.append(x)
-        if not plan.keep_path:
-            del path[:-2]  # a draft needs the last step alone
-        if streamer is not None:
-            draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
-            streamer.put_draft(model.read_off(draft, plan, token_numbers).cpu())
-
-    x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
-    # a gate that is NaN still chooses an expert
-    tokens = model.read_off(x_1, plan, token_numbers).masked_fill(velocity.log_gate.isnan().any(-1), -1)
-    if not plan.keep_path:
-        return Canvas(tokens, velocity.num_trunk_passes)
-    how = {"trajectory": torch.stack(path, 1), "experts": velocity.experts, "gate": velocity.log_gate.exp()}
-    return Canvas(tokens, velocity.num_trunk_passes, **how)
-
-
 def compiled_program(settings: dict) -> Callable[..., Canvas]:
-    """`write_canvas` compiled with these settings; torch keeps a program for every model, plan and shape."""
+    """`encode_and_solve` compiled with these settings; torch keeps a program for every model, plan and shape."""
     key = repr(settings)
     if key not in _programs:
-        _programs[key] = torch.compile(write_canvas, **settings)
+        _programs[key] = torch.compile(encode_and_solve, **settings)
     return _programs[key]
 
 

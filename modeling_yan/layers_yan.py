@@ -25,6 +25,50 @@ WIDE_LOGIT = 0.25  # almost none: a token sees the whole text
 CROSS_LOGIT = 26.0  # sharp: a place of the canvas sees the same place of the prompt
 
 
+class YanEmbedding(nn.Embedding):
+    """An embedding whose gradient is right where it is compiled, too."""
+
+    def forward(self, ids):
+        return select_rows(self.weight, ids)
+
+
+class YanPositionEmbedding(YanEmbedding):
+    """Learned positions that start as sinusoids: attention to a fixed distance is then one rotation.
+
+    Their frequencies are evenly spaced up to half a turn a token, so that one position is unlike all others.
+    """
+
+    @torch.no_grad()
+    def reset_sinusoids(self, standard_deviation: float):
+        num_frequencies = self.embedding_dim // 2
+        frequencies = math.pi * torch.arange(1, num_frequencies + 1) / num_frequencies
+        angles = torch.arange(self.num_embeddings)[:, None] * frequencies
+        table = nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embedding_dim % 2))
+        init.copy_(self.weight, math.sqrt(2) * standard_deviation * table)
+
+
+class YanEmbeddings(nn.Module):
+    """Token and learned position embeddings; the flow uses the positions too.
+
+    A pretrained encoder has its own token embeddings, and may lack a mask token for the answer slots.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.encoder is None:
+            self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
+        elif config.num_answer_slots and config.mask_token_id is None:
+            self.answer_slots = YanEmbedding(config.num_answer_slots, config.word_embedding_size)
+        self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        positions = self.position_embeddings(position_ids)
+        return self.dropout(inputs_embeds.to(positions.dtype) + positions)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Plain attention over (B, H, L, D/H) tensors, in the form of transformers' attention interface."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling

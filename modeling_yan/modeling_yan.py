@@ -4,7 +4,6 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -17,22 +16,24 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .canvas_yan import CanvasNoise, CanvasPlan, YanCanvasMixin, solve_canvas
 from .cards_yan import YanCardMixin, YanModelCard
 from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
-from .embeddings_yan import YanAnswerSlotsMixin, YanEmbeddings, YanPositionEmbedding
+from .decoding_yan import YanDecodingMixin, YanTransitions
 from .experts_yan import YanExpertEmbedding
 from .filling_yan import YanFillingMixin
-from .flow_matching_yan import hashed_normal, token_cross_entropy
-from .flow_yan import YanCondition, YanFlow, YanVelocity
+from .flow_matching_yan import token_cross_entropy
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
     YanAlignedLinear,
     YanAttention,
     YanDecoderLayer,
+    YanEmbeddings,
     YanEncoderLayer,
     YanIdentityLinear,
+    YanPositionEmbedding,
     YanShortConvolution,
     YanZeroLinear,
     attention_mask_for,
@@ -52,8 +53,7 @@ from .pretrained_yan import (
     build_backbone,
     check_fit,
 )
-from .reading_yan import best_text
-from .transitions_yan import YanTransitions
+from .velocity_yan import YanFlow
 
 AUTO_MAP = {
     "AutoConfig": "configuration_yan.YanConfig",
@@ -300,7 +300,12 @@ class YanForAutoencoding(YanPreTrainedModel):
 
 
 class YanForFlowGeneration(
-    YanPreTrainedModel, YanAnswerSlotsMixin, YanObjectiveMixin, YanFillingMixin, YanGenerationMixin
+    YanPreTrainedModel,
+    YanCanvasMixin,
+    YanDecodingMixin,
+    YanObjectiveMixin,
+    YanFillingMixin,
+    YanGenerationMixin,
 ):
     """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
 
@@ -408,81 +413,29 @@ class YanForFlowGeneration(
             # with padding between the slots and the prompt, or within it, tokens would not know their neighbours
             attention_mask, *others = with_valid_first(attention_mask, input_ids, position_ids, inputs_embeds)
             prompt = others[0], attention_mask, *others[1:]
-        prompt = self.with_answer_slots(*prompt)
-        outputs = self.model(**prompt, **kwargs)
-        attention_mask, position_ids = prompt["attention_mask"], prompt["position_ids"]
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
         self._check_length(canvas_length, "the canvas")
-        condition = self.condition(outputs.last_hidden_state, attention_mask, canvas_length, position_ids)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if not is_integer(num_flow_steps):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
-        if labels is None and num_flow_steps == 0:
-            self._check_draft(canvas_length)
-            x_1_hat = self.draft(outputs.last_hidden_state, canvas_length)
-            terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
-        elif labels is None:
-            x_0 = self.start_noise((1, canvas_length), condition.mean).expand(len(condition.mean), -1, -1)
-            x_1_hat = self._solve(x_0, condition, num_flow_steps)
-            terms = {"logits": self.decode(x_1_hat), "latents": x_1_hat}
+        prompt = self.encode_prompt(*prompt, **kwargs)
+        if labels is None:
+            terms = self._logits_of_canvas(prompt, canvas_length, num_flow_steps)
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
-            rows = self._number_rows(canvas, prompt["input_ids"], attention_mask)
-            terms = self._objective(canvas, condition, num_flow_steps, rows)
-            places = places_from_start(labels != IGNORE_INDEX)
-            terms |= {name: select_places(terms[name], places) for name in ("logits", "latents")}
-        return YanFlowOutput(**terms, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+            terms = self._objective(canvas, prompt, num_flow_steps)
+            positions = places_from_start(labels != IGNORE_INDEX)
+            terms |= {name: select_places(terms[name], positions) for name in ("logits", "latents")}
+        return YanFlowOutput(**terms, hidden_states=prompt.hidden_states, attentions=prompt.attentions)
 
-    def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
-        """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
-        if position_ids is None:
-            position_ids = count_positions(latents, attention_mask)
-        positions = self.model.embeddings.position_embeddings(position_ids)
-        condition = self.flow.condition(latents, positions, attention_mask, canvas_length)
-        if self.config.num_answer_slots:
-            condition.draft = latents[:, : self.config.num_answer_slots]
-        return condition
-
-    def _positions(self, canvas_length: int, device=None) -> torch.Tensor:
-        """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""
-        return self.model.embeddings.position_embeddings(torch.arange(canvas_length, device=device))
-
-    def velocity_field(
-        self, condition, canvas_length, num_flow_steps, solver="euler", expert_choice="argmax", expert_numbers=None
-    ) -> YanVelocity:
-        """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
-        positions = self._positions(canvas_length, condition.mean.device)
-        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, expert_choice, expert_numbers)
-
-    def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
-        """x0 (B, L, D) of standard deviation `init_noise`, a pure function of the seed and of each element's place."""
-        noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
-        return (self.config.init_noise * noise).to(like.dtype)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Logits (B, L, V) of latents (B, L, D)."""
-        return self.lm_head(self.decoder(latents))
-
-    def most_likely(
-        self,
-        logits: torch.Tensor,
-        latents: torch.Tensor,
-        eos: Sequence[int] | None = None,
-        use_transitions: bool = True,
-        length_penalty: float = 1.0,
-    ) -> torch.LongTensor:
-        """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
-
-        They are the best chain if the model has transitions that are to be used, else the best token of each place.
-        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none. The
-        `length_penalty` is for models that were trained as a distribution (`train_expert_choice="posterior"`).
-        """
-        if eos is None:
-            eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
-        if self.transitions is None or not use_transitions:
-            return best_text(logits, eos)
-        penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
-        return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
+    def _logits_of_canvas(self, prompt, canvas_length, num_flow_steps) -> dict[str, torch.Tensor]:
+        """Latents (B, L, D) of the canvas that `generate` decodes without sampling, and their logits (B, L, V)."""
+        if num_flow_steps == 0:
+            self._check_draft(canvas_length)
+        noise = CanvasNoise(self.start_noise((1, canvas_length), prompt.latents))
+        plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
+        latents = solve_canvas(self, prompt, noise, plan).latents
+        return {"logits": self.decode(latents), "latents": latents}
 
 
 __all__ = [

@@ -5,7 +5,9 @@ Letters of the shape comments: B batch, L canvas length, D hidden size, K expert
 
 import torch
 
+from .canvas_yan import CanvasPlan
 from .checks_yan import IGNORE_INDEX
+from .experts_yan import YanExpertChoice
 from .flow_matching_yan import (
     as_one_token,
     extrapolate,
@@ -24,7 +26,6 @@ from .flow_matching_yan import (
     token_cross_entropy,
     token_log_likelihood,
 )
-from .generation_yan import CanvasPlan
 from .layers_yan import count_positions
 
 PRIOR_TEMPERATURE = 4.0  # of the gate in the posterior that experts are drawn from
@@ -49,13 +50,11 @@ class YanObjectiveMixin:
     """The loss terms of `YanForFlowGeneration`."""
 
     def _solve(self, x_0, condition, num_flow_steps: int, expert_choice: str = "argmax"):
-        """The latents x1_hat (B, L, D) that Euler steps reach from x0."""
-        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, expert_choice=expert_choice)
-        if self.config.expert_scope == "chain":
-            velocity.choose = self._most_probable
+        """The latents x1_hat (B, L, D) that Euler steps reach from x0, with gradients."""
+        choice = YanExpertChoice(expert_choice)
+        velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, choice=choice)
         return solve_flow(velocity, x_0, num_flow_steps)
 
-    @torch.no_grad()
     def _most_probable(self, ends, prior):
         """The experts that `generate` chooses without sampling."""
         return self.best_experts(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
@@ -96,12 +95,14 @@ class YanObjectiveMixin:
             return mixture_nll(target, velocities, log_gate, sigma)
         return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
 
-    def _objective(self, canvas, condition, num_flow_steps, rows=None):
-        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L).
+    def _objective(self, canvas, prompt, num_flow_steps):
+        """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L) of an encoded prompt.
 
-        In evaluation mode they are the means of what every row has by itself; `rows` as of `_draw_path`.
+        In evaluation mode they are the means of what every row has by itself.
         """
         config, objective = self.config, self.config.objective
+        rows = self._number_rows(canvas, prompt.input_ids, prompt.attention_mask)
+        condition = self.condition(prompt.latents, prompt.attention_mask, canvas.shape[1], prompt.position_ids)
         if config.train_expert_choice == "posterior":
             return self._text_objective(canvas, condition, num_flow_steps, rows)
         x_1 = self._encode_target(canvas)
@@ -157,8 +158,8 @@ class YanObjectiveMixin:
             return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
 
         x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
-        velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps)
-        velocity.choose = choose if config.num_experts > 1 else None
+        choice = YanExpertChoice(judge=choose if config.num_experts > 1 else None)
+        velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps, choice=choice)
         ends, path = [], [x_0]
 
         def collect(step, x):

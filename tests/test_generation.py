@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from modeling_yan import YanForFlowGeneration, YanGenerationOutput, generation_yan
+from modeling_yan import YanForFlowGeneration, YanGenerationOutput, decoding_yan
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 CANVAS, POSITIONS, VOCABULARY, EXPERTS, HIDDEN = 8, 48, 64, 4, 32
@@ -467,7 +467,7 @@ class TestOutput:
     def test_logits_in_parts_give_the_same_tokens(self, model, prompts, monkeypatch):
         whole, widths = model.generate(prompts), []
         model.lm_head.register_forward_hook(lambda _, args, output: widths.append(len(output)))
-        monkeypatch.setattr(generation_yan, "MAX_LOGITS", 2 * CANVAS * VOCABULARY)
+        monkeypatch.setattr(decoding_yan, "MAX_LOGITS", 2 * CANVAS * VOCABULARY)
         assert torch.equal(model.generate(prompts), whole)
         assert widths == [2, 2, 2]
 

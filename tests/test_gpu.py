@@ -13,8 +13,8 @@ import torch
 from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanForFlowGeneration, experts_yan, generation_yan, layers_yan, mamba_yan, recording_yan
+from modeling_yan.canvas_yan import CanvasPlan, encode_and_solve
 from modeling_yan.experts_yan import YanExperts
-from modeling_yan.generation_yan import CanvasPlan, write_canvas
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NUM_STEPS, LENGTH = 3, 8
@@ -82,10 +82,10 @@ def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
     with torch.no_grad():
-        expected = write_canvas(model, prompts, None, noise, None, None, plan)  # kernels are built
+        expected = encode_and_solve(model, prompts, None, noise, None, None, plan)  # kernels are built
         torch.cuda.set_sync_debug_mode("error")
         try:
-            canvas = write_canvas(model, prompts, None, noise, None, None, plan)
+            canvas = encode_and_solve(model, prompts, None, noise, None, None, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(canvas.tokens, expected.tokens)
@@ -217,13 +217,13 @@ def test_a_model_with_an_adapter_runs_as_it_is(model, prompts):
 
 def test_what_waits_for_the_gpu_is_not_recorded_and_does_no_harm(model, prompts, monkeypatch):
     model, prompts = model.cuda(), prompts.cuda()
-    read_off = model.read_off
+    decode_tokens = model.decode_tokens
 
-    def wait_and_read_off(latents, plan):
-        latents.sum().item()
-        return read_off(latents, plan)
+    def wait_and_decode(*arguments):
+        arguments[0].sum().item()
+        return decode_tokens(*arguments)
 
-    monkeypatch.setattr(model, "read_off", wait_and_read_off)
+    monkeypatch.setattr(model, "decode_tokens", wait_and_decode)
     check_recorded(model, prompts)
     assert not any(isinstance(call, recording_yan.Recording) for call in model._recordings.calls.values())
     monkeypatch.undo()

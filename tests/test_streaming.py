@@ -9,7 +9,7 @@ from torch import nn
 from transformers import StoppingCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
-from modeling_yan import YanForFlowGeneration, generation_yan
+from modeling_yan import YanForFlowGeneration, canvas_yan
 from modeling_yan.data import train_tokenizer
 
 CANVAS, VOCABULARY = 8, 64
@@ -108,7 +108,7 @@ class TestStreamer:
 
     def test_points_of_the_path_are_let_go_unless_they_are_asked_for(self, model, prompts, monkeypatch):
         def most_alive(**options):
-            points, counts, solve = [], [], generation_yan.solve_flow
+            points, counts, solve = [], [], canvas_yan.solve_flow
 
             def watch(velocity, x_0, num_steps, solver, record):
                 def watched(step, x):
@@ -119,7 +119,7 @@ class TestStreamer:
                 return solve(velocity, x_0, num_steps, solver, watched)
 
             with monkeypatch.context() as patch:
-                patch.setattr(generation_yan, "solve_flow", watch)
+                patch.setattr(canvas_yan, "solve_flow", watch)
                 model.generate(prompts, num_flow_steps=20, **options)
             return max(counts)
 

@@ -16,8 +16,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import make_baseline
+from modeling_yan.decoding_yan import YanTransitions
 from modeling_yan.export import with_int8_weights, with_packed_weights
-from modeling_yan.transitions_yan import YanTransitions
 
 PRESETS = Path(__file__).parents[2] / "configuration"
 VARIANTS = ("transformer", "mamba")

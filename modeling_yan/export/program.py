@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..generation_yan import CanvasPlan, write_canvas
+from ..canvas_yan import CanvasPlan, encode_and_solve
+from ..layers_yan import with_valid_first
 
 SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files that a program is saved in, by format
 
@@ -26,7 +27,9 @@ class YanCanvasProgram(nn.Module):
 
     def forward(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.LongTensor:
         """Token ids (B, L) for prompts and masks (B, S)."""
-        return write_canvas(self.model, input_ids, attention_mask, self.start_noise, None, None, self.plan).tokens
+        attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
+        tensors = input_ids, attention_mask, self.start_noise, None, None
+        return encode_and_solve(self.model, *tensors, self.plan).tokens
 
 
 def export_generation(

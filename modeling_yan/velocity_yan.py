@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .experts_yan import YanExpertPrior, YanExperts, YanGate, YanGateTransitions
+from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate, YanGateTransitions
 from .flow_matching_yan import solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, attention_mask_for, linear_each
 
@@ -70,14 +70,14 @@ class YanFlow(nn.Module):
         self.gate = YanGate(config)
         self.gate_transitions = YanGateTransitions(config) if config.expert_scope == "chain" else None
 
-    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1) -> YanCondition:
+    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1, draft=None) -> YanCondition:
         """Prepare the encoded prompt for any number of velocity calls.
 
         The keys of the cross-attention see where a latent stands, its values only what it says.
 
         Args:
             latents: (B, S, D). positions: Position embeddings of the prompt's tokens (B or 1, S, D).
-            attention_mask: (B, S), 0 on padding.
+            attention_mask: (B, S), 0 on padding. draft: Latents of the answer slots, handed on.
         """
         canvas = latents[:, :1].expand(-1, canvas_length, -1)
         mask = attention_mask_for(self.config, canvas, attention_mask, latents)
@@ -89,9 +89,9 @@ class YanFlow(nn.Module):
             (next(keys), next(values)) if layer.has_cross_attention else (None, None) for layer in self.layers
         ]
         if attention_mask is None:
-            return YanCondition(key_values, mask, latents.mean(1))
+            return YanCondition(key_values, mask, latents.mean(1), draft)
         valid = attention_mask.unsqueeze(-1).to(latents.dtype)
-        return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1))
+        return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1), draft)
 
     def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
         """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
@@ -128,23 +128,25 @@ class YanFlow(nn.Module):
 
 
 class YanVelocity:
-    """Velocity field of one solve: every token is moved by the expert that was chosen for it at t = 0.
+    """Velocity field u(x, t) of one solve: every token is moved by the expert that was chosen for it at t = 0.
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
-    `solver_times(num_steps, solver)`.
-    If `choose` is set to a function of where the experts lead (B, L, K, D) and of their `YanExpertPrior`, it chooses
-    the experts (B, L). Experts are drawn at `temperature`.
+    `solver_times(num_steps, solver)`. Afterwards there are the experts (B, L), None for the "mixture", their `prior`,
+    and `num_trunk_passes`.
+
+    Args:
+        positions: Position embeddings (L, D) of the canvas. condition: Of `YanFlow.condition`.
+        num_steps, solver: Of the solve. choice: How the experts are chosen.
     """
 
-    def __init__(self, flow: YanFlow, positions, condition, num_steps, solver, expert_choice, expert_numbers=None):
-        self.flow, self.positions, self.condition = flow, positions, condition
-        self.expert_choice, self.expert_numbers = expert_choice, expert_numbers
+    def __init__(self, flow: YanFlow, positions, condition, num_steps: int, solver: str, choice: YanExpertChoice):
+        self.flow, self.positions, self.condition, self.choice = flow, positions, condition, choice
         times = solver_times(num_steps, solver)
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.prior = self.experts = self.groups = self.choose = None
-        self.num_trunk_passes, self.temperature = 0, 1.0
+        self.prior = self.experts = self.groups = None
+        self.num_trunk_passes = 0
 
     @property
     def log_gate(self):
@@ -156,7 +158,7 @@ class YanVelocity:
         modulation = self.modulation[index : index + 1]
         states = self.flow.trunk(x, self.positions, modulation, self.condition)
         self.num_trunk_passes += 1
-        predicted = self._choose(states, modulation, x) if self.prior is None else self._predict(states)
+        predicted = self._choose(states, modulation) if self.prior is None else self._predict(states)
         return predicted - x
 
     def _predict(self, states):
@@ -165,20 +167,15 @@ class YanVelocity:
             return self.flow.experts.mixture_of(states, self.log_gate)
         return self.flow.experts.output_of(states, self.groups)
 
-    def _choose(self, states, modulation, x):
-        """The experts of the whole solve, and what they predict at t = 0."""
+    def _choose(self, states, modulation):
+        """Choose the experts of the whole solve; what they predict at t = 0."""
         trains_ends = self.flow.gate_transitions is not None
-        needs_ends = trains_ends or self.choose is not None
+        needs_ends = trains_ends or self.choice.judge is not None
         # where a choice alone needs them, the experts that are not chosen would have a backward pass for nothing
         with torch.set_grad_enabled(trains_ends and torch.is_grad_enabled()):
             predicted = self.flow.experts(states) if needs_ends else None
         self.prior = self.flow.prior(states, modulation, self.condition, predicted)
-        if self.temperature != 1 and self.expert_choice == "sample":
-            self.prior = self.prior.tempered(self.temperature)
-        if self.choose is None:
-            self.experts = self.prior.choose(self.expert_choice, self.expert_numbers)
-        else:
-            self.experts = self.choose(predicted, self.prior)
+        self.prior, self.experts = self.choice(self.prior, predicted)
         self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
         if not trains_ends or self.experts is None:
             return self._predict(states)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_yan import YanForFlowGeneration
-from modeling_yan.transitions_yan import best_path, log_partition, path_score
+from modeling_yan.chains_yan import best_path, log_partition, path_score
 
 NUM_CANDIDATES = 3
 

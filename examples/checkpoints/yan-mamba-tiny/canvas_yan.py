@@ -1,0 +1,1 @@
+../../../modeling_yan/canvas_yan.py

@@ -1,0 +1,1 @@
+../../../modeling_yan/decoding_yan.py

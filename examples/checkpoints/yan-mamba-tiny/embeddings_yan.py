@@ -1,1 +1,0 @@
-../../../modeling_yan/embeddings_yan.py

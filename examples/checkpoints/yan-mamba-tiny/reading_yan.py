@@ -1,1 +1,0 @@
-../../../modeling_yan/reading_yan.py

@@ -1,1 +1,0 @@
-../../../modeling_yan/choosing_yan.py

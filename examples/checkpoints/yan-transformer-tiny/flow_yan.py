@@ -1,1 +1,0 @@
-../../../modeling_yan/flow_yan.py

@@ -1,1 +1,0 @@
-../../../modeling_yan/transitions_yan.py

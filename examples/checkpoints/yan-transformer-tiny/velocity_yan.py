@@ -1,0 +1,1 @@
+../../../modeling_yan/velocity_yan.py

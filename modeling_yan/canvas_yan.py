@@ -1,0 +1,295 @@
+"""One canvas of tokens: condition, start, velocity, solve, decode (arXiv 2604.15009).
+
+`forward`, `generate`, compiled and exported generation all come here, to `solve_canvas`.
+
+Letters of the shape comments: B prompts, R sequences a prompt, S prompt length, L canvas length, D hidden size,
+K experts, N solver steps, C candidates of a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .decoding_yan import log_probs_of_text_and_fill
+from .experts_yan import YanExpertChoice
+from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
+from .layers_yan import count_positions
+from .velocity_yan import YanCondition, YanVelocity
+
+
+@dataclass(frozen=True)
+class CanvasPlan:
+    """What is done with the tensors that a canvas is made from.
+
+    Args:
+        num_flow_steps, solver, expert_choice, end_choice, use_transitions, length_penalty: As in
+            `YanGenerationConfig`.
+        repeats: Sequences R per prompt.
+        suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
+        keep_path: Whether the points of the path, the experts and their gate are wanted.
+        temperature: Of what is drawn: experts, and tokens of a chain.
+        wants_tokens: Whether the latents are decoded to token ids; else the canvas has the latents.
+    """
+
+    num_flow_steps: int
+    solver: str
+    expert_choice: str
+    repeats: int
+    suppressed: tuple[int, ...]
+    eos: tuple[int, ...]
+    num_without_eos: int
+    keep_path: bool
+    end_choice: str = "likeliest"
+    use_transitions: bool = True
+    length_penalty: float = 1.0
+    temperature: float = 1.0
+    wants_tokens: bool = True
+
+    @classmethod
+    def of_config(cls, config, num_flow_steps: int, num_without_eos: int = 0, **options) -> "CanvasPlan":
+        """The plan of a canvas without sampling and without further wishes."""
+        eos = () if config.eos_token_id is None else (config.eos_token_id,)
+        return cls(num_flow_steps, "euler", "argmax", 1, (), eos, num_without_eos, False, **options)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that nothing else follows in a decoded text."""
+        return self.eos if self.end_choice == "likeliest" else ()
+
+
+class CanvasNoise(NamedTuple):
+    """The numbers that a canvas is made from.
+
+    Args:
+        x_0: Start points (B R or 1, L, D). experts: As `choose_experts` wants them, for B R rows, if any are drawn.
+        tokens: Uniform numbers (B R, L, C) to draw the chain of tokens with; None for the best one.
+    """
+
+    x_0: torch.Tensor
+    experts: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+@dataclass
+class Canvas:
+    """One canvas: its token ids (B R, L) or latents (B R, L, D), and how they came about where that is wanted."""
+
+    tokens: torch.LongTensor | None
+    num_trunk_passes: int
+    latents: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
+    experts: torch.LongTensor | None = None
+    gate: torch.Tensor | None = None
+
+
+@dataclass
+class YanPrompt:
+    """An encoded prompt, the model's own answer slots before it.
+
+    Args:
+        latents: (B, S, D). attention_mask: (B, S), or None if all of it is valid.
+        position_ids: (B or 1, S). input_ids: (B, S), None where embeddings were given.
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    latents: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.LongTensor | None = None
+    input_ids: torch.LongTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+    def repeat(self, number: int) -> "YanPrompt":
+        """Every prompt so many times, one after the other: what a canvas needs of it."""
+        if number == 1:
+            return self
+
+        def repeated(tensor):
+            return None if tensor is None else tensor.repeat_interleave(number, 0)
+
+        positions = self.position_ids
+        if self.attention_mask is not None:  # else all rows have them in common
+            positions = repeated(positions)
+        return YanPrompt(repeated(self.latents), repeated(self.attention_mask), positions)
+
+
+def solve_canvas(
+    model, prompt: YanPrompt, noise: CanvasNoise, plan: CanvasPlan, on_draft: Callable | None = None
+) -> Canvas:
+    """Generate one canvas for encoded prompts: nothing but a function of tensors and the plan.
+
+    Args:
+        model: A `YanForFlowGeneration`. prompt: B rows. noise: For B R rows.
+        on_draft: Called after every step with the tokens (B R, L) to which it would lead.
+    """
+    prompt, length = prompt.repeat(plan.repeats), noise.x_0.shape[1]
+    if plan.num_flow_steps == 0:
+        return _decoded(model, model.draft(prompt.latents, length), noise, plan)
+    condition = model.condition(prompt.latents, prompt.attention_mask, length, prompt.position_ids)
+    x_0 = noise.x_0.to(condition.mean.dtype).expand(len(condition.mean), -1, -1)
+    choice = model.expert_choice(plan, noise.experts)
+    velocity = model.velocity_field(condition, length, plan.num_flow_steps, plan.solver, choice)
+    path = [x_0]
+
+    def record(step, x):
+        path.append(x)
+        if not plan.keep_path:
+            del path[:-2]  # a draft needs the last step alone
+        if on_draft is not None:
+            draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
+            on_draft(model.decode_tokens(draft, plan, noise.tokens))
+
+    x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
+    canvas = _decoded(model, x_1, noise, plan)
+    canvas.num_trunk_passes = velocity.num_trunk_passes
+    if plan.wants_tokens:  # a gate that is NaN still chooses an expert
+        canvas.tokens = canvas.tokens.masked_fill(velocity.log_gate.isnan().any(-1), -1)
+    if plan.keep_path:
+        canvas.trajectory, canvas.experts = torch.stack(path, 1), velocity.experts
+        canvas.gate = velocity.log_gate.exp()
+    return canvas
+
+
+def _decoded(model, latents, noise, plan) -> Canvas:
+    if not plan.wants_tokens:
+        return Canvas(None, 0, latents)
+    return Canvas(model.decode_tokens(latents, plan, noise.tokens), 0)
+
+
+def encode_and_solve(
+    model, input_ids, attention_mask, x_0, expert_numbers, token_numbers, plan: CanvasPlan, on_draft=None
+) -> Canvas:
+    """One canvas for prompts (B, S): what is compiled, recorded and exported as a whole.
+
+    Their valid tokens come first in every row, but in an exported program; the mask may be None if all are valid. The
+    other arguments are those of `CanvasNoise` and `solve_canvas`.
+    """
+    prompt = model.encode_prompt(input_ids, attention_mask, count_positions(input_ids, attention_mask))
+    return solve_canvas(model, prompt, CanvasNoise(x_0, expert_numbers, token_numbers), plan, on_draft)
+
+
+class YanCanvasMixin:
+    """What `YanForFlowGeneration` makes a canvas of."""
+
+    def encode_prompt(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs
+    ) -> YanPrompt:
+        """Encode prompts (B, S) whose valid tokens come first, behind the model's own answer slots."""
+        given = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
+        outputs = self.model(**given, return_dict=True, **kwargs)
+        about = {name: given[name] for name in ("attention_mask", "position_ids", "input_ids")}
+        about |= {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return YanPrompt(outputs.last_hidden_state, **about)
+
+    def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:
+        """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
+        number = self.config.num_answer_slots
+        if number and input_ids is not None and self.config.mask_token_id is None:
+            input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
+        if number and input_ids is not None:
+            input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
+        if number and inputs_embeds is not None:
+            slots = self._slot_embeddings(inputs_embeds.device).to(inputs_embeds.dtype)
+            inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
+        if number and attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (number, 0), value=1)
+        if number and position_ids is not None:
+            slots = torch.arange(number, device=position_ids.device).expand(len(position_ids), -1)
+            position_ids = torch.cat([slots, position_ids + number], dim=1)
+        names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
+
+    def _slot_embeddings(self, device):
+        """Input embeddings (1, slots, E) of the answer slots: of mask tokens, or learned where there are none."""
+        if self.config.mask_token_id is None:
+            return self.model.embeddings.answer_slots(torch.arange(self.config.num_answer_slots, device=device)[None])
+        ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
+        return self.get_input_embeddings()(ids)
+
+    def _check_draft(self, canvas_length: int):
+        slots = self.config.num_answer_slots
+        if slots < canvas_length:
+            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
+            raise ValueError(f"num_flow_steps=0: must be {allowed}")
+
+    def draft(self, latents, canvas_length: int) -> torch.Tensor:
+        """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).
+
+        Raises:
+            ValueError: There are fewer slots than the canvas has tokens.
+        """
+        slots = self.config.num_answer_slots
+        if canvas_length > slots:
+            needed = f"at least canvas_length={canvas_length}, to read the encoder's draft"
+            raise ValueError(f"num_answer_slots={slots}: must be {needed}")
+        return latents[:, :canvas_length]
+
+    def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
+        """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
+        if position_ids is None:
+            position_ids = count_positions(latents, attention_mask)
+        positions = self.model.embeddings.position_embeddings(position_ids)
+        draft = latents[:, : self.config.num_answer_slots] if self.config.num_answer_slots else None
+        return self.flow.condition(latents, positions, attention_mask, canvas_length, draft)
+
+    def start_noise(self, shape: tuple[int, int], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        """x0 (B, L, D) of deviation `init_noise`, a pure function of the seed and of each element's position."""
+        noise = hashed_normal(seed, (*shape, self.config.hidden_size), like.device)
+        return (self.config.init_noise * noise).to(like.dtype)
+
+    def velocity_field(
+        self, condition, canvas_length, num_flow_steps, solver="euler", choice: YanExpertChoice | None = None
+    ) -> YanVelocity:
+        """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
+        positions = self._positions(canvas_length, condition.mean.device)
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, choice or YanExpertChoice())
+
+    def _positions(self, canvas_length: int, device=None) -> torch.Tensor:
+        """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""
+        return self.model.embeddings.position_embeddings(torch.arange(canvas_length, device=device))
+
+    def expert_choice(self, plan: CanvasPlan, numbers: torch.Tensor | None = None) -> YanExpertChoice:
+        """How the experts of a canvas are chosen; for the numbers see `choose_experts`."""
+        has_choice = self.config.num_experts > 1 and self.config.expert_scope != "token"
+        by_text = has_choice and plan.expert_choice == "argmax"
+        judge = partial(self.best_experts, plan=plan) if by_text else None
+        temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
+        return YanExpertChoice(plan.expert_choice, numbers, temperature, judge)
+
+    @torch.no_grad()
+    def best_experts(self, ends, prior, plan) -> torch.LongTensor:
+        """The experts (B, L) that are the most probable together with the text that they lead to.
+
+        The gate alone does not know: of sixteen experts that are about as probable, some lead to far better texts. Of
+        one expert a token that is the gate's choice. With one for a text it is the expert whose best text, and the
+        expert itself, have the highest log-probability over the text's length to the power `length_penalty`.
+
+        Args:
+            ends: What every expert's head predicts, (B, L, K, D). prior: A `YanExpertPrior`. plan: A `CanvasPlan`.
+        """
+        if prior.scope == "token":
+            return prior.choose("argmax")
+        return self._best_chain(ends, prior, plan) if prior.scope == "chain" else self._best_of_all(ends, prior, plan)
+
+    def _best_of_all(self, ends, prior, plan):
+        scores = [[self.score_tokens(part, plan) for part in self.split_rows(end)] for end in ends.unbind(2)]
+        scores, lengths = (
+            torch.stack([torch.cat(part) for part in each], dim=-1)
+            for each in zip(*(zip(*parts, strict=True) for parts in scores), strict=True)
+        )
+        best = ((scores + prior.log_gate[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
+        return best.expand(prior.log_gate.shape[:2])
+
+    def _best_chain(self, ends, prior, plan):
+        """For chains of experts: those that lead to the best text together."""
+        scores = []
+        for end in ends.unbind(2):  # one by one, or the logits would be K vocabularies wide
+            logits = (self.allowed_logits(part, plan) for part in self.split_rows(end))
+            parts = [log_probs_of_text_and_fill(each, plan.end_ids) for each in logits]
+            scores.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
+        return prior.best_chain(tokens, *fill, length_penalty=plan.length_penalty)

@@ -1,0 +1,253 @@
+"""From logits to token ids: every token by itself or all of them as a chain, and nothing but EOS behind the end.
+
+A text generated at once mixes what it may say: each token is the likeliest in its own position, and two names become
+one that is none. A linear-chain conditional random field over the decoder's logits, with scores of low rank for pairs
+of neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends on the
+latent of the first of the two. Only the likeliest candidates of a position have such scores.
+
+Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
+from .compilation_yan import select_rows, uses_operators
+from .flow_matching_yan import token_log_likelihood
+from .layers_yan import YanZeroLinear
+
+END_CHOICES = ("likeliest", "first")
+MAX_LOGITS = 2**28  # computed at once
+
+
+def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.LongTensor:
+    """The likeliest token ids (B, L) for logits (B, L, V) among those in which only EOS follows an EOS.
+
+    A text of n tokens is as likely as its n tokens and the EOS in all the L - n positions behind them. Cut at the
+    first position where EOS is the likeliest token, it would lose what stands behind a doubt. Without ids in `eos` all
+    tokens are chosen by themselves. One row's result does not depend on the others.
+    """
+    if not eos:
+        return logits.argmax(-1)
+    best, tokens = _best_of_others(logits, eos)
+    ends = torch.stack([logits[..., token] for token in eos])
+    end, which = ends.max(0)
+    higher = torch.maximum(best, end)  # taken off, so that sums are small where there is no doubt
+    before = (best - higher).float().cumsum(1)
+    behind = (end - higher).float().flip(1).cumsum(1).flip(1)
+    length = (F.pad(before, (1, 0)) + F.pad(behind, (0, 1))).argmax(1, keepdim=True)
+    is_fill = torch.arange(logits.shape[1], device=logits.device) >= length
+    for index, token in enumerate(eos):
+        tokens = tokens.masked_fill(is_fill & (which == index), token)
+    return tokens
+
+
+def log_probs_of_text_and_fill(logits: torch.Tensor, eos: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:
+    """Highest log-probability (B, L) of a token that is no EOS, and of one that is; of any token alone without EOS."""
+    total = logits.float().logsumexp(-1)
+    if not eos:
+        return (logits.amax(-1) - total,)
+    return _best_of_others(logits, eos)[0] - total, torch.stack([logits[..., token] for token in eos]).amax(0) - total
+
+
+def _best_of_others(logits, eos):
+    """Highest logit (B, L) and its token id of those that are no EOS.
+
+    The vocabulary is not copied, unless what is traced here is then run without a compiler.
+    """
+    if uses_operators():  # a compiler does not write what it only looks through once, and reads all of it aligned
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.masked_fill(torch.stack([ids == token for token in eos]).any(0), -torch.inf).max(-1)
+    bounds = pairwise((-1, *sorted(set(eos)), logits.shape[-1]))
+    starts = {low + 1: logits[..., low + 1 : high].max(-1) for low, high in bounds if high - low > 1}
+    best, part = torch.stack([part.values for part in starts.values()]).max(0)
+    tokens = torch.stack([part.indices + start for start, part in starts.items()])
+    return best, tokens.gather(0, part.unsqueeze(0)).squeeze(0)
+
+
+class YanTransitions(nn.Module):
+    """Scores of neighbouring tokens, from projections of embeddings and of a latent; zero in a fresh model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_candidates = min(config.transition_candidates, config.vocab_size)
+        width = config.word_embedding_size
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.from_proj = nn.Linear(width, config.transition_rank, bias=False)
+        self.to_proj = YanZeroLinear(width, config.transition_rank, bias=False)
+        self.gate = YanZeroLinear(config.hidden_size, config.transition_rank)
+
+    def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+        """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
+
+        Not `forward`: a hook of that would move the embedding, of which only some rows are needed.
+
+        Args:
+            embedding: Of the tokens. candidates: Their ids. latents: (B, L, D), those that the logits are of.
+        """
+        origins = self._project(self.from_proj, embedding, candidates[:, :-1])
+        origins = origins * (1 + self.gate(latents[:, :-1])).unsqueeze(2)
+        ends = self._project(self.to_proj, embedding, candidates[:, 1:])
+        return (origins @ ends.transpose(-1, -2)).float()
+
+    def _project(self, projection, embedding, candidates):
+        """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
+        if candidates.numel() < embedding.num_embeddings:
+            states = self.norm(embedding(candidates))
+            # layers that others have quantized may want two dimensions
+            return projection(states.flatten(0, 2)).unflatten(0, states.shape[:3])
+        vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
+        return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
+
+    def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+        """Negative log-likelihood per token of the targets; arguments as of `log_likelihood`."""
+        return -self.log_likelihood(embedding, logits, latents, targets).sum() / targets.numel()
+
+    def log_likelihood(
+        self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor
+    ) -> torch.Tensor:
+        """Log-likelihood (B,) of the targets (B, L) among all chains of the vocabulary.
+
+        A token that is no candidate has score 0 with its neighbours, so all of them together are one state more. They
+        have to be counted: among candidates alone, which would have to include the target, rare tokens would rise.
+        """
+        logits = logits.float()
+        candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
+        others = logits.scatter(-1, candidates, IMPOSSIBLE).logsumexp(-1, keepdim=True)
+        emissions = torch.cat([logits.gather(-1, candidates), others], dim=-1)
+        transitions = F.pad(self.scores(embedding, candidates, latents), (0, 1, 0, 1))
+        is_target = candidates == targets.unsqueeze(-1)
+        is_other = ~is_target.any(-1)
+        path = is_target.int().argmax(-1).masked_fill(is_other, self.num_candidates)
+        among_others = logits.gather(-1, targets.unsqueeze(-1)) - others  # which of the others a target is
+        score = path_score(emissions, transitions, path) + (among_others.squeeze(-1) * is_other).sum(1)
+        return score - log_partition(emissions, transitions)
+
+    def most_likely(
+        self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), length_penalty=None
+    ) -> torch.LongTensor:
+        """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D).
+
+        Only EOS follows one of the ids in `eos`, as in `argmax_until_eos`. With a `length_penalty` the best chains of
+        all lengths are compared by their log-probability over their length to this power (`best_ending`).
+        """
+        candidates, (emissions, transitions), is_end = self._chain(embedding, logits, latents, eos)
+        if is_end is not None and length_penalty is not None:
+            emissions = self._with_best_length(emissions, transitions, is_end, length_penalty)
+        return candidates.gather(-1, best_path(emissions, transitions).unsqueeze(-1)).squeeze(-1)
+
+    def _with_best_length(self, emissions, transitions, is_end, length_penalty):
+        """Emissions that allow no EOS before the best length, and nothing else behind it."""
+        total = log_partition(emissions, transitions)
+        emissions = torch.cat([emissions[:, :1] - total.view(-1, 1, 1), emissions[:, 1:]], dim=1)
+        tokens, fill = emissions.masked_fill(is_end, IMPOSSIBLE), emissions.masked_fill(~is_end, IMPOSSIBLE)
+        length = best_ending(tokens, fill, transitions, length_penalty)
+        is_fill = torch.arange(emissions.shape[1], device=emissions.device) >= length.unsqueeze(1)
+        return torch.where(is_fill.unsqueeze(-1), fill, tokens)
+
+    def draw(
+        self, embedding, logits, latents, uniform: torch.Tensor, eos: Sequence[int] = (), temperature: float = 1.0
+    ) -> torch.LongTensor:
+        """Token ids (B, L) drawn from the distribution of chains, at a temperature of at least 0.
+
+        `uniform` (B, L, C) are numbers in (0, 1), at least as many for each token as it has candidates; the other
+        arguments are those of `most_likely`.
+        """
+        candidates, chain, _ = self._chain(embedding, logits, latents, eos)
+        markov = as_markov(*(scores / max(temperature, 1e-4) for scores in chain))
+        path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
+        return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
+
+    def _chain(self, embedding, logits, latents, eos):
+        """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS.
+
+        The candidates are -1 in rows whose transitions are no numbers.
+        """
+        emissions, candidates = logits.topk(self.num_candidates, dim=-1)
+        transitions, is_end = self.scores(embedding, candidates, latents), None
+        is_lost = transitions.sum((1, 2, 3)).isnan()  # a best path would be found all the same
+        if eos:
+            is_end = torch.stack([candidates == token for token in eos]).any(0)
+            goes_on = is_end[:, :-1].unsqueeze(-1) & ~is_end[:, 1:].unsqueeze(-2)
+            transitions = transitions.masked_fill(goes_on, IMPOSSIBLE)
+        return candidates.masked_fill(is_lost.view(-1, 1, 1), -1), (emissions.float(), transitions), is_end
+
+
+class YanDecodingMixin:
+    """How `YanForFlowGeneration` decodes the latents of a canvas."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, V) of latents (B, L, D)."""
+        return self.lm_head(self.decoder(latents))
+
+    def most_likely(
+        self,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        eos: Sequence[int] | None = None,
+        use_transitions: bool = True,
+        length_penalty: float = 1.0,
+    ) -> torch.LongTensor:
+        """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
+
+        They are the best chain if the model has transitions that are to be used, else the best token of each position.
+        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none. The
+        `length_penalty` is for models that were trained as a distribution (`train_expert_choice="posterior"`).
+        """
+        if eos is None:
+            eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+        if self.transitions is None or not use_transitions:
+            return argmax_until_eos(logits, eos)
+        penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
+        return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
+
+    def decode_tokens(self, latents, plan, token_numbers=None) -> torch.LongTensor:
+        """Most likely allowed token ids (B, L) of latents (B, L, D); never all logits of a large batch at once.
+
+        With uniform numbers (B, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
+        or the logits no numbers, there is no likeliest token, and the id is -1.
+        """
+        texts = []
+        for part in self.split_rows(latents):
+            logits = self.allowed_logits(part, plan)
+            # a weight of the head that is NaN shows in every position, so one of them tells
+            is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
+            if token_numbers is None:
+                text = self.most_likely(logits, part, plan.end_ids, plan.use_transitions, plan.length_penalty)
+            else:
+                numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
+                options = numbers, plan.end_ids, plan.temperature
+                text = self.transitions.draw(self.get_input_embeddings(), logits, part, *options)
+            texts.append(text.masked_fill(is_lost, -1))
+        return torch.cat(texts)
+
+    def score_tokens(self, latents, plan) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""
+        logits = self.allowed_logits(latents, plan)
+        text = self.most_likely(logits, latents, plan.end_ids, plan.use_transitions, plan.length_penalty)
+        length = text.new_full((len(text),), text.shape[1])
+        for token in plan.end_ids:
+            length = length.minimum((text != token).cumprod(-1).sum(-1) + 1)
+        if self.transitions is None or not plan.use_transitions:
+            return token_log_likelihood(logits, text).sum(-1), length
+        return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
+
+    def allowed_logits(self, latents, plan) -> torch.Tensor:
+        """Logits (B, L, V) of latents (B, L, D), those of forbidden tokens minus infinity."""
+        logits = self.decode(latents)
+        # one token after the other: a list as an index would be copied to the device, and keep CUDA graphs out
+        for token in plan.suppressed:
+            logits[..., token] = -torch.inf
+        for token in plan.eos if plan.num_without_eos > 0 else ():
+            logits[:, : plan.num_without_eos, token] = -torch.inf
+        return logits
+
+    def split_rows(self, latents) -> Sequence[torch.Tensor]:
+        """The latents (B, L, D) in parts whose logits fit into memory together."""
+        chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
+        per_token = max(self.config.vocab_size, chains)
+        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))
