@@ -1,11 +1,15 @@
-"""The model card: a README.md that `save_pretrained` and `push_to_hub` write beside the weights."""
+"""What `save_pretrained` and `push_to_hub` do beside writing weights: a model card, and no older weights that stay."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 FILE = "README.md"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 OWN = "<!-- Written by modeling-yan, and again at every save. Take this line out, and the card stays as it is. -->"
 EMPTY = "This model card has been automatically generated."  # what transformers puts on the hub, with nothing in it
 TAGS = ("yan", "flow-matching", "non-autoregressive")
@@ -82,17 +86,38 @@ class YanModelCard:
 
 
 class YanCardMixin:
-    """Saving and pushing with a card."""
+    """Saving and pushing with a card, and without weights of an earlier time."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, with a model card."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
             write_card(self, save_directory)
+            _remove_old_weights(Path(save_directory))
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         write_card(self, working_dir, repo_id)  # transformers has put the hub's card there, or an empty one
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        pushed = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        return _delete_old_weights(working_dir, repo_id, pushed, kwargs.get("revision"), kwargs.get("token"))
+
+
+def _remove_old_weights(folder: Path):
+    """Remove a single file that shards have replaced, or the reverse: transformers would load the single one."""
+    found = [path for path in (folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME) if path.is_file()]
+    times = [path.stat().st_mtime_ns for path in found]
+    if len(set(times)) == 2:
+        found[times.index(min(times))].unlink()
+
+
+def _delete_old_weights(folder, name: str, pushed, revision: str | None, token):
+    """Delete weights on the hub that the pushed ones of a folder have replaced, and return the last commit."""
+    api, revision, written = HfApi(), pushed.pr_revision or revision, set(os.listdir(folder))
+    old = [file for file in api.list_repo_files(name, revision=revision, token=token) if WEIGHTS.fullmatch(file)]
+    old = [CommitOperationDelete(file) for file in old if file not in written]
+    if not old or not any(map(WEIGHTS.fullmatch, written)):
+        return pushed
+    deleted = api.create_commit(name, old, commit_message="Delete replaced weights", revision=revision, token=token)
+    return pushed if pushed.pr_revision else deleted
 
 
 def write_card(model, folder, name: str | None = None):

@@ -94,6 +94,8 @@ class Hub(BaseHTTPRequestHandler):
                 path = repository / commit / line["value"]["path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "deletedFile":
+                (repository / commit / line["value"]["path"]).unlink()
         (repository / "main").write_text(commit)
         return commit
 

@@ -100,3 +100,16 @@ def test_the_encoder_of_the_hub_is_the_base_model(tmp_path, monkeypatch, is_on_t
     name = str(tmp_path / "bert") if is_on_the_hub else None
     assert again.config.encoder_name == name
     assert ModelCard.load(tmp_path / "new" / "README.md").data.base_model == name
+
+
+@pytest.mark.parametrize("sizes", [("1GB", "5KB"), ("5KB", "1GB"), ("5KB", "8KB")], ids=["shards", "single", "fewer"])
+def test_weights_saved_over_those_of_another_form_are_those_that_load(make_model, tmp_path, sizes):
+    model = make_model()
+    for size in sizes:
+        with torch.no_grad():
+            model.lm_head.bias += 1
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert torch.equal(type(model).from_pretrained(tmp_path).lm_head.bias, model.lm_head.bias)
+    is_single = sizes[-1] == "1GB"
+    assert (tmp_path / "model.safetensors").exists() == is_single
+    assert (tmp_path / "model.safetensors.index.json").exists() != is_single

@@ -40,7 +40,7 @@ from modeling_yan import YanForFlowGeneration
 folder, root = map(Path, sys.argv[1:])
 name, model = "somebody/versions", YanForFlowGeneration.from_pretrained(folder)
 model.model_card.license = "mit"
-first = model.push_to_hub(name, max_shard_size="20KB").oid
+first = model.push_to_hub(name).oid
 with torch.no_grad():
     model.lm_head.bias += 1
 (root / "break").touch()
@@ -51,7 +51,9 @@ except Exception as error:
 (root / "break").unlink()
 after = HfApi().model_info(name).sha
 second = model.push_to_hub(name, max_shard_size="20KB", tags=["sharded"]).oid
-Path("pushed.json").write_text(json.dumps([first, broken, after, second]))
+third = model.push_to_hub(name).oid
+files = [HfApi().list_repo_files(name, revision=commit) for commit in (first, second, third)]
+Path("pushed.json").write_text(json.dumps([first, broken, after, second, files]))
 """
 
 WITHOUT_PACKAGE = """
@@ -165,16 +167,18 @@ def test_a_pinned_revision_stays_and_an_upload_that_breaks_off_changes_nothing(h
     publisher.mkdir()
     user.mkdir()
     run(PUSH_VERSIONS, address, publisher, folders[0], root, PYTHONPATH=str(SERVER.parents[1]))
-    first, broken, after, second = json.loads((publisher / "pushed.json").read_text())
+    first, broken, after, second, files = json.loads((publisher / "pushed.json").read_text())
     assert broken
     assert after == first != second
-    files = {path.name for path in last_commit(root, "versions").glob("*")}
-    assert "model.safetensors.index.json" in files
-    assert len([name for name in files if name.startswith("model-")]) > 2
-    card = ModelCard.load(last_commit(root, "versions") / "README.md")
+    single, sharded, again = ([name for name in found if name.startswith("model")] for found in files)
+    assert again == single == ["model.safetensors", "modeling_yan.py"]  # weights of another form do not stay
+    assert "model.safetensors" not in sharded
+    assert "model.safetensors.index.json" in sharded
+    assert len([name for name in sharded if name.startswith("model-")]) > 2
+    card = ModelCard.load(root / "somebody" / "versions" / second / "README.md")
     assert (card.data.license, "sharded" in card.data.tags) == ("mit", True)
 
-    run(LOAD_VERSIONS, address, user, first, "main", PYTHONPATH="")
+    run(LOAD_VERSIONS, address, user, first, second, PYTHONPATH="")
     old, new = torch.load(user / "versions.pt")
     expected = YanForFlowGeneration.from_pretrained(folders[0]).state_dict()
     assert all(torch.equal(old[name], value) for name, value in expected.items())
