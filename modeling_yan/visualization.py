@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Callable
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -48,7 +49,11 @@ class Path2D:
 
 
 class DraftTokens(list):
-    """A streamer that keeps the tokens (B, L) after every step."""
+    """A streamer that keeps the tokens (B, L) after every step, and hands them on at once."""
+
+    def __init__(self, hand_on: Callable | None = None):
+        super().__init__()
+        self.hand_on = hand_on
 
     def put(self, tokens):
         """The prompt, or a finished canvas: nothing to keep."""
@@ -56,6 +61,8 @@ class DraftTokens(list):
     def put_draft(self, tokens):
         """Keep a draft."""
         self.append(tokens.cpu())
+        if self.hand_on is not None:
+            self.hand_on(self[-1])
 
     def end(self):
         """The end of the text: nothing to do."""
@@ -66,9 +73,12 @@ def follow(model, tokenizer, prompt: str, num_flow_steps: int | None = None) -> 
     return follow_all(model, tokenizer, prompt, num_flow_steps=num_flow_steps, do_sample=False)[0]
 
 
-def follow_all(model, tokenizer, prompt: str, **options) -> list[Path2D]:
-    """Write the first canvas of every text for a prompt, with options of `generate`, and keep how they came about."""
-    drafts = DraftTokens()
+def follow_all(model, tokenizer, prompt: str, on_draft: Callable | None = None, **options) -> list[Path2D]:
+    """Write the first canvas of every text for a prompt, with options of `generate`, and keep how they came about.
+
+    `on_draft` gets the token ids (B, L) after every step, while the next one is still to come.
+    """
+    drafts = DraftTokens(on_draft)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {**options, "return_prompt": False, "return_dict_in_generate": True}
     output = model.generate(**inputs, **settings, streamer=drafts)
@@ -83,17 +93,19 @@ def follow_all(model, tokenizer, prompt: str, **options) -> list[Path2D]:
     ]
 
 
+def words_of(model, tokenizer, ids) -> list[str]:
+    """The tokens (L,) of a text up to its end, each as what is read."""
+    (length,) = num_new_tokens(ids[None], model.generation_config.eos_token_id)
+    return [tokenizer.decode([token]).strip() or "␣" for token in ids[:length]]
+
+
 def _path_of(model, tokenizer, tokens, drafts, trajectory, gate, experts) -> Path2D:
     """A path from the tokens (L,), the drafts of all canvases, and the first one's trajectory (L, N + 1, D)."""
 
-    def shown(ids):
-        (length,) = num_new_tokens(ids[None], model.generation_config.eos_token_id)
-        return [tokenizer.decode([token]).strip() or "␣" for token in ids[:length]]
-
     def text_of(ids):
-        return tokenizer.decode(ids[: len(shown(ids))], skip_special_tokens=True)
+        return tokenizer.decode(ids[: len(words_of(model, tokenizer, ids))], skip_special_tokens=True)
 
-    drafts, names = drafts[: trajectory.shape[1] - 1], shown(tokens)
+    drafts, names = drafts[: trajectory.shape[1] - 1], words_of(model, tokenizer, tokens)
     trajectory = trajectory[: len(names)]
     points, shares = _on_two_axes(trajectory)
     distances, moves = (trajectory[:, -1] - trajectory[:, 0]).norm(dim=-1), trajectory.diff(dim=1).norm(dim=-1).sum(-1)
@@ -101,7 +113,7 @@ def _path_of(model, tokenizer, tokens, drafts, trajectory, gate, experts) -> Pat
         tokens=names,
         text=text_of(tokens),
         drafts=[text_of(draft) for draft in drafts],
-        draft_tokens=[shown(draft) for draft in drafts],
+        draft_tokens=[words_of(model, tokenizer, draft) for draft in drafts],
         points=points.numpy(),
         shares=shares,
         experts=None if experts is None else experts[: len(names)],

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,41 @@ def bundled():
 
 
 def test_drafts_settle_until_the_text_stands(bundled):
-    paths, seconds = views.write(*bundled, "Last word: The king went up to the <mask>.", 3, seed=1, num=2)
-    frames = list(views.settling(paths, is_colored=True))
+    *frames, page = views.write_live(*bundled, "Last word: The king went up to the <mask>.", 3, seed=1, num=2)
     assert [re.search(r"Step \d of \d", frame)[0] for frame in frames] == [f"Step {n} of 3" for n in (1, 2, 3)]
-    assert "unsettled" not in frames[-1]
-    assert any("unsettled" in frame for frame in frames[:-1])
-    page = views.finished(paths, seconds, is_colored=True)
-    assert all(path.text in page for path in paths)
+    assert all(frame.count("<tr>") == 2 for frame in frames)
+    changed = [frame.count("unsettled") for frame in frames]
+    assert changed[0] == frames[0].count("token")  # all are new
+    assert changed[0] > changed[-1]
     assert "Drafts of text 1" in page
+    words = re.findall(r"<span[^>]*>([^<]*)</span>", frames[-1].split("Text 2")[0])
+    assert words == re.findall(r"<span[^>]*>([^<]*)</span>", page.split("Step 3")[1].split("legend")[0])
+
+
+def test_a_draft_is_shown_before_the_next_step_is_begun(bundled, monkeypatch):
+    model, tokenizer = bundled
+    seen, solve = threading.Semaphore(0), model.generate
+
+    def generate(*arguments, streamer, **options):
+        put = streamer.put_draft
+
+        def put_and_wait(tokens):
+            put(tokens)
+            assert seen.acquire(timeout=20), "nobody has seen the draft"
+
+        streamer.put_draft = put_and_wait
+        return solve(*arguments, streamer=streamer, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    frames = []
+    for frame in views.write_live(model, tokenizer, PROMPT, 3, seed=0, num=1):
+        frames.append(frame)
+        seen.release()
+    assert ANSWER in frames[-1]
 
 
 def test_tokens_have_the_colours_of_their_experts_where_there_are_several(bundled):
-    (path,), _ = views.write(*bundled, PROMPT, 2, seed=0, num=1)
+    path = views.path_of(*bundled, PROMPT, 2)
     assert path.text == ANSWER
     colored, plain = (views.tokens_html(path, 2, is_colored) for is_colored in (True, False))
     assert re.findall("background:(#......)", colored) == [views.PALETTE[expert] for expert in path.experts]
@@ -50,9 +74,9 @@ def test_tokens_have_the_colours_of_their_experts_where_there_are_several(bundle
 
 
 def test_what_was_written_is_no_markup(bundled):
-    (path,), seconds = views.write(*bundled, PROMPT, 1, seed=0, num=1)
+    path = views.path_of(*bundled, PROMPT, 1)
     path.text, path.draft_tokens = "<b>", [["<b>"] * len(path.tokens)]
-    assert "<b>" not in views.finished([path], seconds, True) + views.side_by_side({"<b>": path})
+    assert "<b>" not in views.finished([path], 1.0, True) + views.side_by_side({"<b>": path})
 
 
 def test_every_rank_of_expert_has_a_column(bundled):
@@ -65,7 +89,9 @@ def test_every_rank_of_expert_has_a_column(bundled):
 
 def test_bad_input_is_named(bundled, make_model):
     with pytest.raises(ValueError, match="prompt: must not be empty"):
-        views.write(*bundled, " ", 3, 0, 1)
+        next(views.write_live(*bundled, " ", 3, 0, 1))
+    with pytest.raises(ValueError, match="prompt"):  # of `generate`, in its own thread
+        list(views.write_live(*bundled, "apple " * 400, 3, 0, 1))
     with pytest.raises(ValueError, match="this model has one expert"):
         views.write_by_expert(make_model(num_experts=1), bundled[1], PROMPT, 3)
 
@@ -125,6 +151,9 @@ def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(spac
         for tab, button in tabs.items():
             page.get_by_role("tab", name=tab, exact=True).click()
             page.get_by_role("button", name=button, exact=True).click()
+            if tab == "Write":  # the drafts come first
+                page.get_by_text("Step 1 of 3").wait_for()
+                assert not page.get_by_text("Drafts of text 1").is_visible()
             page.locator("[role=tabpanel]:visible").locator(shown[tab]).first.wait_for()
             page.screenshot(path=pictures / f"demo_{tab.lower().replace(' ', '_')}.png", full_page=True)
         browser.close()

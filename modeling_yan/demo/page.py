@@ -17,7 +17,7 @@ PROMPTS = [
     "Last word: The king went up to the <mask>.",
     "He loosed <mask>, and forgave <mask> the debt.",
 ]
-PAUSE_S = 0.6  # between the drafts, which come too fast for eyes
+PAUSE_S = 0.6  # the least between two drafts: those of a small model come too fast for eyes
 INTRODUCTION = """# YAN writes a whole text at once
 Noise becomes the text in a few steps. Choose a prompt and press a tab's button."""
 ABOUT_EXPERTS = """Every token is moved by one of the model's experts. Here each column takes another one: the
@@ -75,22 +75,18 @@ class _Actions:
         self.models = models
 
     def write(self, name, prompt, steps, seed, num):
-        """The drafts one after the other, then the texts."""
-        model, tokenizer = self.models[name]
-        paths, seconds = _asked(views.write, model, tokenizer, prompt, steps, seed, num)
-        is_colored = views.has_colors(model)
-        for view in views.settling(paths, is_colored):
+        """The drafts while they come, then the texts."""
+        shown = -PAUSE_S
+        for view in _asked_each(views.write_live(*self.models[name], prompt, steps, seed, num)):
+            time.sleep(max(0, shown + PAUSE_S - time.monotonic()))
             yield view
-            time.sleep(PAUSE_S)
-        yield views.finished(paths, seconds, is_colored)
+            shown = time.monotonic()
 
     def write_by_expert(self, name, prompt, steps):
         return views.side_by_side(_asked(views.write_by_expert, *self.models[name], prompt, steps))
 
     def draw(self, name, prompt, steps):
-        model, tokenizer = self.models[name]
-        ((path,), _) = _asked(views.write, model, tokenizer, prompt, steps, 0, 1)
-        return draw(path)
+        return draw(_asked(views.path_of, *self.models[name], prompt, steps))
 
     def measure(self, name, steps):
         results = _asked(views.measure, self.models[name][0], steps)
@@ -101,5 +97,13 @@ def _asked(function, *arguments):
     """What a function returns, or its complaint about the input on the page."""
     try:
         return function(*arguments)
+    except ValueError as error:
+        raise gr.Error(str(error)) from error
+
+
+def _asked_each(found):
+    """What comes of an iterator, or its complaint as that of `_asked`."""
+    try:
+        yield from found
     except ValueError as error:
         raise gr.Error(str(error)) from error

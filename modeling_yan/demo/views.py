@@ -1,17 +1,20 @@
 """What the page shows, as HTML and figures; nothing here knows gradio."""
 
 import html
+import queue
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from ..evaluation.timing import time_generation
-from ..visualization import Path2D, follow_all
+from ..visualization import Path2D, follow, follow_all, words_of
 
 MAX_TEXTS, MAX_STEPS = 8, 16
 # pale, so that dark letters can be read on all of them
 PALETTE = "#a6cee3 #fdbf6f #b2df8a #fb9a99 #cab2d6 #ffff99 #d9d9d9 #ccebc5 #fccde5 #e5c494".split()
 PLAIN = "#eeeeee"
 PALE = "Pale with a dotted line: changes in a later step."
+CHANGED = "Pale with a dotted line: new in this step."
 LENGTHS = (16, 32, 64)  # tokens of the texts that are timed
 TIMED_STEPS = (1, 3)
 STYLE = """
@@ -32,12 +35,34 @@ def draw_options(config, steps: int, seed: int, num: int) -> dict:
     return {**options, "do_sample": num > 1}
 
 
-def write(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -> tuple[list[Path2D], float]:
-    """Texts for a prompt and how they came about, and the seconds that took."""
+def write_live(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -> Iterator[str]:
+    """Views of the drafts, each as soon as its step is done, and last one of the texts and how they came about."""
     _check_prompt(prompt)
-    start = time.perf_counter()
-    paths = follow_all(model, tokenizer, prompt, **draw_options(model.config, steps, seed, num))
-    return paths, time.perf_counter() - start
+    events, options = queue.SimpleQueue(), draw_options(model.config, steps, seed, num)
+
+    def follow_timed():
+        start = time.perf_counter()
+        paths = follow_all(model, tokenizer, prompt, on_draft=events.put, **options)
+        return paths, time.perf_counter() - start
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(follow_timed)
+        call.add_done_callback(lambda _: events.put(None))
+        before = [[]] * options["num_return_sequences"]
+        for step in range(1, options["num_flow_steps"] + 1):
+            if (drafts := events.get()) is None:
+                break
+            words = [words_of(model, tokenizer, draft) for draft in drafts]
+            yield settling(step, options["num_flow_steps"], words, before)
+            before = words
+        paths, seconds = call.result()
+    yield finished(paths, seconds, has_colors(model))
+
+
+def path_of(model, tokenizer, prompt: str, steps: int) -> Path2D:
+    """How the likeliest text for a prompt comes about."""
+    _check_prompt(prompt)
+    return follow(model, tokenizer, prompt, int(steps))
 
 
 def write_by_expert(model, tokenizer, prompt: str, steps: int) -> dict[str, Path2D]:
@@ -70,11 +95,14 @@ def has_colors(model) -> bool:
     return model.config.num_experts > 1
 
 
-def settling(paths: list[Path2D], is_colored: bool) -> Iterator[str]:
-    """The texts after each step, tokens that will change still marked."""
-    for step in range(1, len(paths[0].drafts) + 1):
-        rows = [(f"Text {number}", tokens_html(path, step, is_colored)) for number, path in enumerate(paths, start=1)]
-        yield _wrap(f"<p>Step {step} of {len(paths[0].drafts)}</p>{_table(rows)}")
+def settling(step: int, steps: int, texts: list[list[str]], before: list[list[str]]) -> str:
+    """The tokens of the texts after a step; those that the step has changed are pale."""
+    rows = []
+    for number, (words, old) in enumerate(zip(texts, before, strict=True), start=1):
+        is_same = [place < len(old) and old[place] == word for place, word in enumerate(words)]
+        tokens = (_token(word, PLAIN, settled) for word, settled in zip(words, is_same, strict=True))
+        rows.append((f"Text {number}", " ".join(tokens)))
+    return _wrap(f"<p>Step {step} of {steps}</p>{_table(rows)}<p><small>{CHANGED}</small></p>")
 
 
 def finished(paths: list[Path2D], seconds: float, is_colored: bool) -> str:
@@ -109,9 +137,13 @@ def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
         )
         has_expert = is_colored and path.experts is not None and place < len(path.experts)
         color = PALETTE[path.experts[place] % len(PALETTE)] if has_expert else PLAIN
-        kind = "token" if is_settled else "token unsettled"
-        cells.append(f'<span class="{kind}" style="background:{color}">{html.escape(token)}</span>')
+        cells.append(_token(token, color, is_settled))
     return " ".join(cells)  # lines break between tokens
+
+
+def _token(word: str, color: str, is_settled: bool) -> str:
+    kind = "token" if is_settled else "token unsettled"
+    return f'<span class="{kind}" style="background:{color}">{html.escape(word)}</span>'
 
 
 def _legend(path: Path2D | None, words: str = "") -> str:
