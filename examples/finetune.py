@@ -1,11 +1,12 @@
-"""Fine-tune a checkpoint, or a new model on a pretrained encoder, on pairs of source and target.
+"""Fine-tune a checkpoint, or make a new model on a pretrained encoder, out of any file or data set of pairs.
 
-python examples/finetune.py --train_file pairs.jsonl --validation_file held-out.jsonl --output_dir finetuned --lora
-python examples/finetune.py --train_file ... --validation_file ... --output_dir new --encoder distilbert-base-uncased
+python examples/finetune.py --train_file pairs.csv --source_column question --target_column answer --output_dir tuned
+python examples/finetune.py --train_file ... --output_dir new --encoder distilbert-base-uncased
+python examples/finetune.py --dataset NAME --template "question: {question} context: {context}" --output_dir ...
 
-Rows are JSON objects with the strings source and target. transformers' Seq2SeqTrainer trains all of the model or a
-LoRA adapter; every option of Seq2SeqTrainingArguments can be given. With an encoder the run ends when the loss on the
-held-out rows has not fallen for three epochs, and keeps the best one.
+transformers' Seq2SeqTrainer trains all of the model or a LoRA adapter; every option of Seq2SeqTrainingArguments can be
+given. A tenth of the rows is held out unless others are named. The run ends when the loss on them has not fallen for
+three epochs, and keeps the best model.
 """
 
 import sys

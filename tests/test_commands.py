@@ -245,7 +245,7 @@ def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(
         (["evaluate", "{folder}", "--data", "none.jsonl", "--output", "x"], "none.jsonl"),
         (["train", "--recipe", "none.yaml"], "[Errno 2] No such file or directory: 'none.yaml'"),
         (["train", "--recipe", "{bad}"], "{bad}: must be YAML"),
-        (["finetune", "--model", "{folder}"], "the following arguments are required"),
+        (["finetune", "--model", "{folder}"], "--train_file, or --dataset: must be given"),
         (["demo", "/no/folder"], "MODEL='/no/folder': must be a folder with a config.json"),
         (["benchmark", "{folder}", "--prompt_length", "99"], "prompt_length=99: must be 1 to 32"),
         (["completion", "fish"], "argument shell: invalid choice: 'fish'"),

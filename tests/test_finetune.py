@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer, EvalPrediction
 
 from modeling_yan.data import generate_stories, write_rows
+from modeling_yan.training.finetuning import FinetuningArguments, load_pairs, parse_finetuning
+from modeling_yan.training.samples import Samples
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +48,72 @@ def test_finetuning_improves_the_loss_and_saves_what_it_trained(tmp_path, name, 
     assert scores["eval_loss"] == pytest.approx(float(after), abs=1e-4)
     assert (output / ("adapter_model.safetensors" if options else "model.safetensors")).exists()
     assert (output / "tokenizer.json").exists()
+
+
+def options(*words) -> FinetuningArguments:
+    return parse_finetuning(["--model", "m", "--output_dir", "out", "--use_cpu", *words])[0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tmp_path_factory) -> Path:
+    """A data set of two splits, as a folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    rows = [f"{number},{number % 3}\n" for number in range(20)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("source,target\n" + "".join(rows))
+    return tmp_path
+
+
+def test_rows_are_held_out_from_a_file_a_split_or_a_share(folder):
+    rows, held_out, name = load_pairs(options("--train_file", str(folder / "train.csv")), seed=1)
+    assert (len(rows), len(held_out)) == (18, 2)
+    assert name == "a share of 0.1 cut by the seed 1; rows with one source stay together"
+    files = ["--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "test.csv")]
+    assert [len(part) for part in load_pairs(options(*files), seed=1)[:2]] == [20, 20]
+    dataset = ["--dataset", str(folder), "--train_split", "train[:15]"]
+    assert [len(part) for part in load_pairs(options(*dataset, "--validation_split", "test"), 1)[:2]] == [15, 20]
+    assert [len(part) for part in load_pairs(options(*dataset), seed=1)[:2]] == [13, 2]
+    (folder / "test.csv").rename(folder / "validation.csv")
+    rows, held_out, name = load_pairs(options(*dataset), seed=1)
+    assert (len(rows), len(held_out), name) == (15, 20, "the split validation")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--train_file, or --dataset: must be given, and not both"),
+        (["--train_file", "x", "--dataset", "x"], "--train_file, or --dataset: must be given, and not both"),
+        (["--train_file", "x", "--encoder", "x"], "--model, or --encoder: must be given, and not both"),
+        (["--train_file", "x", "--validation_split", "x"], "--validation_split: is for --dataset"),
+    ],
+)
+def test_words_that_do_not_fit_together(capsys, words, message):
+    with pytest.raises(SystemExit):
+        options(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_the_best_model_is_kept_where_each_is_saved_that_is_measured():
+    words = ["--model", "m", "--train_file", "x", "--output_dir", "out", "--use_cpu"]
+    assert parse_finetuning(words)[1].load_best_model_at_end
+    assert not parse_finetuning([*words, "--save_strategy", "no"])[1].load_best_model_at_end
+    assert not parse_finetuning([*words, "--eval_strategy", "no"])[1].load_best_model_at_end
+
+
+def test_a_few_held_out_rows_are_shown_at_every_evaluation(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
+    rows = [{"source": f"Where is {name}?", "target": f"{name} is here."} for name in ("Ann", "Tom", "Eva", "Joe")]
+    ids = tokenizer([row["target"] for row in rows], padding=True, return_tensors="np").input_ids
+    written = np.where(ids == tokenizer.pad_token_id, -100, ids)
+    written[0] = written[1]
+    scores = Samples(tokenizer, rows)(EvalPrediction(written, ids))
+    assert scores["exact_match"] == 0.75
+    assert 0.75 < scores["rouge_l"] < 1
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in shown] == ["source", "wanted", "written"] * 3
+    assert " source: Where is Joe?" in shown
+    Samples(tokenizer, rows, is_shown=False)(EvalPrediction(written, ids))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

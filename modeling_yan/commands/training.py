@@ -10,12 +10,12 @@ TRAIN_EXAMPLES = """  yan train --recipe configuration/recipes/tiny-autoencoder.
   yan train --recipe configuration/recipes/tiny-flow.yaml --config stage-one --tokenizer tokenizer \\
       --train_file my.jsonl.gz --validation_file held-out.jsonl.gz --output_dir stage-two
   accelerate launch --module modeling_yan train ...   on several devices; the same with --resume True goes on"""
-FINETUNE_EXAMPLES = """  yan finetune --model MODEL --train_file pairs.jsonl --validation_file held-out.jsonl \\
-      --output_dir finetuned --max_steps 500
+FINETUNE_EXAMPLES = """  yan finetune --encoder distilbert-base-uncased --train_file pairs.csv \\
+      --source_column question --target_column answer --output_dir new
+  yan finetune --encoder sentence-transformers/all-MiniLM-L6-v2 --dataset SetFit/sst2 --source_column text \\
+      --target_column label_text --output_dir sentiment
   yan finetune --model MODEL --train_file pairs.jsonl --validation_file held-out.jsonl \\
-      --output_dir adapter --lora
-  yan finetune --encoder distilbert-base-uncased --train_file pairs.jsonl --validation_file held-out.jsonl \\
-      --output_dir new"""
+      --output_dir adapter --lora"""
 
 
 def add_to(commands):
@@ -23,7 +23,7 @@ def add_to(commands):
     purpose = "Train a model from scratch, in two stages."
     parser = add_command(commands, "train", train, purpose, TRAIN_EXAMPLES, add_help=False)
     parser.set_defaults(reads_words=True)
-    purpose = "Fine-tune a checkpoint, or a new model on a pretrained encoder, on rows of source and target."
+    purpose = "Fine-tune a checkpoint, or make a new model on a pretrained encoder, out of a file or data set."
     parser = add_command(commands, "finetune", finetune, purpose, FINETUNE_EXAMPLES, add_help=False)
     parser.set_defaults(reads_words=True)
 

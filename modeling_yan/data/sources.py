@@ -101,7 +101,7 @@ def load_rows(
         shards = [FileShard(number, file, sample_by) for number, file in enumerate(files)]
     else:
         config_name = config_name or (spec.config_name if spec else None)
-        raw = _load_raw(str(data), config_name, split, revision, streaming, cache_dir)
+        raw = load_raw(str(data), config_name, split, revision, streaming, cache_dir)
         maker = RowMaker(spec or _guess_spec(str(data), raw), options, seed, streaming)
         return _limit(_map_raw(raw, maker, str(data)), num_rows)
     spec = spec or _guess_spec(shards[0].name, shards[0])
@@ -277,7 +277,7 @@ def _find_local(data) -> list[Path]:
     return files
 
 
-def _load_raw(name, config_name, split, revision, streaming, cache_dir) -> Dataset | IterableDataset:
+def load_raw(name, config_name, split, revision, streaming, cache_dir) -> Dataset | IterableDataset:
     """`datasets.load_dataset`, with what went wrong in the message."""
     cache_dir = None if cache_dir is None else str(cache_dir)
     try:
@@ -289,13 +289,13 @@ def _load_raw(name, config_name, split, revision, streaming, cache_dir) -> Datas
         message = f"{name!r} is neither a file here, nor in the registry ({names}), nor to be loaded by name: {error}"
         raise FileNotFoundError(message) from error
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{name}: {_root_cause(error)}") from error
+        raise ValueError(f"{name}: {root_cause(error)}") from error
     if next(iter(raw), None) is None:
         raise ValueError(f"{name}: the data set holds no rows")
     return raw
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error

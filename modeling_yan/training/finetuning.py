@@ -1,11 +1,14 @@
-"""Fine-tuning on rows of source and target with transformers' Seq2SeqTrainer: of a checkpoint, all of it or a LoRA
+"""Fine-tuning on pairs out of any columns with transformers' Seq2SeqTrainer: of a checkpoint, all of it or a LoRA
 adapter, or of a new model on a pretrained encoder."""
 
 import json
+import math
+import os
+import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,33 +18,49 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from ..data import FlowCollator, prepare_tokenizer, read_rows
-from ..evaluation import exact_match, rouge_l
+from ..data import FlowCollator, prepare_tokenizer
+from ..data.rows import Row
+from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
+from .samples import Samples
 
-DEFAULTS = {"max_steps": 20, "logging_steps": 5, "learning_rate": 1e-4, "predict_with_generate": True}
-DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64, "remove_unused_columns": False}
-# A new flow and decoder need more updates than a trained one.
-NEW_DEFAULTS = {
-    "max_steps": -1,
-    "num_train_epochs": 20,
-    "logging_steps": 50,
-    "learning_rate": 3e-4,
-    "warmup_steps": 50,
-}
-NEW_DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
-NEW_DEFAULTS |= {"load_best_model_at_end": True}
+DEFAULTS = {"logging_steps": 50, "warmup_steps": 0.05, "predict_with_generate": True, "remove_unused_columns": False}
+DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
+DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
+# A new flow and decoder have more to learn than a trained one.
+LEARNING_RATE, NEW_LEARNING_RATE = 1e-4, 3e-4
+UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about so many updates, if neither epochs nor updates are given
 PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
+LONGEST_EXAMPLE = 300  # characters
 
 
 @dataclass
 class FinetuningArguments:
     """The model and its rows."""
 
-    train_file: str = field(metadata={"help": "rows of source and target, .jsonl or .jsonl.gz"})
-    validation_file: str = field(metadata={"help": "like train_file"})
+    train_file: str | None = field(
+        default=None, metadata={"help": "rows to train on: .jsonl, .json, .csv, .tsv or .parquet, also .gz"}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "held-out rows, like train_file"})
+    dataset: str | None = field(
+        default=None, metadata={"help": "folder or hub name of a data set, in the place of train_file"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "which of the data set's configs"})
+    train_split: str = field(default="train", metadata={"help": 'of the data set, such as train or "train[:10%%]"'})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "of the data set; if not given, validation where there is one"}
+    )
+    validation_share: float = field(
+        default=0.1, metadata={"help": "share of the rows that is held out where nothing else is"}
+    )
+    source_column: str = field(default="source", metadata={"help": "the column to read"})
+    target_column: str = field(default="target", metadata={"help": "the column to write"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": 'makes the source of several columns, "question: {question} context: {context}"'},
+    )
     model: str | None = field(default=None, metadata={"help": "folder or hub name of a checkpoint"})
     encoder: str | None = field(
         default=None, metadata={"help": "folder or hub name of a pretrained text encoder to build a new model on"}
@@ -52,56 +71,107 @@ class FinetuningArguments:
     lora: bool = field(default=False, metadata={"help": "train a LoRA adapter of the flow (needs peft)"})
     lora_rank: int = 8
 
+    def __post_init__(self):
+        for one, other in (("train_file", "dataset"), ("model", "encoder")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                raise ValueError(f"--{one}, or --{other}: must be given, and not both")
+        if self.encoder is not None and self.lora:
+            raise ValueError("--lora: is for a trained flow, with --encoder there is none")
+        if self.dataset is None and self.validation_split is not None:
+            raise ValueError("--validation_split: is for --dataset, with --train_file give --validation_file")
+
+    @property
+    def columns(self) -> PairColumns:
+        """Which columns become source and target."""
+        return PairColumns(self.source_column, self.target_column, self.template)
+
+    @property
+    def origin(self) -> str:
+        """What the rows are of."""
+        return self.train_file or self.dataset
+
 
 def parse_finetuning(
     words: Sequence[str], make_parser: Callable = HfArgumentParser
 ) -> tuple[FinetuningArguments, Seq2SeqTrainingArguments]:
     """Settings from the words of a command line; `make_parser` makes the parser of dataclasses."""
     parser = make_parser([FinetuningArguments, Seq2SeqTrainingArguments])
-    is_new = any(word.split("=")[0] == "--encoder" for word in words)
-    parser.set_defaults(**(DEFAULTS | NEW_DEFAULTS if is_new else DEFAULTS))
-    options, training = parser.parse_args_into_dataclasses(words)
-    if (options.model is None) == (options.encoder is None):
-        parser.error("--model, or --encoder for a new model: must be given, and not both")
-    if options.encoder is not None and options.lora:
-        parser.error("--lora: is for a trained flow, with --encoder there is none")
-    return options, training
+    given, _ = parser.parse_known_args(words)
+    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATE if given.encoder is None else NEW_LEARNING_RATE}
+    defaults["num_train_epochs"] = 0  # by the number of rows
+    parser.set_defaults(**defaults)
+    given, _ = parser.parse_known_args(words)
+    # the best model can be kept only where each is saved that is measured
+    parser.set_defaults(load_best_model_at_end=given.eval_strategy == given.save_strategy != "no")
+    try:
+        return parser.parse_args_into_dataclasses(words)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     """Train and save the model, or its adapter alone, and print its scores before and after.
 
-    A new model is trained until its loss on the held-out rows has not fallen for three epochs; the best one is kept.
+    It is trained until its loss on the held-out rows has not fallen for three epochs; the best one is kept.
     """
-    rows = read_rows(options.train_file)
+    with training.main_process_first():  # the others find what it downloaded and converted
+        rows, held_out, held_name = load_pairs(options, training.seed)
     if options.encoder is None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
         model, tokenizer = _new_model(options.encoder, rows, json.loads(options.fields))
+    if not training.num_train_epochs:
+        training.num_train_epochs = _choose_epochs(len(rows), training)
+    is_main = training.process_index == 0
+    if is_main:
+        print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     trainer = Seq2SeqTrainer(
         model=_with_lora(model, options.lora_rank) if options.lora else model,
         args=training,
         train_dataset=rows,
-        eval_dataset=read_rows(options.validation_file),
+        eval_dataset=held_out,
         data_collator=FlowCollator(tokenizer, model=model),
         processing_class=tokenizer,
-        compute_metrics=_score_with(tokenizer),
+        compute_metrics=Samples(tokenizer, held_out, is_main),
         callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
     )
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     after = trainer.evaluate()
+    example = min(held_out, key=lambda row: len(row["source"]))
+    command = _command(training.output_dir, example)
     if not options.lora:  # an adapter has peft's card
-        model.model_card.metrics = ["exact_match", "rouge"]
-        model.model_card.results = {
-            f"{name.removeprefix('eval_')}, {len(trainer.eval_dataset)} held-out rows": f"{after[name]:.4f}"
-            for name in SHOWN
-        }
+        _fill_card(model.model_card, options, example, len(rows), after, len(held_out), command)
     trainer.save_model()
     trainer.save_metrics("eval", after)
-    for name in SHOWN:
-        print(f"{name:18} {before[name]:.4f} -> {after[name]:.4f}")
+    if is_main:
+        for name in SHOWN:
+            print(f"{name:18} {before[name]:.4f} -> {after[name]:.4f}")
+        print(f"The model is in {training.output_dir}. Next:\n  {command}")
+
+
+def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list[Row], str]:
+    """Rows to train on, rows held out, and where those come from.
+
+    Raises:
+        FileNotFoundError, ValueError: No such file or data set, a column or a split that is not there, or no rows.
+    """
+    columns, split = options.columns, options.validation_split
+    if options.train_file is not None:
+        rows = make_pairs(load_file(options.train_file), columns, options.train_file)
+    else:
+        of = options.dataset, options.dataset_config
+        rows = make_pairs(load_split(*of, options.train_split), columns, f"{options.dataset}, {options.train_split}")
+        if split is None and options.validation_file is None and has_split(*of, "validation"):
+            split = "validation"
+    if options.validation_file is not None:
+        name = options.validation_file
+        return rows, make_pairs(load_file(name), columns, name), f"of {name}"
+    if split is not None:
+        return rows, make_pairs(load_split(*of, split), columns, f"{options.dataset}, {split}"), f"the split {split}"
+    name = f"a share of {options.validation_share} cut by the seed {seed}; rows with one source stay together"
+    return *hold_out(rows, options.validation_share, seed), name
 
 
 def _new_model(encoder, rows, fields):
@@ -118,6 +188,12 @@ def _new_model(encoder, rows, fields):
     return model, tokenizer
 
 
+def _choose_epochs(num_rows, training) -> int:
+    """Epochs that make about `UPDATES` updates, over which the learning rate falls."""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return min(max(math.ceil(UPDATES / math.ceil(num_rows / batch)), MIN_EPOCHS), MAX_EPOCHS)
+
+
 def _with_lora(model, rank):
     from peft import LoraConfig, get_peft_model
 
@@ -127,15 +203,20 @@ def _with_lora(model, rank):
     return model
 
 
-def _score_with(tokenizer):
-    """Function from the trainer's predictions to the mean exact match and ROUGE-L of the answers."""
+def _command(folder, example: Row) -> str:
+    """What to type next: a prompt in the form that the model was trained on."""
+    prompt = textwrap.shorten(example["source"], LONGEST_EXAMPLE, placeholder=" ...")
+    return f"yan generate {shlex.quote(str(folder))} {shlex.quote(prompt)}"
 
-    def decode(ids):
-        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
-    def score(prediction):
-        pairs = list(zip(decode(prediction.predictions), decode(prediction.label_ids), strict=True))
-        metrics = {"exact_match": exact_match, "rouge_l": rouge_l}
-        return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in metrics.items()}
-
-    return score
+def _fill_card(card, options, example, num_rows, scores, num_held_out, command):
+    """Say in the model card what the model was trained on, how it is asked, and how well it answers."""
+    columns = options.columns
+    card.prompts = f"`{' '.join(columns.form.split())}`, of which the model writes `{columns.target}`: `{command}`."
+    card.metrics = ["exact_match", "rouge"]
+    card.results = {"rows trained on": f"{num_rows:,} of {os.path.basename(options.origin)}"}
+    card.results |= {
+        f"{name.removeprefix('eval_')}, {num_held_out:,} held-out rows": f"{scores[name]:.4f}" for name in SHOWN
+    }
+    if options.dataset is not None and not os.path.exists(options.dataset):
+        card.datasets = [options.dataset]

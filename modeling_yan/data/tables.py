@@ -1,0 +1,225 @@
+"""Pairs of source and target out of any columns, of a file or of a data set that `datasets` loads.
+
+| a file's name ends in | rows |
+|---|---|
+| `.jsonl`, `.json` | one JSON object a line, or one array of objects |
+| `.csv`, `.tsv` | a table whose first line names the columns; every field is text, as it stands there |
+| `.parquet` | the table's rows |
+
+All but `.parquet` may be gzipped. `datasets` reads tables; of JSON it would take texts that look like dates for dates.
+"""
+
+import csv
+import logging
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from .readers import read_file
+from .rows import Row, check_row, numbered_lines
+
+if TYPE_CHECKING:  # it takes a moment to load
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+JSON, TABLES = (".jsonl", ".json"), {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SEPARATORS = ",;\t"  # of a .csv: the one that its first line has most of
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Which columns become the pairs.
+
+    Args:
+        source, target: Names of the columns of sources and of targets.
+        template: Makes a source out of several columns, in the place of `source`. It has the form of `str.format`:
+            "question: {question} context: {context}".
+    """
+
+    source: str = "source"
+    target: str = "target"
+    template: str | None = None
+
+    def __post_init__(self):
+        if self.template is None:
+            return
+        allowed = "must be text with columns in braces, such as 'question: {question} context: {context}'"
+        try:
+            names = self.needed[:-1]
+        except ValueError as error:
+            raise ValueError(f"template={self.template!r}: {allowed} ({error})") from None
+        if not names or not all(name and not name.isdecimal() for name in names):
+            raise ValueError(f"template={self.template!r}: {allowed}")
+
+    @property
+    def form(self) -> str:
+        """The form of a source, with its columns in braces."""
+        return f"{{{self.source}}}" if self.template is None else self.template
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that a table must have, that of the targets last."""
+        if self.template is None:
+            return [self.source, self.target]
+        fields = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+        return [*dict.fromkeys(re.split(r"[.\[]", name)[0] for name in fields), self.target]
+
+
+def load_file(path: str | os.PathLike) -> "Dataset | list[Row]":
+    """The rows of a file, in its own columns.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The name ends otherwise, the file is damaged, or it holds no rows; the message names the file.
+    """
+    import datasets
+
+    from .sources import root_cause
+
+    path = Path(path)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in (*JSON, *TABLES) or path.name.endswith(".parquet.gz"):
+        endings = ", ".join((*JSON, *TABLES))
+        raise ValueError(f"{path}: the name of a file must end in {endings} or, but for .parquet, that and .gz")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if suffix in JSON:
+        return [_checked_row(row, where) for where, row in read_file(path)]
+    settings = _csv_settings(path, suffix) if TABLES[suffix] == "csv" else {}
+    try:
+        return datasets.load_dataset(TABLES[suffix], data_files=str(path), split="train", **settings)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        cause = root_cause(error)
+        message = "the file holds no rows" if "corresponds to no data" in str(cause) else cause
+        raise ValueError(f"{path}: {message}") from error
+
+
+def load_split(name: str, config_name: str | None = None, split: str = "train") -> "Dataset":
+    """One split of a folder or of a data set on the hub; "train[:10%]" is a split, too.
+
+    Raises:
+        FileNotFoundError: There is no such data set.
+        ValueError: It has no such split or config, is damaged, or holds no rows.
+    """
+    from .sources import load_raw
+
+    return load_raw(name, config_name, split, None, False, None)
+
+
+def has_split(name: str, config_name: str | None, split: str) -> bool:
+    """Whether a data set has a split of this name."""
+    from datasets import get_dataset_split_names
+
+    return split in get_dataset_split_names(name, config_name)
+
+
+def make_pairs(table: "Dataset | list[Row]", columns: PairColumns, name: str) -> list[Row]:
+    """The pairs of a table; labels that have names become their names, and numbers text.
+
+    Rows with an empty target, or without a label, are left out, and a warning says how many.
+
+    Args:
+        name: Of the table, for messages.
+
+    Raises:
+        ValueError: A column is missing (the message names those there are) or holds no text; no rows are left.
+    """
+    there = getattr(table, "column_names", None) or list(dict.fromkeys(column for row in table for column in row))
+    for column in columns.needed:
+        if column not in there:
+            allowed = ", ".join(map(repr, there))
+            raise ValueError(f"{name}: {_field_of(column, columns)}: must name one of its columns, {allowed}")
+    if not isinstance(table, list):
+        table = table.select_columns(columns.needed)
+    names = {column: getattr(feature, "names", None) for column, feature in getattr(table, "features", {}).items()}
+    pairs, number = [], 0
+    for number, raw in enumerate(table, start=1):
+        row = {column: _value_of(raw.get(column), names.get(column)) for column in columns.needed}
+        pair = _make_pair(row, columns, f"{name}, row {number}")
+        if pair["target"].strip():
+            check_row(pair, f"{name}, row {number}")
+            pairs.append(pair)
+    if len(pairs) < number:
+        logger.warning("%s: left out %d of %d rows, whose target is empty", name, number - len(pairs), number)
+    if not pairs:
+        raise ValueError(f"{name}: {_field_of(columns.target, columns)}: must not be empty in all {number} rows")
+    return pairs
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and about a `share` of them held out; rows with one source stay on one side.
+
+    Raises:
+        ValueError: The share is not between 0 and 1, or all rows have one source.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"validation_share={share}: must be between 0 and 1")
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    if len(sources) < 2:
+        raise ValueError(f"validation_share={share}: must be left for rows of two sources or more, and there is 1")
+    random.Random(seed).shuffle(sources)
+    number = min(max(1, round(share * len(sources))), len(sources) - 1)
+    held = set(sources[:number])
+    return [row for row in rows if row["source"] not in held], [row for row in rows if row["source"] in held]
+
+
+def _csv_settings(path: Path, suffix: str) -> dict[str, Any]:
+    """Options for `datasets`, by which a field is text as it stands there: "007" no number, "NA" not missing."""
+    from datasets import Features, Value
+
+    try:
+        first = next((line.decode("utf-8") for _, line in numbered_lines(path)), "").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be in UTF-8 ({error})") from error
+    separator = "\t" if suffix == ".tsv" else max(SEPARATORS, key=first.count)
+    header = next(csv.reader([first], delimiter=separator), [])
+    if not any(header):
+        raise ValueError(f"{path}: the first line must name the columns, and it is empty")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: the first line must name every column once, and has {twice[0]!r} twice")
+    names = [name or f"Unnamed: {index}" for index, name in enumerate(header)]  # as pandas calls them
+    features = Features(dict.fromkeys(names, Value("string")))
+    return {"sep": separator, "features": features, "keep_default_na": False, "index_col": False}
+
+
+def _field_of(column: str, columns: PairColumns) -> str:
+    """The setting that names a column."""
+    if column == columns.target:
+        return f"target_column={column!r}"
+    return f"source_column={column!r}" if columns.template is None else f"{{{column}}} of the template"
+
+
+def _checked_row(row: Any, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: found {type(row).__name__}, and a row must be an object")
+    return row
+
+
+def _value_of(value: Any, names: Sequence[str] | None) -> Any:
+    """What stands in a row: "" where there is nothing, and of a label its name."""
+    if value is None or (names and value == -1):  # a label that was not published
+        return ""
+    return names[value] if names else value
+
+
+def _make_pair(row: Row, columns: PairColumns, where: str) -> Row:
+    target = _text_of(row[columns.target], columns.target, where)
+    if columns.template is None:
+        return {"source": _text_of(row[columns.source], columns.source, where), "target": target}
+    try:
+        return {"source": columns.template.format_map(row), "target": target}
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: template={columns.template!r}: does not fit the row ({error!r})") from error
+
+
+def _text_of(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{where}: the column {column!r} is {type(value).__name__}: must be text or a number")
+    return str(value)

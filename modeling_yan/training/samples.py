@@ -1,0 +1,46 @@
+"""Scores of what a Seq2SeqTrainer's model writes on held-out rows, and a few of its texts to look at."""
+
+import random
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..data.rows import Row
+from ..evaluation import exact_match, rouge_l
+
+METRICS = {"exact_match": exact_match, "rouge_l": rouge_l}
+WIDTH = 100  # characters of a text that is shown
+
+
+class Samples:
+    """`compute_metrics` of a trainer: the mean exact match and ROUGE-L of the answers.
+
+    At every evaluation it prints source, wanted and written text of the same few rows, above the bar of progress.
+
+    Args:
+        rows: Those that are evaluated, in their order.
+        is_shown: Whether texts are printed, which one process of several does.
+    """
+
+    def __init__(self, tokenizer, rows: Sequence[Row], is_shown: bool = True, number: int = 3):
+        self.tokenizer, self.rows = tokenizer, rows
+        chosen = sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))
+        self.shown = chosen if is_shown else []
+
+    def __call__(self, prediction) -> dict[str, float]:
+        written, wanted = self._decode(prediction.predictions), self._decode(prediction.label_ids)
+        for index in self.shown:
+            texts = {"source": self.rows[index]["source"], "wanted": wanted[index], "written": written[index]}
+            tqdm.write("\n".join(f"{name:>7}: {_shorten(text)}" for name, text in texts.items()))
+        pairs = list(zip(written, wanted, strict=True))
+        return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in METRICS.items()}
+
+    def _decode(self, ids) -> list[str]:
+        known = np.where(ids < 0, self.tokenizer.pad_token_id, ids)
+        return self.tokenizer.batch_decode(known, skip_special_tokens=True)
+
+
+def _shorten(text: str) -> str:
+    return textwrap.shorten(text, WIDTH, placeholder=" ...")
