@@ -59,7 +59,7 @@ def one_pass_fields(config: YanConfig, fields: dict) -> dict:
     fields |= {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
 
     def used(width: int):
-        model = YanForFlowGeneration(YanConfig(**{**config.to_dict(), **fields, "intermediate_size": width}))
+        model = YanForFlowGeneration(config.with_fields(**fields, intermediate_size=width))
         del model.flow
         return model
 
