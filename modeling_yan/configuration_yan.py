@@ -133,6 +133,7 @@ class YanConfig(PreTrainedConfig):
         "transition_loss",
         "gate_entropy",
         "expert_usage",
+        "expert_information",
         "load_balance_loss",
         "mmd_loss",
         "latent_norm_loss",

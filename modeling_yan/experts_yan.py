@@ -86,6 +86,15 @@ class YanExpertPrior:
             log_likelihood = log_likelihood.sum(1, keepdim=True)
         return YanExpertPrior(self.scope, (log_likelihood + self.log_gate).log_softmax(-1))
 
+    def information(self, log_likelihood: torch.Tensor) -> torch.Tensor:
+        """What the texts say of their experts (B,), nats: KL of the posterior from the prior.
+
+        It is 0 where all experts would generate the same. Its mean over the model's own texts is the mutual
+        information of expert and text, given the prompt. Argument as of `log_evidence`.
+        """
+        shares = self.posterior(log_likelihood).marginals().exp()
+        return (shares * log_likelihood).sum((1, 2)) - self.log_evidence(log_likelihood)
+
     def marginals(self) -> torch.Tensor:
         """log pi_k (B, L, K) of every token by itself."""
         if self.scope == "chain":

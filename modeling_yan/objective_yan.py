@@ -153,6 +153,7 @@ class YanObjectiveMixin:
         def choose(ends, prior):
             log_likelihood = self._expert_log_likelihood(ends, canvas)
             terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / num_tokens
+            terms["expert_information"] = prior.information(log_likelihood).mean().detach()
             posterior = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood)
             terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
             return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
@@ -181,10 +182,9 @@ class YanObjectiveMixin:
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
             terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
-        usage = terms.pop("expert_usage")
-        loss = weighted_sum(objective, terms)
-        self._keep_terms(terms, len(canvas))
-        return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat, "expert_usage": usage}
+        loss = weighted_sum(objective, {name: term for name, term in terms.items() if name.endswith("_loss")})
+        self._keep_terms({name: term for name, term in terms.items() if term.dim() == 0}, len(canvas))
+        return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat}
 
     def _one_pass_objective(self, canvas, condition):
         """The same without a flow: the likelihood of the text where the encoder's answer slots stand."""

@@ -52,6 +52,8 @@ class YanFlowOutput(ModelOutput):
             in evaluation the mean over rows of that of each.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
+        expert_information: What the target says of its experts, nats per text: KL of their posterior from the gate,
+            with `train_expert_choice="posterior"` and several experts. It is 0 where all experts generate the same.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V) of the canvas; if there are labels, those of every label in its place, and where there is
             none those of the fill behind the target.
@@ -69,6 +71,7 @@ class YanFlowOutput(ModelOutput):
     transition_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
     expert_usage: torch.Tensor | None = None
+    expert_information: torch.Tensor | None = None
     load_balance_loss: torch.Tensor | None = None
     mmd_loss: torch.Tensor | None = None
     latent_norm_loss: torch.Tensor | None = None

@@ -125,6 +125,27 @@ class TestPrior:
             found = probabilities(posterior.log_gate[:, 0], posterior.log_transitions, row)
             torch.testing.assert_close(found, joint / joint.sum())
 
+    @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
+    def test_the_information_is_what_the_text_says_of_its_experts(self, chain, scope):
+        log_likelihood = torch.randn(BATCH, LENGTH, STATES)
+        log_gate = chain.log_gate[:, :1].expand_as(chain.log_gate) if scope == "sequence" else chain.log_gate
+        prior = YanExpertPrior(scope, log_gate, chain.log_transitions if scope == "chain" else None)
+        found = prior.information(log_likelihood)
+        for row in range(BATCH):
+            if scope == "chain":
+                weights = probabilities(chain.log_gate[:, 0], chain.log_transitions, row)
+                texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
+            elif scope == "sequence":
+                weights, texts = log_gate[row, 0].exp(), log_likelihood[row].sum(0)
+            else:
+                weights = log_gate[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
+                texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
+            posterior = (weights.log() + texts).log_softmax(0)
+            expected = (posterior.exp() * (posterior - weights.log())).sum()
+            torch.testing.assert_close(found[row], expected)
+        alike = log_likelihood[..., :1].expand_as(log_likelihood)
+        torch.testing.assert_close(prior.information(alike), torch.zeros(BATCH))
+
     def test_argmax_is_the_most_probable_path_and_not_the_most_probable_states(self):
         first = torch.tensor([[0.4, 0.6]]).log()
         after = torch.tensor([[[[0.9, 0.1], [0.5, 0.5]]]]).log()

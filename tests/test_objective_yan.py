@@ -205,6 +205,19 @@ def test_a_model_without_gradients_writes_what_forward_says(make_lively_model):
     assert torch.equal(model.most_likely(output.logits, output.latents)[:, : written.shape[1]], written)
 
 
+def test_the_information_of_experts_is_told_and_not_trained(make_lively_model):
+    model, ids = make_lively_model(expert_scope="sequence"), torch.randint(4, 64, (2, 6))
+    output = model(ids, labels=ids.flip(0))
+    assert output.expert_information > 0
+    assert not output.expert_information.requires_grad
+    assert model.loss_terms["expert_information"] == output.expert_information
+    terms = {name: term for name, term in output.items() if name.endswith("_loss")}
+    weights = {name: getattr(model.config.objective, name.replace("_loss", "_weight")) for name in terms}
+    torch.testing.assert_close(output.loss, sum(weights[name] * term for name, term in terms.items()))
+    one = make_lively_model(expert_scope="sequence", num_experts=1)
+    assert one(ids, labels=ids.flip(0)).expert_information is None
+
+
 def test_the_gate_of_a_chain_is_that_of_every_token(make_lively_model):
     model, ids = make_lively_model(expert_scope="chain"), torch.randint(4, 64, (2, 6))
     output = model.generate(ids, return_dict_in_generate=True)

@@ -232,7 +232,7 @@ class Meter:
     def add(self, outputs, num_targets, num_tokens, flops):
         """Take in one micro-batch; nothing leaves the device."""
         for name, value in outputs.items():
-            if name.endswith(("loss", "entropy", "dim", "usage")):
+            if name.endswith(("loss", "entropy", "dim", "usage", "information")):
                 self.sums[name] = self.sums.get(name, 0) + value.detach().float() * num_targets
         self.num_targets += num_targets
         self.num_tokens += num_tokens
