@@ -75,8 +75,8 @@ def train(num_experts: int, num_updates: int, batch_size: int = 512) -> Velocity
     for _ in range(num_updates):
         x_1 = sample_target(batch_size).unsqueeze(1)
         x_0, time = torch.randn_like(x_1), sample_times(batch_size, 1, 1)
-        velocities, log_gate = net(interpolate(x_0, x_1, time), time)
-        loss = mixture_nll(x_1 - x_0, velocities, log_gate, SIGMA) + load_balance(log_gate)
+        velocities, gate_log_probs = net(interpolate(x_0, x_1, time), time)
+        loss = mixture_nll(x_1 - x_0, velocities, gate_log_probs, SIGMA) + load_balance(gate_log_probs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -65,13 +65,14 @@ class CanvasNoise(NamedTuple):
     """The numbers that a canvas is made from.
 
     Args:
-        x_0: Start points (B R or 1, L, D). experts: As `choose_experts` wants them, for B R rows, if any are drawn.
-        tokens: Uniform numbers (B R, L, C) to draw the chain of tokens with; None for the best one.
+        x_0: Start points (B R or 1, L, D). expert_uniform, expert_ranks: As in `choose_experts`, for B R rows.
+        token_uniform: Numbers (B R, L, C) in (0, 1) to draw the chain of tokens with; None for the best one.
     """
 
     x_0: torch.Tensor
-    experts: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
+    expert_uniform: torch.Tensor | None = None
+    expert_ranks: torch.LongTensor | None = None
+    token_uniform: torch.Tensor | None = None
 
 
 @dataclass
@@ -131,7 +132,7 @@ def solve_canvas(
         return _decoded(model, model.draft(prompt.latents, length), noise, plan)
     condition = model.condition(prompt.latents, prompt.attention_mask, length, prompt.position_ids)
     x_0 = noise.x_0.to(condition.mean.dtype).expand(len(condition.mean), -1, -1)
-    choice = model.expert_choice(plan, noise.experts)
+    choice = model.expert_choice(plan, noise)
     velocity = model.velocity_field(condition, length, plan.num_flow_steps, plan.solver, choice)
     path = [x_0]
 
@@ -141,27 +142,27 @@ def solve_canvas(
             del path[:-2]  # a draft needs the last step alone
         if on_draft is not None:
             draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
-            on_draft(model.decode_tokens(draft, plan, noise.tokens))
+            on_draft(model.decode_tokens(draft, plan, noise.token_uniform))
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
     canvas = _decoded(model, x_1, noise, plan)
     canvas.num_trunk_passes = velocity.num_trunk_passes
     if plan.wants_tokens:  # a gate that is NaN still chooses an expert
-        canvas.tokens = canvas.tokens.masked_fill(velocity.log_gate.isnan().any(-1), -1)
+        canvas.tokens = canvas.tokens.masked_fill(velocity.gate_log_probs.isnan().any(-1), -1)
     if plan.keep_path:
         canvas.trajectory, canvas.experts = torch.stack(path, 1), velocity.experts
-        canvas.gate = velocity.log_gate.exp()
+        canvas.gate = velocity.gate_log_probs.exp()
     return canvas
 
 
 def _decoded(model, latents, noise, plan) -> Canvas:
     if not plan.wants_tokens:
         return Canvas(None, 0, latents)
-    return Canvas(model.decode_tokens(latents, plan, noise.tokens), 0)
+    return Canvas(model.decode_tokens(latents, plan, noise.token_uniform), 0)
 
 
 def encode_and_solve(
-    model, input_ids, attention_mask, x_0, expert_numbers, token_numbers, plan: CanvasPlan, on_draft=None
+    model, input_ids, attention_mask, x_0, expert_uniform, expert_ranks, token_uniform, plan, on_draft=None
 ) -> Canvas:
     """One canvas for prompts (B, S): what is compiled, recorded and exported as a whole.
 
@@ -169,7 +170,7 @@ def encode_and_solve(
     other arguments are those of `CanvasNoise` and `solve_canvas`.
     """
     prompt = model.encode_prompt(input_ids, attention_mask, count_positions(input_ids, attention_mask))
-    return solve_canvas(model, prompt, CanvasNoise(x_0, expert_numbers, token_numbers), plan, on_draft)
+    return solve_canvas(model, prompt, CanvasNoise(x_0, expert_uniform, expert_ranks, token_uniform), plan, on_draft)
 
 
 class YanCanvasMixin:
@@ -252,13 +253,13 @@ class YanCanvasMixin:
         """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""
         return self.model.embeddings.position_embeddings(torch.arange(canvas_length, device=device))
 
-    def expert_choice(self, plan: CanvasPlan, numbers: torch.Tensor | None = None) -> YanExpertChoice:
-        """How the experts of a canvas are chosen; for the numbers see `choose_experts`."""
+    def expert_choice(self, plan: CanvasPlan, noise: CanvasNoise) -> YanExpertChoice:
+        """How the experts of a canvas are chosen."""
         has_choice = self.config.num_experts > 1 and self.config.expert_scope != "token"
         by_text = has_choice and plan.expert_choice == "argmax"
         judge = partial(self.best_experts, plan=plan) if by_text else None
         temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
-        return YanExpertChoice(plan.expert_choice, numbers, temperature, judge)
+        return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
 
     @torch.no_grad()
     def best_experts(self, ends, prior, plan) -> torch.LongTensor:
@@ -281,8 +282,8 @@ class YanCanvasMixin:
             torch.stack([torch.cat(part) for part in each], dim=-1)
             for each in zip(*(zip(*parts, strict=True) for parts in scores), strict=True)
         )
-        best = ((scores + prior.log_gate[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
-        return best.expand(prior.log_gate.shape[:2])
+        best = ((scores + prior.gate_log_probs[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
+        return best.expand(prior.gate_log_probs.shape[:2])
 
     def _best_chain(self, ends, prior, plan):
         """For chains of experts: those that lead to the best text together."""

@@ -18,7 +18,7 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def uses_operators() -> bool:
+def use_custom_ops() -> bool:
     """Whether the code is traced for a compiler that may call this package's operators."""
     return torch.compiler.is_compiling() and not is_exporting()
 
@@ -120,4 +120,4 @@ def select_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     Opaque, because the code that inductor of torch 2.13 generates for the CPU may use a gradient that sums rows before
     it is summed.
     """
-    return _select_operator(table, index) if uses_operators() else F.embedding(index, table)
+    return _select_operator(table, index) if use_custom_ops() else F.embedding(index, table)

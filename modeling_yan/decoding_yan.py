@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
-from .compilation_yan import select_rows, uses_operators
+from .compilation_yan import select_rows, use_custom_ops
 from .flow_matching_yan import token_log_likelihood
-from .layers_yan import YanZeroLinear
+from .layers_yan import ZeroInitLinear
 
 END_CHOICES = ("likeliest", "first")
 MAX_LOGITS = 2**28  # computed at once
@@ -59,7 +59,7 @@ def _best_of_others(logits, eos):
 
     The vocabulary is not copied, unless what is traced here is then run without a compiler.
     """
-    if uses_operators():  # a compiler does not write what it only looks through once, and reads all of it aligned
+    if use_custom_ops():  # a compiler does not write what it only looks through once, and reads all of it aligned
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return logits.masked_fill(torch.stack([ids == token for token in eos]).any(0), -torch.inf).max(-1)
     bounds = pairwise((-1, *sorted(set(eos)), logits.shape[-1]))
@@ -78,8 +78,8 @@ class YanTransitions(nn.Module):
         width = config.word_embedding_size
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(width, config.transition_rank, bias=False)
-        self.to_proj = YanZeroLinear(width, config.transition_rank, bias=False)
-        self.gate = YanZeroLinear(config.hidden_size, config.transition_rank)
+        self.to_proj = ZeroInitLinear(width, config.transition_rank, bias=False)
+        self.gate = ZeroInitLinear(config.hidden_size, config.transition_rank)
 
     def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
         """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
@@ -205,7 +205,7 @@ class YanDecodingMixin:
         penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
         return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
 
-    def decode_tokens(self, latents, plan, token_numbers=None) -> torch.LongTensor:
+    def decode_tokens(self, latents, plan, token_uniform=None) -> torch.LongTensor:
         """Most likely allowed token ids (B, L) of latents (B, L, D); never all logits of a large batch at once.
 
         With uniform numbers (B, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
@@ -216,11 +216,11 @@ class YanDecodingMixin:
             logits = self.allowed_logits(part, plan)
             # a weight of the head that is NaN shows in every position, so one of them tells
             is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
-            if token_numbers is None:
+            if token_uniform is None:
                 text = self.most_likely(logits, part, plan.end_ids, plan.use_transitions, plan.length_penalty)
             else:
-                numbers, token_numbers = token_numbers.split([len(part), len(token_numbers) - len(part)])
-                options = numbers, plan.end_ids, plan.temperature
+                uniform, token_uniform = token_uniform.split([len(part), len(token_uniform) - len(part)])
+                options = uniform, plan.end_ids, plan.temperature
                 text = self.transitions.draw(self.get_input_embeddings(), logits, part, *options)
             texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)

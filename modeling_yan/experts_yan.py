@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .chains_yan import as_markov, best_ending, best_path, chain_marginals, draw_path, log_partition
-from .compilation_yan import is_exporting, opaque_operator, select_rows, uses_operators
+from .compilation_yan import is_exporting, opaque_operator, select_rows, use_custom_ops
 from .experts_triton_yan import has_kernels_for, triton_heads
-from .layers_yan import YanFeedForward, YanZeroLinear, is_plain
+from .layers_yan import YanFeedForward, ZeroInitLinear, is_unmodified_linear
 
 
 class YanGate(nn.Module):
@@ -41,17 +41,20 @@ class YanGateTransitions(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(config.hidden_size, config.gate_rank)
-        self.to_proj = YanZeroLinear(config.hidden_size, config.gate_rank)
+        self.to_proj = ZeroInitLinear(config.hidden_size, config.gate_rank)
 
-    def forward(self, ends, log_gate):
+    def forward(self, ends, gate_log_probs):
         """log pi (B, L - 1, K, K) of each token's expert given that of the token before it, in float32.
 
         Args:
-            ends: What the experts' heads predict, (B, L, K, D). log_gate: (B, L, K), the gate without neighbours.
+            ends: What the experts' heads predict, (B, L, K, D).
+            gate_log_probs: The gate without neighbours, (B, L, K).
         """
         states = self.norm(ends)
         scores = self.from_proj(states[:, :-1]) @ self.to_proj(states[:, 1:]).transpose(-1, -2)
-        return F.log_softmax(scores.float() * self.from_proj.out_features**-0.5 + log_gate[:, 1:].unsqueeze(2), dim=-1)
+        return F.log_softmax(
+            scores.float() * self.from_proj.out_features**-0.5 + gate_log_probs[:, 1:].unsqueeze(2), dim=-1
+        )
 
 
 @dataclass
@@ -60,13 +63,13 @@ class YanExpertPrior:
 
     Args:
         scope: `expert_scope` of the config.
-        log_gate: log pi_k (B, L, K): of every token, of every sequence (the same for all tokens), or of a chain's
-            first token.
+        gate_log_probs: log pi_k (B, L, K): of every token, of every sequence (the same for all tokens), or of a
+            chain's first token.
         log_transitions: Of a chain, (B, L - 1, K, K); else None.
     """
 
     scope: str
-    log_gate: torch.Tensor
+    gate_log_probs: torch.Tensor
     log_transitions: torch.Tensor | None = None
 
     def log_evidence(self, log_likelihood: torch.Tensor) -> torch.Tensor:
@@ -74,17 +77,17 @@ class YanExpertPrior:
         if self.scope == "chain":
             return log_partition(self._emissions(log_likelihood), self.log_transitions)
         if self.scope == "sequence":
-            return (log_likelihood.sum(1) + self.log_gate[:, 0]).logsumexp(-1)
-        return (log_likelihood + self.log_gate).logsumexp(-1).sum(1)
+            return (log_likelihood.sum(1) + self.gate_log_probs[:, 0]).logsumexp(-1)
+        return (log_likelihood + self.gate_log_probs).logsumexp(-1).sum(1)
 
     def posterior(self, log_likelihood: torch.Tensor) -> "YanExpertPrior":
         """The same when the texts have been seen; argument as of `log_evidence`."""
         if self.scope == "chain":
             first, transitions = as_markov(self._emissions(log_likelihood), self.log_transitions)
-            return YanExpertPrior("chain", first.unsqueeze(1).expand_as(self.log_gate), transitions)
+            return YanExpertPrior("chain", first.unsqueeze(1).expand_as(self.gate_log_probs), transitions)
         if self.scope == "sequence":
             log_likelihood = log_likelihood.sum(1, keepdim=True)
-        return YanExpertPrior(self.scope, (log_likelihood + self.log_gate).log_softmax(-1))
+        return YanExpertPrior(self.scope, (log_likelihood + self.gate_log_probs).log_softmax(-1))
 
     def information(self, log_likelihood: torch.Tensor) -> torch.Tensor:
         """What the texts say of their experts (B,), nats: KL of the posterior from the prior.
@@ -98,26 +101,28 @@ class YanExpertPrior:
     def marginals(self) -> torch.Tensor:
         """log pi_k (B, L, K) of every token by itself."""
         if self.scope == "chain":
-            return chain_marginals(self.log_gate[:, 0], self.log_transitions)
-        return self.log_gate
+            return chain_marginals(self.gate_log_probs[:, 0], self.log_transitions)
+        return self.gate_log_probs
 
-    def choose(self, choice: str, numbers: torch.Tensor | None = None) -> torch.LongTensor | None:
+    def choose(
+        self, choice: str, uniform: torch.Tensor | None = None, ranks: torch.LongTensor | None = None
+    ) -> torch.LongTensor | None:
         """One expert per token (B, L), or None for the "mixture".
 
         Args:
-            choice: As in `choose_experts`; "ranked" is for no chain. numbers: The same; of a sequence those of its
-                first token decide.
+            choice: As in `choose_experts`; "ranked" is for no chain. uniform, ranks: The same; of a sequence those of
+                its first token decide.
         """
         if choice == "mixture" or self.scope == "token":
-            return choose_experts(self.log_gate, choice, numbers)
+            return choose_experts(self.gate_log_probs, choice, uniform, ranks)
         if self.scope == "sequence":
-            first = None if numbers is None else numbers[:, :1]
-            return choose_experts(self.log_gate[:, :1], choice, first).expand(self.log_gate.shape[:2])
+            first, gate = None if uniform is None else uniform[:, :1], self.gate_log_probs
+            return choose_experts(gate[:, :1], choice, first, ranks).expand(gate.shape[:2])
         if choice == "argmax":
-            return self.best_chain(torch.zeros_like(self.log_gate))
+            return self.best_chain(torch.zeros_like(self.gate_log_probs))
         if choice == "sample":
-            numbers = torch.rand_like(self.log_gate) if numbers is None else numbers
-            return draw_path(self.log_gate[:, 0], self.log_transitions, numbers)
+            uniform = torch.rand_like(self.gate_log_probs) if uniform is None else uniform
+            return draw_path(self.gate_log_probs[:, 0], self.log_transitions, uniform)
         raise ValueError(f"expert_choice={choice!r}: must be argmax, sample or mixture with expert_scope='chain'")
 
     def best_chain(self, tokens, fill=None, length_penalty: float = 1.0) -> torch.LongTensor:
@@ -139,11 +144,11 @@ class YanExpertPrior:
         """The prior with its logits divided by a temperature of at least 0."""
         scale = 1 / max(temperature, 1e-4)
         transitions = None if self.log_transitions is None else (scale * self.log_transitions).log_softmax(-1)
-        return YanExpertPrior(self.scope, (scale * self.log_gate).log_softmax(-1), transitions)
+        return YanExpertPrior(self.scope, (scale * self.gate_log_probs).log_softmax(-1), transitions)
 
     def _emissions(self, scores):
         """Scores (B, L, K) in which the first token has its prior, as the functions of chains want them."""
-        return torch.cat([scores[:, :1] + self.log_gate[:, :1], scores[:, 1:]], dim=1)
+        return torch.cat([scores[:, :1] + self.gate_log_probs[:, :1], scores[:, 1:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -151,14 +156,15 @@ class YanExpertChoice:
     """How the experts of a solve are chosen.
 
     Args:
-        name: "argmax", "sample", "mixture" or "ranked", of the gate. numbers: As `choose_experts` wants them.
+        name: "argmax", "sample", "mixture" or "ranked", of the gate. uniform, ranks: As in `choose_experts`.
         temperature: At which they are drawn.
         judge: Instead of the gate's choice, a function of what every expert predicts (B, L, K, D) and of the
             `YanExpertPrior` to the experts (B, L).
     """
 
     name: str = "argmax"
-    numbers: torch.Tensor | None = None
+    uniform: torch.Tensor | None = None
+    ranks: torch.LongTensor | None = None
     temperature: float = 1.0
     judge: Callable | None = None
 
@@ -168,7 +174,7 @@ class YanExpertChoice:
             prior = prior.tempered(self.temperature)
         if self.judge is not None:
             return prior, self.judge(ends, prior)
-        return prior, prior.choose(self.name, self.numbers)
+        return prior, prior.choose(self.name, self.uniform, self.ranks)
 
 
 def _are_narrow(*tensors: torch.Tensor) -> bool:
@@ -288,8 +294,8 @@ class YanExperts(nn.Module):
             return self.heads[0](states.unsqueeze(-2) + self.embedding(every))
         return torch.stack([head(states) for head in self.heads], dim=-2)
 
-    def group(self, chosen):
-        """The tokens sorted by `chosen` (B, L), for any number of `output_of`; None where there is no choice.
+    def dispatch(self, chosen):
+        """The tokens sorted by `chosen` (B, L), for any number of `combine`; None where there is no choice.
 
         It is `chosen` itself where the experts share a head, and in an exported program, which computes all heads.
         """
@@ -305,7 +311,7 @@ class YanExperts(nn.Module):
         order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
         return YanTokenGroups(order, place, sizes)
 
-    def output_of(self, states, groups: YanTokenGroups | torch.Tensor | None):
+    def combine(self, states, groups: YanTokenGroups | torch.Tensor | None):
         """Output (B, L, D) of each token's own expert.
 
         No other head is computed, but in exported programs and, outside of training, on a GPU that has no kernels for
@@ -321,7 +327,7 @@ class YanExperts(nn.Module):
         flat = states.flatten(0, 1)
         is_recordable = flat.is_cuda and not torch.is_grad_enabled()  # sizes on the host would halt a GPU
         # layers with an adapter or a hook have to be called, at the price of a graph break
-        weights = self._weights() if is_recordable or uses_operators() else None
+        weights = self._weights() if is_recordable or use_custom_ops() else None
         if weights is not None and is_recordable and _are_narrow(flat, *chain(*weights)):
             return sparse_heads(flat, groups.order, groups.sizes, *weights).view_as(states)
         tokens = select_rows(flat, groups.order)
@@ -338,47 +344,54 @@ class YanExperts(nn.Module):
     def _weights(self):
         """Weights and biases of the heads' first layers and of their second; None if a layer is more than these."""
         layers = [[getattr(head, name) for head in self.heads] for name in ("up_proj", "down_proj")]
-        if not all(map(is_plain, chain(*layers))):
+        if not all(map(is_unmodified_linear, chain(*layers))):
             return None
         return [[getattr(layer, name) for layer in each] for each in layers for name in ("weight", "bias")]
 
-    def mixture_of(self, states, log_gate):
+    def mixture_of(self, states, gate_log_probs):
         """Gate-weighted mean output (B, L, D) of all heads."""
-        return (self(states) * log_gate.exp().to(states.dtype).unsqueeze(-1)).sum(-2)
+        return (self(states) * gate_log_probs.exp().to(states.dtype).unsqueeze(-1)).sum(-2)
 
 
-def _argmax(log_gate, numbers):
-    return log_gate.argmax(-1)
+def _argmax(gate_log_probs, uniform, ranks):
+    return gate_log_probs.argmax(-1)
 
 
-def _ranked(log_gate, ranks):
+def _ranked(gate_log_probs, uniform, ranks):
     """The most probable is of rank 0; of two that are equal, the first comes first, as with argmax."""
-    order = log_gate.argsort(dim=-1, descending=True, stable=True)
-    return order.gather(-1, ranks.expand(log_gate.shape[:2]).unsqueeze(-1)).squeeze(-1)
+    order = gate_log_probs.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, ranks.expand(gate_log_probs.shape[:2]).unsqueeze(-1)).squeeze(-1)
 
 
-def _sample(log_gate, uniform):
+def _sample(gate_log_probs, uniform, ranks):
     """The Gumbel-max trick."""
-    uniform = torch.rand_like(log_gate) if uniform is None else uniform
-    return (log_gate - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(-1)
+    uniform = torch.rand_like(gate_log_probs) if uniform is None else uniform
+    return (gate_log_probs - torch.log(-torch.log(uniform.clamp(min=1e-20)))).argmax(-1)
 
 
-def _mixture(log_gate, numbers):
+def _mixture(gate_log_probs, uniform, ranks):
     return None
 
 
 EXPERT_CHOICES = {"argmax": _argmax, "ranked": _ranked, "sample": _sample, "mixture": _mixture}
 
 
-def choose_experts(log_gate: torch.Tensor, choice: str, numbers: torch.Tensor | None = None) -> torch.Tensor | None:
+def choose_experts(
+    gate_log_probs: torch.Tensor,
+    choice: str,
+    uniform: torch.Tensor | None = None,
+    ranks: torch.LongTensor | None = None,
+) -> torch.Tensor | None:
     """One expert per token, (B, L), from the gate (B, L, K); None for "mixture", which uses them all.
 
-    "sample" draws from the global random state, or uses the `numbers` (B or 1, L, K) in (0, 1). "ranked" takes the
-    expert of the rank that the `numbers` (B, 1) say, 0 for the most probable one.
+    Args:
+        gate_log_probs: log pi_k (B, L, K). choice: A key of `EXPERT_CHOICES`.
+        uniform: For "sample", numbers (B or 1, L, K) in (0, 1); of the global random state if None.
+        ranks: For "ranked", the rank (B, 1) of each row's expert, 0 for the most probable one.
 
     Raises:
         ValueError: `choice` is not a key of `EXPERT_CHOICES`.
     """
     if choice not in EXPERT_CHOICES:
         raise ValueError(f"expert_choice={choice!r}: must be one of {', '.join(EXPERT_CHOICES)}")
-    return EXPERT_CHOICES[choice](log_gate, numbers)
+    return EXPERT_CHOICES[choice](gate_log_probs, uniform, ranks)

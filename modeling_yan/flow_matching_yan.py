@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .compilation_yan import opaque_operator, uses_operators
+from .compilation_yan import opaque_operator, use_custom_ops
 
 MMD_BANDWIDTHS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -31,7 +31,7 @@ def hashed_uniform(
     in every batch. Each axis is folded in by one round of a 32-bit integer hash. `rows`, integers in the place of the
     first axis' indices, make it a function of what they stand for, wherever in the batch that is.
     """
-    compute = _hash_operator if uses_operators() else _hash_indices
+    compute = _hash_operator if use_custom_ops() else _hash_indices
     return compute(seed, list(shape), device, rows)
 
 
@@ -79,16 +79,16 @@ def sample_times(batch_size: int, alpha: float, beta: float, device=None) -> tor
     return torch.distributions.Beta(*concentrations).sample((batch_size,))
 
 
-def _log_joint(target, velocities, log_gate, sigma):
+def _log_joint(target, velocities, gate_log_probs, sigma):
     """log pi_k - |u* - u_k|^2 / (2 sigma^2), (B, L, K), in float32: the sum over D is large."""
     squared_distance = (target.float().unsqueeze(-2) - velocities.float()).square().sum(-1)
-    return log_gate.float() - squared_distance / (2 * sigma**2)
+    return gate_log_probs.float() - squared_distance / (2 * sigma**2)
 
 
 def mixture_nll(
     target: torch.Tensor,
     velocities: torch.Tensor,
-    log_gate: torch.Tensor,
+    gate_log_probs: torch.Tensor,
     sigma: float,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -97,24 +97,24 @@ def mixture_nll(
     -log sum_k pi_k N(u*; u_k, sigma^2 I_D)   (arXiv 2604.15009, section 3)
 
     Args:
-        target: u* (B, L, D). velocities: u_k (B, L, K, D). log_gate: log pi_k (B, L, K). sigma: > 0.
+        target: u* (B, L, D). velocities: u_k (B, L, K, D). gate_log_probs: log pi_k (B, L, K). sigma: > 0.
         mask: (B, L), the tokens to average over; all if None.
 
     Returns:
         A float32 scalar. It grows with D: divide by D to compare widths.
     """
-    return masked_mean(token_nll(target, velocities, log_gate, sigma), mask)
+    return masked_mean(token_nll(target, velocities, gate_log_probs, sigma), mask)
 
 
-def token_nll(target, velocities, log_gate, sigma) -> torch.Tensor:
+def token_nll(target, velocities, gate_log_probs, sigma) -> torch.Tensor:
     """The same for each token, (B, L)."""
     log_normaliser = 0.5 * target.shape[-1] * math.log(2 * math.pi * sigma**2)
-    return log_normaliser - torch.logsumexp(_log_joint(target, velocities, log_gate, sigma), dim=-1)
+    return log_normaliser - torch.logsumexp(_log_joint(target, velocities, gate_log_probs, sigma), dim=-1)
 
 
-def as_one_token(target, velocities, log_gate):
+def as_one_token(target, velocities, gate_log_probs):
     """A mixture over whole sequences as one over tokens of L D dimensions: (B, 1, L D), (B, 1, K, L D), (B, 1, K)."""
-    return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), log_gate[:, :1]
+    return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), gate_log_probs[:, :1]
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -125,19 +125,19 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def gate_entropy(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean entropy, in nats, of the gate's distributions; `log_gate` (B, L, K)."""
-    return masked_mean(-(log_gate.exp() * log_gate).sum(-1), mask)
+def gate_entropy(gate_log_probs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean entropy, in nats, of the gate's distributions; `gate_log_probs` (B, L, K)."""
+    return masked_mean(-(gate_log_probs.exp() * gate_log_probs).sum(-1), mask)
 
 
-def load_balance(log_gate: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """KL(mean gate || uniform), in nats: 0 when all K experts are used equally; `log_gate` (B, L, K)."""
-    return _divergence(torch.stack([masked_mean(gate, mask) for gate in log_gate.exp().unbind(-1)]))
+def load_balance(gate_log_probs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(mean gate || uniform), in nats: 0 when all K experts are used equally; `gate_log_probs` (B, L, K)."""
+    return _divergence(torch.stack([masked_mean(gate, mask) for gate in gate_log_probs.exp().unbind(-1)]))
 
 
-def load_balance_of_rows(log_gate: torch.Tensor) -> torch.Tensor:
+def load_balance_of_rows(gate_log_probs: torch.Tensor) -> torch.Tensor:
     """The mean over the rows of what `load_balance` gives for each of them alone."""
-    return _divergence(log_gate.exp().mean(1)).mean()
+    return _divergence(gate_log_probs.exp().mean(1)).mean()
 
 
 def _divergence(usage):

@@ -25,9 +25,9 @@ from .checks_yan import (
 )
 from .clients_yan import refuse_prompt_learning
 from .compilation_yan import merging
+from .cuda_graphs_yan import CudaGraphCache
 from .flow_matching_yan import hashed_normal, hashed_uniform
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
-from .recording_yan import Recordings
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
@@ -61,7 +61,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
     generation_config_class = YanGenerationConfig
-    _recordings = None  # of compiled generation on a GPU
+    _cuda_graphs = None  # of compiled generation on a GPU
 
     @torch.no_grad()
     def generate(
@@ -209,16 +209,16 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
             x_0 = _shared_noise(seed, (*shape, self.config.hidden_size), device, self.config.init_noise)
-        experts = tokens = None
+        uniform = ranks = tokens = None
         if options.expert_choice == "sample":
             # of another seed than the start noise, or the expert would be a function of it
-            experts = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
+            uniform = hashed_uniform(seed ^ 0x5EED5EED, (*shape, self.config.num_experts), device)
         elif options.expert_choice == "ranked":
             ranks = torch.arange(options.num_return_sequences, device=device)
-            experts = ranks.repeat(num_rows // len(ranks)).unsqueeze(1)
+            ranks = ranks.repeat(num_rows // len(ranks)).unsqueeze(1)
         if draws_tokens:
             tokens = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
-        return CanvasNoise(x_0, experts, tokens)
+        return CanvasNoise(x_0, uniform, ranks, tokens)
 
     def _draws_tokens(self) -> bool:
         """Whether sampling draws the chain of tokens, too: where the model was trained as a distribution of them."""
@@ -240,8 +240,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         tensors = context, context_mask, *noise
         if context.device.type != "cuda":
             return Canvas(**solve(*tensors))
-        self._recordings = self._recordings or Recordings()
-        return Canvas(**self._recordings.call(self, solve, tensors, (plan, repr(compile_config))))
+        self._cuda_graphs = self._cuda_graphs or CudaGraphCache()
+        return Canvas(**self._cuda_graphs.call(self, solve, tensors, (plan, repr(compile_config))))
 
     def _check_written(self, tokens):
         """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""

@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .checks_yan import can_look_at
-from .compilation_yan import is_bare, opaque_operator, select_rows, uses_operators
+from .compilation_yan import is_bare, opaque_operator, select_rows, use_custom_ops
 from .flow_matching_yan import hashed_normal
-from .mamba_yan import YanBidirectionalMamba, silence
+from .mamba_yan import YanBidirectionalMamba, mask_padding
 
 SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
 WIDE_LOGIT = 0.25  # almost none: a token sees the whole text
@@ -133,7 +133,7 @@ def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: 
     return places.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
 
 
-class YanAlignedLinear(nn.Linear):
+class YanMimeticLinear(nn.Linear):
     """A linear layer whose weights start as a fixed function of their shape and a seed: two of them start equal.
 
     As queries and keys they make a state attend first to what is like it, in token and in place. `logit` is the
@@ -148,7 +148,7 @@ class YanAlignedLinear(nn.Linear):
         self.logit, self.seed = logit, seed or 0
 
     @torch.no_grad()
-    def reset_aligned(self, num_heads: int):
+    def reset_mimetic(self, num_heads: int):
         num_narrow = -(-num_heads // 2)
         first, second = self.logit if isinstance(self.logit, tuple) else (self.logit, self.logit)
         logits = torch.tensor([first] * num_narrow + [second] * (num_heads - num_narrow))
@@ -159,14 +159,14 @@ class YanAlignedLinear(nn.Linear):
 
 def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
     """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
-    if len(layers) < 2 or not states.is_cuda or not uses_operators() or torch.is_grad_enabled():
+    if len(layers) < 2 or not states.is_cuda or not use_custom_ops() or torch.is_grad_enabled():
         return False
-    return all(is_plain(layer) and layer.weight.device == states.device for layer in layers)
+    return all(is_unmodified_linear(layer) and layer.weight.device == states.device for layer in layers)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_unmodified_linear(layer: nn.Module) -> bool:
     """Whether it is nothing but a product: not a layer with an adapter or a hook, or with a quantized weight."""
-    return is_bare(layer, nn.Linear, YanAlignedLinear, YanIdentityLinear)
+    return is_bare(layer, nn.Linear, YanMimeticLinear, YanIdentityLinear)
 
 
 def dtype_of(layer: nn.Module) -> torch.dtype:
@@ -200,8 +200,8 @@ class YanAttention(nn.Module):
         self.is_causal = False  # without it sdpa runs causally wherever the mask is None
         # half of the heads begin with what is near or alike, the others with the mean of the text
         logits = SELF_LOGIT, WIDE_LOGIT
-        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
-        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
+        self.q_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
+        self.k_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, logits, layer_idx)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -256,13 +256,13 @@ class YanCrossAttention(YanAttention):
 
     def __init__(self, config, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
-        self.q_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
-        self.k_proj = YanAlignedLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
+        self.q_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
+        self.k_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
         self.v_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
         self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
 
 
-class YanZeroLinear(nn.Linear):
+class ZeroInitLinear(nn.Linear):
     """A linear layer that starts at zero."""
 
 
@@ -280,7 +280,7 @@ class YanShortConvolution(nn.Conv1d):
 
     def forward(self, hidden_states, padding_mask=None):
         """States (B, L, D) to (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
-        visible = silence(hidden_states, padding_mask)
+        visible = mask_padding(hidden_states, padding_mask)
         return hidden_states + super().forward(visible.transpose(1, 2)).transpose(1, 2)
 
 
@@ -328,7 +328,7 @@ def fuses_gelu(layer: nn.Linear, states: torch.Tensor) -> bool:
 
     It takes the tanh form, which differs by less than 0.0005.
     """
-    if not states.is_cuda or not uses_operators() or torch.is_grad_enabled() or not is_plain(layer):
+    if not states.is_cuda or not use_custom_ops() or torch.is_grad_enabled() or not is_unmodified_linear(layer):
         return False
     return states.dtype == layer.weight.dtype in (torch.bfloat16, torch.float16)
 

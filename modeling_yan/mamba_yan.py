@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .compilation_yan import is_bare, is_exporting, opaque_operator, uses_operators
+from .compilation_yan import is_bare, is_exporting, opaque_operator, use_custom_ops
 from .scan_triton_yan import CHUNK_STEPS, triton, triton_scan, triton_scan_gradients
 
 try:
@@ -164,7 +164,7 @@ def selective_scan(x, dt, a_matrix, b, c):
 def _scan_time_major(*inputs):
     if is_exporting():
         return doubling_scan(*inputs)
-    return _scan_operator(*inputs)[0] if uses_operators() else ChunkedSelectiveScan.apply(*inputs)
+    return _scan_operator(*inputs)[0] if use_custom_ops() else ChunkedSelectiveScan.apply(*inputs)
 
 
 def doubling_scan(x, dt, a_matrix, b, c):
@@ -229,9 +229,9 @@ class YanMamba(nn.Module):
         """
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         # Padding is silenced twice: the convolution reads its neighbours, and its bias revives it afterwards.
-        x = silence(x, padding_mask)
+        x = mask_padding(x, padding_mask)
         x = F.silu(self._convolve(x))
-        x = silence(x, padding_mask)
+        x = mask_padding(x, padding_mask)
         sizes = [self.config.time_step_rank, self.config.state_size, self.config.state_size]
         rank_states, b, c = self.x_proj(x).split(sizes, dim=-1)
         dt = F.softplus(self.dt_proj(rank_states))
@@ -244,7 +244,7 @@ class YanMamba(nn.Module):
         stands around. On a GPU without a compiler each copy would be a kernel of its own.
         """
         length = x.shape[1]
-        if not is_bare(self.conv1d, nn.Conv1d) or (x.is_cuda and not uses_operators()):
+        if not is_bare(self.conv1d, nn.Conv1d) or (x.is_cuda and not use_custom_ops()):
             return self.conv1d(x.transpose(1, 2))[..., :length].transpose(1, 2)
         kernel = self.conv1d.weight.to(x.dtype).squeeze(1).t().contiguous()
         shifted = F.pad(x, (0, 0, len(kernel) - 1, 0))
@@ -258,7 +258,7 @@ class YanMamba(nn.Module):
         return self.out_proj((y + skip) * F.silu(gate))
 
 
-def silence(states, padding_mask):
+def mask_padding(states, padding_mask):
     """States (B, L, D) with zeros where `padding_mask` (B, L), if there is one, is 0."""
     return states if padding_mask is None else states * padding_mask.unsqueeze(-1).to(states.dtype)
 

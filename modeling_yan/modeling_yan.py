@@ -27,15 +27,15 @@ from .filling_yan import YanFillingMixin
 from .flow_matching_yan import token_cross_entropy
 from .generation_yan import YanGenerationConfig, YanGenerationMixin
 from .layers_yan import (
-    YanAlignedLinear,
     YanAttention,
     YanDecoderLayer,
     YanEmbeddings,
     YanEncoderLayer,
     YanIdentityLinear,
+    YanMimeticLinear,
     YanPositionEmbedding,
     YanShortConvolution,
-    YanZeroLinear,
+    ZeroInitLinear,
     attention_mask_for,
     count_positions,
     places_from_start,
@@ -92,13 +92,13 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, YanPositionEmbedding):
             module.reset_sinusoids(self.config.initializer_range)
-        elif isinstance(module, YanAlignedLinear):
-            module.reset_aligned(self.config.num_attention_heads)
+        elif isinstance(module, YanMimeticLinear):
+            module.reset_mimetic(self.config.num_attention_heads)
         elif isinstance(module, YanShortConvolution):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # as torch does: the generic one is far too small
         elif isinstance(module, YanIdentityLinear):
             module.reset_identity()
-        elif isinstance(module, YanZeroLinear):  # every block of the flow starts as a plain pre-norm block
+        elif isinstance(module, ZeroInitLinear):  # every block of the flow starts as a plain pre-norm block
             init.zeros_(module.weight)
         elif isinstance(module, YanExpertEmbedding):
             init.normal_(module.weight)
@@ -324,8 +324,8 @@ class YanForFlowGeneration(
         self.apply_freeze_switches()
 
     def _apply(self, *args, **kwargs):
-        """Recordings go, and with them the memory of the weights that they were made with, when the model is moved."""
-        self._recordings = None
+        """As in torch; CUDA graphs of the model go, and the memory of the weights that they were recorded with."""
+        self._cuda_graphs = None
         return super()._apply(*args, **kwargs)
 
     @classmethod

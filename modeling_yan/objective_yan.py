@@ -88,12 +88,12 @@ class YanObjectiveMixin:
         x_0 = self.config.init_noise * hashed_normal(0, tuple(x_1.shape), x_1.device, rows)
         return x_0.to(x_1.dtype), hashed_uniform(1, (len(x_1),), x_1.device, rows)
 
-    def _nll(self, target, velocities, log_gate):
+    def _nll(self, target, velocities, gate_log_probs):
         """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
         sigma, length = self.config.objective.flow_sigma, target.shape[1]
         if self.config.expert_scope == "token":
-            return mixture_nll(target, velocities, log_gate, sigma)
-        return mixture_nll(*as_one_token(target, velocities, log_gate), sigma) / length
+            return mixture_nll(target, velocities, gate_log_probs, sigma)
+        return mixture_nll(*as_one_token(target, velocities, gate_log_probs), sigma) / length
 
     def _objective(self, canvas, prompt, num_flow_steps):
         """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L) of an encoded prompt.
@@ -111,15 +111,17 @@ class YanObjectiveMixin:
         positions = self._positions(canvas.shape[1], canvas.device)
         x_t = interpolate(x_0, x_1, time)
         states = self.flow.trunk(x_t, positions, modulation, condition)
-        log_gate = self.flow.log_gate(states, modulation, condition)
-        nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), log_gate)
+        gate_log_probs = self.flow.gate_log_probs(states, modulation, condition)
+        nll = self._nll(x_1 - x_0, self.flow.velocities(states, x_t), gate_log_probs)
         choice = config.train_expert_choice if self.training else "argmax"
         x_1_hat = self._solve(x_0, condition, num_flow_steps, choice)
         logits = self.decode(x_1_hat)
         terms = {
             "mse_loss": (x_1_hat.float() - x_1.float()).square().mean(),
             "ce_loss": token_cross_entropy(logits, canvas),
-            "load_balance_loss": load_balance(log_gate) if self.training else load_balance_of_rows(log_gate),
+            "load_balance_loss": load_balance(gate_log_probs)
+            if self.training
+            else load_balance_of_rows(gate_log_probs),
         }
         terms |= self._draft_loss(condition, canvas)
         if self.transitions is not None:
@@ -127,12 +129,12 @@ class YanObjectiveMixin:
             terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
-        entropy, nll_per_dim = gate_entropy(log_gate), nll / config.hidden_size
+        entropy, nll_per_dim = gate_entropy(gate_log_probs), nll / config.hidden_size
         loss = weighted_sum(objective, terms) + objective.nll_weight * nll_per_dim
         loss = loss - objective.gate_entropy_weight * entropy
         terms |= {"nll_loss": nll, "nll_loss_per_dim": nll_per_dim, "gate_entropy": entropy}
         self._keep_terms(terms, len(canvas))
-        expert_usage = log_gate.exp().mean((0, 1)).detach()
+        expert_usage = gate_log_probs.exp().mean((0, 1)).detach()
         return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
 
     def _text_objective(self, canvas, condition, num_flow_steps, rows=None):

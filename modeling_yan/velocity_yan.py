@@ -10,7 +10,7 @@ from torch import nn
 
 from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate, YanGateTransitions
 from .flow_matching_yan import solver_times
-from .layers_yan import YanFlowLayer, YanTimeEmbedding, YanZeroLinear, attention_mask_for, linear_each
+from .layers_yan import YanFlowLayer, YanTimeEmbedding, ZeroInitLinear, attention_mask_for, linear_each
 
 
 @dataclass
@@ -47,7 +47,7 @@ class YanTimeModulation(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.time_embedding = YanTimeEmbedding(config)
-        self.proj = YanZeroLinear(config.hidden_size, sum(sizes) * config.hidden_size)
+        self.proj = ZeroInitLinear(config.hidden_size, sum(sizes) * config.hidden_size)
 
     def forward(self, times: torch.Tensor) -> YanModulation:
         embedding = self.time_embedding(times)
@@ -113,18 +113,18 @@ class YanFlow(nn.Module):
         """
         return self.experts(states) - x.unsqueeze(-2)
 
-    def log_gate(self, states, modulation: YanModulation, condition: YanCondition):
+    def gate_log_probs(self, states, modulation: YanModulation, condition: YanCondition):
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
         if self.config.expert_scope != "sequence":
             return self.gate(states, condition.mean, modulation.embedding)
-        log_gate = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
-        return log_gate.expand(-1, states.shape[1], -1)
+        gate_log_probs = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
+        return gate_log_probs.expand(-1, states.shape[1], -1)
 
     def prior(self, states, modulation: YanModulation, condition: YanCondition, ends=None) -> YanExpertPrior:
         """The gate of all tokens; `ends` (B, L, K, D), what the heads predict, are needed for a chain."""
-        log_gate = self.log_gate(states, modulation, condition)
-        transitions = None if self.gate_transitions is None else self.gate_transitions(ends, log_gate)
-        return YanExpertPrior(self.config.expert_scope, log_gate, transitions)
+        gate_log_probs = self.gate_log_probs(states, modulation, condition)
+        transitions = None if self.gate_transitions is None else self.gate_transitions(ends, gate_log_probs)
+        return YanExpertPrior(self.config.expert_scope, gate_log_probs, transitions)
 
 
 class YanVelocity:
@@ -149,7 +149,7 @@ class YanVelocity:
         self.num_trunk_passes = 0
 
     @property
-    def log_gate(self):
+    def gate_log_probs(self):
         """The gate (B, L, K) of every token by itself, at t = 0; None before the first call."""
         return None if self.prior is None else self.prior.marginals()
 
@@ -164,8 +164,8 @@ class YanVelocity:
     def _predict(self, states):
         """What each token's own head predicts, (B, L, D)."""
         if self.experts is None:
-            return self.flow.experts.mixture_of(states, self.log_gate)
-        return self.flow.experts.output_of(states, self.groups)
+            return self.flow.experts.mixture_of(states, self.gate_log_probs)
+        return self.flow.experts.combine(states, self.groups)
 
     def _choose(self, states, modulation):
         """Choose the experts of the whole solve; what they predict at t = 0."""
@@ -176,7 +176,7 @@ class YanVelocity:
             predicted = self.flow.experts(states) if needs_ends else None
         self.prior = self.flow.prior(states, modulation, self.condition, predicted)
         self.prior, self.experts = self.choice(self.prior, predicted)
-        self.groups = None if self.experts is None else self.flow.experts.group(self.experts)
+        self.groups = None if self.experts is None else self.flow.experts.dispatch(self.experts)
         if not trains_ends or self.experts is None:
             return self._predict(states)
         index = self.experts[..., None, None].expand(-1, -1, 1, predicted.shape[-1])

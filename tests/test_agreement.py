@@ -63,10 +63,10 @@ class TestExpertsShareTheTargets:
 class TestLikelihood:
     def test_the_likelihood_of_a_sequence_is_a_mixture_of_products(self):
         target, velocities = torch.randn(3, 4, 5), torch.randn(3, 4, 2, 5)
-        log_gate = torch.randn(3, 1, 2).log_softmax(-1).expand(-1, 4, -1)
+        gate_log_probs = torch.randn(3, 1, 2).log_softmax(-1).expand(-1, 4, -1)
         components = torch.distributions.Normal(velocities, 0.7).log_prob(target.unsqueeze(2)).sum((1, 3))
-        expected = -torch.logsumexp(components + log_gate[:, 0], dim=-1).mean()
-        found = mixture_nll(*as_one_token(target, velocities, log_gate), 0.7)
+        expected = -torch.logsumexp(components + gate_log_probs[:, 0], dim=-1).mean()
+        found = mixture_nll(*as_one_token(target, velocities, gate_log_probs), 0.7)
         torch.testing.assert_close(found, expected)
 
 

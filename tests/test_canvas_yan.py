@@ -44,7 +44,7 @@ def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty)
     options |= {"max_new_tokens": 8, "return_dict_in_generate": True}
     output = model.generate(ids, **options)
     ranked = model.generate(ids, expert_choice="ranked", num_return_sequences=3, **options)
-    log_gate = output.gate[0][:, 0].log().sort(-1, descending=True).values  # as ranked: the most probable first
+    gate_log_probs = output.gate[0][:, 0].log().sort(-1, descending=True).values  # as ranked: the most probable first
     latents = ranked.trajectory[0][:, -1]
     logits = model.decode(latents)
     texts = model.most_likely(logits, latents, (EOS,), length_penalty=penalty)
@@ -53,7 +53,7 @@ def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty)
     else:
         scores = token_log_likelihood(logits, texts).sum(-1)
     lengths = torch.tensor([length_of(text) for text in texts.tolist()])
-    best = ((scores.view(8, 3) + log_gate) / lengths.view(8, 3) ** penalty).argmax(-1)
+    best = ((scores.view(8, 3) + gate_log_probs) / lengths.view(8, 3) ** penalty).argmax(-1)
     assert len(best.unique()) > 1  # not always the gate's favourite
     chosen = ranked.sequences.view(8, 3, -1)[torch.arange(8), best]
     width = output.sequences.shape[1]

@@ -93,36 +93,38 @@ class TestPrior:
     @pytest.fixture
     def chain(self):
         first, transitions = random_chain()
-        log_gate = torch.cat([first.unsqueeze(1), torch.randn(BATCH, LENGTH - 1, STATES).log_softmax(-1)], dim=1)
-        return YanExpertPrior("chain", log_gate, transitions)
+        gate_log_probs = torch.cat([first.unsqueeze(1), torch.randn(BATCH, LENGTH - 1, STATES).log_softmax(-1)], dim=1)
+        return YanExpertPrior("chain", gate_log_probs, transitions)
 
     def test_evidence_of_a_chain_sums_over_its_paths(self, chain):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
         found = chain.log_evidence(log_likelihood)
         for row in range(BATCH):
-            weights = probabilities(chain.log_gate[:, 0], chain.log_transitions, row)
+            weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
             texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
             torch.testing.assert_close(found[row], (weights * texts).sum().log())
 
     def test_a_chain_whose_transitions_forget_is_a_mixture_of_every_token(self, chain):
-        forgetful = chain.log_gate[:, 1:].unsqueeze(2).expand(-1, -1, STATES, -1)
+        forgetful = chain.gate_log_probs[:, 1:].unsqueeze(2).expand(-1, -1, STATES, -1)
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        chained = YanExpertPrior("chain", chain.log_gate, forgetful).log_evidence(log_likelihood)
-        torch.testing.assert_close(chained, YanExpertPrior("token", chain.log_gate).log_evidence(log_likelihood))
+        chained = YanExpertPrior("chain", chain.gate_log_probs, forgetful).log_evidence(log_likelihood)
+        torch.testing.assert_close(chained, YanExpertPrior("token", chain.gate_log_probs).log_evidence(log_likelihood))
 
     def test_a_chain_whose_expert_stays_is_a_mixture_of_sequences(self, chain):
         stays = (torch.eye(STATES) + 1e-30).log().expand(BATCH, LENGTH - 1, -1, -1)
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        chained = YanExpertPrior("chain", chain.log_gate, stays).log_evidence(log_likelihood)
-        torch.testing.assert_close(chained, YanExpertPrior("sequence", chain.log_gate).log_evidence(log_likelihood))
+        chained = YanExpertPrior("chain", chain.gate_log_probs, stays).log_evidence(log_likelihood)
+        torch.testing.assert_close(
+            chained, YanExpertPrior("sequence", chain.gate_log_probs).log_evidence(log_likelihood)
+        )
 
     def test_the_posterior_weighs_paths_by_the_text(self, chain):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
         posterior = chain.posterior(log_likelihood)
         for row in range(BATCH):
-            weights = probabilities(chain.log_gate[:, 0], chain.log_transitions, row)
+            weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
             joint = weights * log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
-            found = probabilities(posterior.log_gate[:, 0], posterior.log_transitions, row)
+            found = probabilities(posterior.gate_log_probs[:, 0], posterior.log_transitions, row)
             torch.testing.assert_close(found, joint / joint.sum())
 
     @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
@@ -149,8 +151,8 @@ class TestPrior:
     def test_argmax_is_the_most_probable_path_and_not_the_most_probable_states(self):
         first = torch.tensor([[0.4, 0.6]]).log()
         after = torch.tensor([[[[0.9, 0.1], [0.5, 0.5]]]]).log()
-        log_gate = torch.cat([first.unsqueeze(1), torch.zeros(1, 1, 2)], dim=1)
-        assert YanExpertPrior("chain", log_gate, after).choose("argmax").tolist() == [[0, 0]]
+        gate_log_probs = torch.cat([first.unsqueeze(1), torch.zeros(1, 1, 2)], dim=1)
+        assert YanExpertPrior("chain", gate_log_probs, after).choose("argmax").tolist() == [[0, 0]]
 
     def test_temperature_sharpens_the_draws(self, chain):
         numbers = torch.rand(200, LENGTH, STATES)
@@ -161,7 +163,7 @@ class TestPrior:
 
     def test_ranks_are_for_no_chain(self, chain):
         with pytest.raises(ValueError, match="expert_choice='ranked': must be argmax, sample or mixture"):
-            chain.choose("ranked", torch.zeros(BATCH, 1, dtype=torch.long))
+            chain.choose("ranked", ranks=torch.zeros(BATCH, 1, dtype=torch.long))
 
     def test_the_best_chain_ends_once(self, chain):
         tokens, fill = torch.full((BATCH, LENGTH, STATES), -1.0), torch.full((BATCH, LENGTH, STATES), -1.0)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, layers_yan, mamba_yan
-from modeling_yan.compilation_yan import is_exporting, select_rows, uses_operators
+from modeling_yan.compilation_yan import is_exporting, select_rows, use_custom_ops
 from modeling_yan.experts_yan import YanExperts
 
 # Everything but the generation of code: traced, decomposed and split into forward and backward as inductor wants it.
@@ -253,8 +253,8 @@ def test_a_compiled_program_follows_its_weights_and_hooks(lively_model, change):
 
 
 def test_a_compiled_program_is_told_from_an_exported_one():
-    function = torch.compile(lambda: (uses_operators(), is_exporting()), backend="eager", fullgraph=True)
-    assert (*function(), uses_operators()) == (True, False, False)
+    function = torch.compile(lambda: (use_custom_ops(), is_exporting()), backend="eager", fullgraph=True)
+    assert (*function(), use_custom_ops()) == (True, False, False)
 
 
 def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):
@@ -290,7 +290,7 @@ def test_compiled_experts_equal_plain_ones(make_config, num_used):
     chosen = torch.arange(15).view(3, 5) % num_used
 
     def run(states, *parameters):
-        return experts.output_of(states, experts.group(chosen))
+        return experts.combine(states, experts.dispatch(chosen))
 
     inputs = [states, *experts.parameters()]
     compiled = torch.compile(run, backend=TRACED, fullgraph=True)
@@ -310,8 +310,8 @@ def test_compiled_experts_call_layers_that_are_more_than_linear(make_config):
     experts, states = YanExperts(make_config(num_experts=3)), torch.randn(2, 6, 32)
     experts.heads[1].up_proj = Doubled(32, experts.heads[1].up_proj.out_features)
     chosen = torch.arange(12).view(2, 6) % 3
-    compiled = torch.compile(lambda x: experts.output_of(x, experts.group(chosen)), backend="eager")
-    torch.testing.assert_close(compiled(states), experts.output_of(states, experts.group(chosen)))
+    compiled = torch.compile(lambda x: experts.combine(x, experts.dispatch(chosen)), backend="eager")
+    torch.testing.assert_close(compiled(states), experts.combine(states, experts.dispatch(chosen)))
 
 
 def test_selected_rows_and_their_gradient_equal_an_embeddings():

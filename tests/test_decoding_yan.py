@@ -10,7 +10,7 @@ from modeling_yan.decoding_yan import argmax_until_eos
 @pytest.fixture(params=["plain", "compiled"], autouse=True)
 def _form(request, monkeypatch):
     """A compiler gets another form of the search for the highest logits."""
-    monkeypatch.setattr(decoding_yan, "uses_operators", lambda: request.param == "compiled")
+    monkeypatch.setattr(decoding_yan, "use_custom_ops", lambda: request.param == "compiled")
 
 
 def by_trying(logits, eos):

@@ -142,7 +142,7 @@ def test_the_velocitys_likelihood_is_that_of_the_mixture(load_script, folders):
         x_0, modulation = model.start_noise((1, 16), x_1, seed=1), model.flow.modulation(torch.tensor([0.5]))
         states = model.flow.trunk((x_0 + x_1) / 2, model._positions(16), modulation, condition)
         velocities = model.flow.velocities(states, (x_0 + x_1) / 2)
-        nll = model._nll(x_1 - x_0, velocities, model.flow.log_gate(states, modulation, condition))
+        nll = model._nll(x_1 - x_0, velocities, model.flow.gate_log_probs(states, modulation, condition))
         torch.testing.assert_close(scores[0, index], -16 * nll)
 
 

@@ -46,7 +46,7 @@ def test_the_chosen_experts_velocity_equals_the_dense_one(experts, seed):
     torch.manual_seed(seed)
     states, chosen = torch.randn(3, 5, 32), torch.randint(0, 4, (3, 5))
     torch.testing.assert_close(
-        experts.output_of(states, experts.group(chosen)), gather_chosen(experts, states, chosen)
+        experts.combine(states, experts.dispatch(chosen)), gather_chosen(experts, states, chosen)
     )
 
 
@@ -69,7 +69,7 @@ def test_the_form_with_static_sizes_equals_the_sparse_one(num_used):
 @pytest.mark.parametrize("num_used", [1, 3, 4])
 def test_where_there_are_no_kernels_the_operator_computes_all_heads(experts, num_used):
     states, chosen = torch.randn(3, 5, 32), torch.arange(15).flip(0).view(3, 5) % num_used
-    groups = experts.group(chosen)
+    groups = experts.dispatch(chosen)
     with torch.no_grad():
         actual = sparse_heads(states.flatten(0, 1), groups.order, groups.sizes, *experts._weights())
     torch.testing.assert_close(actual.view_as(states), gather_chosen(experts, states, chosen))
@@ -121,7 +121,7 @@ def test_only_plain_16_bit_heads_on_a_gpu_have_kernels(make_config, monkeypatch,
         change(experts)
         states = states.to(experts.heads[0].up_proj.weight.dtype).as_subclass(SeeminglyOnGpu)
         with contextlib.suppress(RuntimeError):  # types that do not fit
-            experts.output_of(states, experts.group(chosen))
+            experts.combine(states, experts.dispatch(chosen))
     assert bool(called) == has_kernels
 
 
@@ -135,7 +135,7 @@ def test_the_chosen_experts_gradients_equal_the_dense_ones(experts, num_used):
         return torch.autograd.grad((velocity * weight).sum(), inputs, materialize_grads=True)
 
     for sparse, dense in zip(
-        gradients(experts.output_of(states, experts.group(chosen))), gradients(gather_chosen(experts, states, chosen))
+        gradients(experts.combine(states, experts.dispatch(chosen))), gradients(gather_chosen(experts, states, chosen))
     ):
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_the_chosen_experts_gradients_equal_the_dense_ones(experts, num_used):
 def test_every_token_is_computed_by_its_own_expert_alone(experts):
     chosen = torch.tensor([[0, 0, 2, 0, 2], [2, 2, 2, 1, 0]])
     seen = record_tokens_of_heads(experts)
-    experts.output_of(torch.randn(2, 5, 32), experts.group(chosen))
+    experts.combine(torch.randn(2, 5, 32), experts.dispatch(chosen))
     tokens = {index: sum(count for head, count in seen if head == index) for index in range(4)}
     assert tokens == {0: 4, 1: 1, 2: 5, 3: 0}
     assert sum(tokens.values()) == chosen.numel()
@@ -153,8 +153,8 @@ def test_a_single_expert_needs_no_choice(make_config):
     experts, states = YanExperts(make_config(num_experts=1)), torch.randn(2, 5, 32)
     dense = experts(states)
     assert dense.shape == (2, 5, 1, 32)
-    assert experts.group(torch.zeros(2, 5, dtype=torch.long)) is None
-    torch.testing.assert_close(experts.output_of(states, None), dense.squeeze(2))
+    assert experts.dispatch(torch.zeros(2, 5, dtype=torch.long)) is None
+    torch.testing.assert_close(experts.combine(states, None), dense.squeeze(2))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -163,7 +163,7 @@ def test_experts_of_one_head_are_told_apart_by_their_embedding(make_config, seed
     config = make_config(num_experts=4, share_expert_head=True)
     experts, states, chosen = YanExperts(config), torch.randn(2, 5, 32), torch.randint(4, (2, 5))
     assert len(experts.heads) == 1
-    dense, sparse = experts(states), experts.output_of(states, experts.group(chosen))
+    dense, sparse = experts(states), experts.combine(states, experts.dispatch(chosen))
     assert dense.shape == (2, 5, 4, 32)
     torch.testing.assert_close(sparse, gather_chosen(experts, states, chosen))
     for expert in range(4):
@@ -181,9 +181,9 @@ def test_experts_of_one_head_cost_an_embedding_each(make_config):
 
 
 def test_the_mixture_velocity_is_the_gates_mean(experts):
-    states, log_gate = torch.randn(2, 5, 32), random_gate(2, 5, 4)
-    expected = torch.einsum("blkd,blk->bld", experts(states), log_gate.exp())
-    torch.testing.assert_close(experts.mixture_of(states, log_gate), expected)
+    states, gate_log_probs = torch.randn(2, 5, 32), random_gate(2, 5, 4)
+    expected = torch.einsum("blkd,blk->bld", experts(states), gate_log_probs.exp())
+    torch.testing.assert_close(experts.mixture_of(states, gate_log_probs), expected)
     certain = (60 * torch.nn.functional.one_hot(torch.full((2, 5), 3), 4).float()).log_softmax(-1)
     torch.testing.assert_close(experts.mixture_of(states, certain), experts.heads[3](states))
 
@@ -192,14 +192,14 @@ def test_the_mixture_velocity_is_the_gates_mean(experts):
 
 
 def test_argmax_takes_the_most_probable_expert():
-    log_gate = random_gate(3, 7, 5)
-    assert torch.equal(choose_experts(log_gate, "argmax"), log_gate.exp().argmax(-1))
+    gate_log_probs = random_gate(3, 7, 5)
+    assert torch.equal(choose_experts(gate_log_probs, "argmax"), gate_log_probs.exp().argmax(-1))
 
 
 def test_ranked_takes_the_experts_in_the_order_of_their_probability():
-    log_gate = torch.tensor([[[0.2, 0.5, 0.3]], [[0.6, 0.1, 0.3]], [[0.4, 0.4, 0.2]]]).log()
+    gate_log_probs = torch.tensor([[[0.2, 0.5, 0.3]], [[0.6, 0.1, 0.3]], [[0.4, 0.4, 0.2]]]).log()
     for rank, expected in enumerate([[1, 0, 0], [2, 2, 1], [0, 1, 2]]):
-        assert choose_experts(log_gate, "ranked", torch.full((3, 1), rank)).flatten().tolist() == expected
+        assert choose_experts(gate_log_probs, "ranked", ranks=torch.full((3, 1), rank)).flatten().tolist() == expected
 
 
 def test_mixture_takes_none():
@@ -211,35 +211,35 @@ def test_an_unknown_choice_is_refused():
         choose_experts(random_gate(1, 1, 2), "best")
 
 
-def uniform_numbers(seed, log_gate):
+def uniform_numbers(seed, gate_log_probs):
     """None for the global random state, else the numbers of a seed."""
-    return None if seed is None else hashed_uniform(seed, log_gate.shape)
+    return None if seed is None else hashed_uniform(seed, gate_log_probs.shape)
 
 
 @pytest.mark.parametrize("seed", [None, 0, 11])
 def test_sampled_experts_are_as_frequent_as_the_gate_says(seed):
     gate = torch.tensor([0.05, 0.1, 0.6, 0.25])
-    log_gate = gate.log().expand(20, 1000, 4)
-    chosen = choose_experts(log_gate, "sample", uniform_numbers(seed, log_gate))
+    gate_log_probs = gate.log().expand(20, 1000, 4)
+    chosen = choose_experts(gate_log_probs, "sample", uniform_numbers(seed, gate_log_probs))
     frequencies = chosen.flatten().bincount(minlength=4) / chosen.numel()
     assert frequencies.tolist() == pytest.approx(gate.tolist(), abs=0.015)
 
 
 def test_sampling_follows_each_tokens_own_gate():
     certain = torch.arange(12).view(3, 4) % 5
-    log_gate = (200 * torch.nn.functional.one_hot(certain, 5).float()).log_softmax(-1)
+    gate_log_probs = (200 * torch.nn.functional.one_hot(certain, 5).float()).log_softmax(-1)
     for seed in (None, 1):
-        assert torch.equal(choose_experts(log_gate, "sample", uniform_numbers(seed, log_gate)), certain)
+        assert torch.equal(choose_experts(gate_log_probs, "sample", uniform_numbers(seed, gate_log_probs)), certain)
 
 
 def test_given_numbers_decide_the_sample():
-    log_gate = random_gate(4, 50, 5)
+    gate_log_probs = random_gate(4, 50, 5)
     numbers = torch.rand(4, 50, 5)
-    sample = choose_experts(log_gate, "sample", numbers)
-    assert torch.equal(choose_experts(log_gate, "sample", numbers), sample)
-    assert torch.equal(choose_experts(log_gate[:2, :20], "sample", numbers[:2, :20]), sample[:2, :20])
-    assert not torch.equal(choose_experts(log_gate, "sample", torch.rand(4, 50, 5)), sample)
-    for_all_rows = choose_experts(log_gate[:1].expand(4, -1, -1), "sample", numbers[:1])
+    sample = choose_experts(gate_log_probs, "sample", numbers)
+    assert torch.equal(choose_experts(gate_log_probs, "sample", numbers), sample)
+    assert torch.equal(choose_experts(gate_log_probs[:2, :20], "sample", numbers[:2, :20]), sample[:2, :20])
+    assert not torch.equal(choose_experts(gate_log_probs, "sample", torch.rand(4, 50, 5)), sample)
+    for_all_rows = choose_experts(gate_log_probs[:1].expand(4, -1, -1), "sample", numbers[:1])
     assert torch.equal(for_all_rows, for_all_rows[:1].expand(4, -1))
 
 
@@ -249,11 +249,11 @@ def test_a_number_of_zero_does_no_harm():
 
 
 def test_without_numbers_a_sample_follows_the_global_random_state():
-    log_gate = random_gate(4, 50, 5)
+    gate_log_probs = random_gate(4, 50, 5)
     torch.manual_seed(1)
-    first, second = (choose_experts(log_gate, "sample") for _ in range(2))
+    first, second = (choose_experts(gate_log_probs, "sample") for _ in range(2))
     torch.manual_seed(1)
-    assert torch.equal(choose_experts(log_gate, "sample"), first)
+    assert torch.equal(choose_experts(gate_log_probs, "sample"), first)
     assert not torch.equal(first, second)
 
 
@@ -266,9 +266,9 @@ def gate_inputs(batch=3, length=5):
 
 def test_the_gate_is_a_distribution_over_experts_in_float32(make_config):
     gate = YanGate(make_config(num_experts=3)).to(torch.bfloat16)
-    log_gate = gate(*(tensor.to(torch.bfloat16) for tensor in gate_inputs()))
-    assert log_gate.dtype == torch.float32
-    torch.testing.assert_close(log_gate.exp().sum(-1), torch.ones(3, 5))
+    gate_log_probs = gate(*(tensor.to(torch.bfloat16) for tensor in gate_inputs()))
+    assert gate_log_probs.dtype == torch.float32
+    torch.testing.assert_close(gate_log_probs.exp().sum(-1), torch.ones(3, 5))
 
 
 def test_the_gates_temperature_divides_its_logits(make_config):
@@ -281,17 +281,17 @@ def test_the_gates_temperature_divides_its_logits(make_config):
 
 def test_the_gate_reads_the_token_the_prompt_and_the_time(make_config):
     gate, (states, prompt_mean, time) = YanGate(make_config()), gate_inputs()
-    log_gate = gate(states, prompt_mean, time)
+    gate_log_probs = gate(states, prompt_mean, time)
     for row in range(3):  # one time for all rows, or one a row
         alone = gate(states[row : row + 1], prompt_mean[row : row + 1], time)
-        torch.testing.assert_close(alone[0], log_gate[row])
-    torch.testing.assert_close(gate(states, prompt_mean, time.expand(3, -1)), log_gate)
+        torch.testing.assert_close(alone[0], gate_log_probs[row])
+    torch.testing.assert_close(gate(states, prompt_mean, time.expand(3, -1)), gate_log_probs)
     other_token = states.clone()
     other_token[0, 2] += 1
-    changed = (gate(other_token, prompt_mean, time) - log_gate).abs().sum(-1) > 1e-6
+    changed = (gate(other_token, prompt_mean, time) - gate_log_probs).abs().sum(-1) > 1e-6
     assert changed.nonzero().tolist() == [[0, 2]]
-    assert not torch.allclose(gate(states, prompt_mean + 1, time), log_gate)
-    assert not torch.allclose(gate(states, prompt_mean, time + 1), log_gate)
+    assert not torch.allclose(gate(states, prompt_mean + 1, time), gate_log_probs)
+    assert not torch.allclose(gate(states, prompt_mean, time + 1), gate_log_probs)
 
 
 def test_a_single_experts_gate_is_one(make_config):

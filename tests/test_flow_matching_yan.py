@@ -41,10 +41,10 @@ def gradient(value, tensor):
     return torch.autograd.grad(value, tensor)[0]
 
 
-def torch_mixture_nll(target, velocities, log_gate, sigma):
+def torch_mixture_nll(target, velocities, gate_log_probs, sigma):
     """The mean negative log-likelihood by torch.distributions, in float64."""
     components = Independent(Normal(velocities.double(), sigma), 1)
-    return -MixtureSameFamily(Categorical(logits=log_gate.double()), components).log_prob(target.double()).mean()
+    return -MixtureSameFamily(Categorical(logits=gate_log_probs.double()), components).log_prob(target.double()).mean()
 
 
 # --- the likelihood
@@ -52,9 +52,9 @@ def torch_mixture_nll(target, velocities, log_gate, sigma):
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0])
 def test_the_likelihood_and_its_gradient_are_those_of_a_gaussian_mixture(sigma):
-    target, velocities, log_gate = random_mixture()
-    nll = mixture_nll(target, velocities, log_gate, sigma)
-    reference = torch_mixture_nll(target, velocities, log_gate, sigma)
+    target, velocities, gate_log_probs = random_mixture()
+    nll = mixture_nll(target, velocities, gate_log_probs, sigma)
+    reference = torch_mixture_nll(target, velocities, gate_log_probs, sigma)
     assert nll.item() == pytest.approx(reference.item(), rel=1e-5)
     torch.testing.assert_close(gradient(nll, velocities), gradient(reference, velocities), rtol=1e-4, atol=1e-6)
 
@@ -69,9 +69,9 @@ def test_one_expert_is_flow_matching(sigma):
 
 
 def test_responsibilities_are_the_posterior_of_bayes():
-    target, velocities, log_gate = random_mixture(batch=2, length=3, experts=4, dim=2)
+    target, velocities, gate_log_probs = random_mixture(batch=2, length=3, experts=4, dim=2)
     sigma = 0.7
-    posterior = responsibilities(target, velocities, log_gate, sigma)
+    posterior = responsibilities(target, velocities, gate_log_probs, sigma)
     torch.testing.assert_close(posterior.sum(-1), torch.ones(2, 3))
     for row in range(2):
         for token in range(3):
@@ -79,29 +79,33 @@ def test_responsibilities_are_the_posterior_of_bayes():
             for expert in range(4):
                 error = target[row, token].tolist(), velocities[row, token, expert].tolist()
                 density = math.prod(math.exp(-((a - b) ** 2) / (2 * sigma**2)) for a, b in zip(*error))
-                joint.append(math.exp(log_gate[row, token, expert].item()) * density)
+                joint.append(math.exp(gate_log_probs[row, token, expert].item()) * density)
             expected = [value / sum(joint) for value in joint]
             assert posterior[row, token].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_with_a_large_sigma_every_expert_gets_its_gates_share_of_the_gradient():
-    target, velocities, log_gate = random_mixture()
+    target, velocities, gate_log_probs = random_mixture()
     sigma = 1e3
     torch.testing.assert_close(
-        responsibilities(target, velocities, log_gate, sigma), log_gate.exp(), atol=1e-4, rtol=0
+        responsibilities(target, velocities, gate_log_probs, sigma), gate_log_probs.exp(), atol=1e-4, rtol=0
     )
-    scaled = gradient(mixture_nll(target, velocities, log_gate, sigma), velocities) * sigma**2 * target[..., 0].numel()
-    expected = log_gate.exp().unsqueeze(-1) * (velocities - target.unsqueeze(-2))
+    scaled = (
+        gradient(mixture_nll(target, velocities, gate_log_probs, sigma), velocities)
+        * sigma**2
+        * target[..., 0].numel()
+    )
+    expected = gate_log_probs.exp().unsqueeze(-1) * (velocities - target.unsqueeze(-2))
     torch.testing.assert_close(scaled, expected.detach(), atol=1e-3, rtol=1e-3)
 
 
 def test_with_a_large_sigma_all_experts_come_to_rest_at_the_conditional_mean():
     target = torch.randn(500, 1, 3) + torch.tensor([2.0, 0.0, -1.0])
-    log_gate = torch.tensor([0.2, 0.3, 0.5]).log().expand(500, 1, 3)
+    gate_log_probs = torch.tensor([0.2, 0.3, 0.5]).log().expand(500, 1, 3)
 
     def size_of_gradient(points):
         points = points.clone().requires_grad_()
-        nll = mixture_nll(target, points.expand(500, 1, 3, 3), log_gate, sigma=1e3)
+        nll = mixture_nll(target, points.expand(500, 1, 3, 3), gate_log_probs, sigma=1e3)
         return gradient(nll, points).abs().amax(-1) * 1e6
 
     at_mean = size_of_gradient(target.mean((0, 1)).expand(3, 3))
@@ -111,11 +115,11 @@ def test_with_a_large_sigma_all_experts_come_to_rest_at_the_conditional_mean():
 
 
 def test_with_a_small_sigma_only_the_nearest_expert_learns():
-    target, velocities, log_gate = random_mixture()
+    target, velocities, gate_log_probs = random_mixture()
     nearest = (target.unsqueeze(-2) - velocities).square().sum(-1).argmin(-1)
     one_hot = F.one_hot(nearest, 5).float()
-    torch.testing.assert_close(responsibilities(target, velocities, log_gate, 0.01), one_hot)
-    learns = gradient(mixture_nll(target, velocities, log_gate, sigma=0.01), velocities).abs().sum(-1) > 0
+    torch.testing.assert_close(responsibilities(target, velocities, gate_log_probs, 0.01), one_hot)
+    learns = gradient(mixture_nll(target, velocities, gate_log_probs, sigma=0.01), velocities).abs().sum(-1) > 0
     assert torch.equal(learns, one_hot.bool())
 
 
@@ -147,12 +151,12 @@ def test_the_optimum_has_the_papers_gate_and_velocities(share):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_likelihood_of_wide_half_precision_latents_is_computed_in_float32(dtype):
-    target, velocities, log_gate = random_mixture(experts=3, dim=4096)
+    target, velocities, gate_log_probs = random_mixture(experts=3, dim=4096)
     target, velocities = (8 * target).to(dtype), (8 * velocities.detach()).to(dtype).requires_grad_()
-    nll = mixture_nll(target, velocities, log_gate.to(dtype), sigma=1.0)
+    nll = mixture_nll(target, velocities, gate_log_probs.to(dtype), sigma=1.0)
     assert nll.dtype == torch.float32
     assert nll > 65504  # beyond float16's range
-    expected = torch_mixture_nll(target, velocities, log_gate.to(dtype), 1.0)
+    expected = torch_mixture_nll(target, velocities, gate_log_probs.to(dtype), 1.0)
     assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
     assert gradient(nll, velocities).isfinite().all()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, experts_yan, generation_yan, layers_yan, mamba_yan, recording_yan
+from modeling_yan import YanForFlowGeneration, cuda_graphs_yan, experts_yan, generation_yan, layers_yan, mamba_yan
 from modeling_yan.canvas_yan import CanvasPlan, encode_and_solve
 from modeling_yan.experts_yan import YanExperts
 
@@ -82,10 +82,10 @@ def test_nothing_in_a_canvas_waits_for_the_gpu(model, prompts):
     noise = model.start_noise((1, LENGTH), torch.empty(0, device="cuda"))
     prompts = prompts.cuda()
     with torch.no_grad():
-        expected = encode_and_solve(model, prompts, None, noise, None, None, plan)  # kernels are built
+        expected = encode_and_solve(model, prompts, None, noise, None, None, None, plan)  # kernels are built
         torch.cuda.set_sync_debug_mode("error")
         try:
-            canvas = encode_and_solve(model, prompts, None, noise, None, None, plan)
+            canvas = encode_and_solve(model, prompts, None, noise, None, None, None, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(canvas.tokens, expected.tokens)
@@ -133,7 +133,7 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     in_place = check_recorded(model, prompts)
-    assert len(model._recordings.calls) == 1
+    assert len(model._cuda_graphs.calls) == 1
     head.up_proj.weight = torch.nn.Parameter(torch.randn_like(head.up_proj.weight))
     replaced = check_recorded(model, prompts)
     hook = model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
@@ -175,7 +175,7 @@ def test_recordings_share_their_memory(model, prompts):
     for num_rows in (4, 3, 2, 1):
         check_recorded(model, prompts[:num_rows])
     assert torch.cuda.memory_reserved() <= before + 2**22
-    assert len(model._recordings.calls) == 5
+    assert len(model._cuda_graphs.calls) == 5
 
 
 def test_a_recording_made_under_autocast_converts_its_weights_itself(model, prompts):
@@ -196,11 +196,11 @@ def test_what_a_recorded_call_costs_is_measured(tmp_path):
 
 
 def test_there_are_no_more_recordings_than_allowed(model, prompts, monkeypatch):
-    monkeypatch.setattr(recording_yan, "MAX_RECORDINGS", 2)
+    monkeypatch.setattr(cuda_graphs_yan, "MAX_RECORDINGS", 2)
     model, prompts = model.cuda(), prompts.cuda()
     for num_rows in (1, 2, 1, 3, 1):  # that of one row is asked for again and stays
         check_recorded(model, prompts[:num_rows])
-    rows = [shapes[0][0][0] for _, shapes, *_ in model._recordings.calls]
+    rows = [shapes[0][0][0] for _, shapes, *_ in model._cuda_graphs.calls]
     assert rows == [3, 1]
 
 
@@ -212,7 +212,7 @@ def test_a_model_with_an_adapter_runs_as_it_is(model, prompts):
     with_adapter = check_recorded(adapted.base_model.model, prompts)
     with adapted.disable_adapter():
         assert not torch.equal(check_recorded(adapted.base_model.model, prompts), with_adapter)
-    assert not model._recordings.calls
+    assert not model._cuda_graphs.calls
 
 
 def test_what_waits_for_the_gpu_is_not_recorded_and_does_no_harm(model, prompts, monkeypatch):
@@ -225,12 +225,12 @@ def test_what_waits_for_the_gpu_is_not_recorded_and_does_no_harm(model, prompts,
 
     monkeypatch.setattr(model, "decode_tokens", wait_and_decode)
     check_recorded(model, prompts)
-    assert not any(isinstance(call, recording_yan.Recording) for call in model._recordings.calls.values())
+    assert not any(isinstance(call, cuda_graphs_yan.Recording) for call in model._cuda_graphs.calls.values())
     monkeypatch.undo()
     torch.cuda.empty_cache()
     assert torch.randn(1, device="cuda").isfinite()
     check_recorded(model, prompts[:2])
-    assert isinstance(list(model._recordings.calls.values())[-1], recording_yan.Recording)
+    assert isinstance(list(model._cuda_graphs.calls.values())[-1], cuda_graphs_yan.Recording)
 
 
 def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
@@ -248,7 +248,7 @@ def test_the_kernels_of_the_experts_equal_all_heads_and_a_choice(make_config, dt
     monkeypatch.setattr(experts_yan, "sparse_heads", lambda *args: called.append(1) or sparse_heads(*args))
     states, chosen = torch.randn(3, 50, 64, device="cuda", dtype=dtype), torch.randint(0, 3, (3, 50), device="cuda")
     with torch.no_grad():
-        actual = experts.output_of(states, experts.group(chosen))
+        actual = experts.combine(states, experts.dispatch(chosen))
         index = chosen[..., None, None].expand(3, 50, 1, 64)
         expected = experts.double()(states.double()).gather(2, index).squeeze(2)
     assert called

@@ -249,7 +249,7 @@ def test_a_product_computes_its_gelu_in_compiled_16_bit_layers_on_a_gpu(monkeypa
         change(layer)
         states = SimpleNamespace(is_cuda=True, dtype=getattr(layer, "weight", torch.empty(0)).dtype)
         for compiles in (False, True):
-            monkeypatch.setattr(layers_yan, "uses_operators", lambda compiles=compiles: compiles)
+            monkeypatch.setattr(layers_yan, "use_custom_ops", lambda compiles=compiles: compiles)
             assert layers_yan.fuses_gelu(layer, states) == (is_fused and compiles)
         states.is_cuda = False
         assert not layers_yan.fuses_gelu(layer, states)

@@ -158,7 +158,7 @@ def test_the_terms_equal_their_definitions(lively_model):
     x_t = torch.stack([(1 - t) * a + t * b for t, a, b in zip(time, x_0, x_1)])
     condition, modulation = model.condition(prompt, canvas_length=8), model.flow.modulation(time)
     states = model.flow.trunk(x_t, model.model.embeddings.position_embeddings.weight[:8], modulation, condition)
-    gate = model.flow.log_gate(states, modulation, condition).exp()
+    gate = model.flow.gate_log_probs(states, modulation, condition).exp()
     usage = gate.mean(1)
     expected = {
         "nll_loss": gaussian_mixture_nll(x_1 - x_0, model.flow.experts(states) - x_t.unsqueeze(2), gate, sigma=2.0),
@@ -180,7 +180,7 @@ def test_the_logits_are_those_of_euler_steps_along_each_tokens_first_expert(live
         modulation = flow.modulation(torch.tensor([step / 3]))
         states = flow.trunk(x, positions, modulation, condition)
         if step == 0:
-            chosen = flow.log_gate(states, modulation, condition).argmax(-1)
+            chosen = flow.gate_log_probs(states, modulation, condition).argmax(-1)
         head = flow.experts(states).gather(2, chosen[..., None, None].expand(-1, -1, 1, 32)).squeeze(2)
         x = x + (head - x) / 3
     torch.testing.assert_close(model(ids).logits, model.decode(x), rtol=1e-4, atol=1e-4)

@@ -58,10 +58,10 @@ def test_the_texts_likelihood_sums_over_all_experts(make_lively_model, scope, fi
         paths = product(range(3), repeat=4) if scope != "sequence" else [(expert,) * 4 for expert in range(3)]
         for path in paths:
             joint = sum(log_likelihood[row, token, expert, 0] for token, expert in enumerate(path))
-            joint = joint + prior.log_gate[row, 0, path[0]]
+            joint = joint + prior.gate_log_probs[row, 0, path[0]]
             for token in range(1, 4):
                 if scope == "token":
-                    joint = joint + prior.log_gate[row, token, path[token]]
+                    joint = joint + prior.gate_log_probs[row, token, path[token]]
                 elif scope == "chain":
                     joint = joint + prior.log_transitions[row, token - 1, path[token - 1], path[token]]
             evidence = evidence + joint.exp()
@@ -224,7 +224,7 @@ def test_the_gate_of_a_chain_is_that_of_every_token(make_lively_model):
     _, prior = first_step(model, ids, model.start_noise((1, 8), torch.empty(0)))
     assert output.gate[0].shape == (2, 8, 3)
     torch.testing.assert_close(output.gate[0].sum(-1), torch.ones(2, 8))
-    expected = chain_marginals(prior.log_gate[:, 0], prior.log_transitions).exp()
+    expected = chain_marginals(prior.gate_log_probs[:, 0], prior.log_transitions).exp()
     torch.testing.assert_close(output.gate[0][0], expected[0])
 
 

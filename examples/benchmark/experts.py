@@ -25,8 +25,8 @@ NUM_SETS = 3
 
 
 def with_package(experts, states, chosen):
-    groups = experts.group(chosen)
-    return lambda: experts.output_of(states, groups)
+    groups = experts.dispatch(chosen)
+    return lambda: experts.combine(states, groups)
 
 
 def with_all(experts, states, chosen):
@@ -35,7 +35,7 @@ def with_all(experts, states, chosen):
 
 
 def with_grouped(experts, states, chosen):
-    groups = experts.group(chosen)
+    groups = experts.dispatch(chosen)
     ends, expert = groups.sizes.cumsum(0).int(), chosen.flatten()[groups.order]
     layers = [[getattr(head, name) for head in experts.heads] for name in ("up_proj", "down_proj")]
     (up, up_bias), (down, down_bias) = (

@@ -31,13 +31,13 @@ class NaiveVelocity:
         if self.experts is None:
             self._choose(states, time)
         if "experts" not in self.wastes:
-            return self.flow.experts.output_of(states, self.groups) - x
+            return self.flow.experts.combine(states, self.groups) - x
         index = self.experts[..., None, None].expand(*self.experts.shape, 1, x.shape[-1])
         return self.flow.velocities(states, x).gather(2, index).squeeze(2)
 
     def _choose(self, states, time):
-        self.experts = self.flow.log_gate(states, self._modulation(time), self.condition).argmax(-1)
-        self.groups = self.flow.experts.group(self.experts)
+        self.experts = self.flow.gate_log_probs(states, self._modulation(time), self.condition).argmax(-1)
+        self.groups = self.flow.experts.dispatch(self.experts)
 
     def _states(self, x, time):
         condition = self.condition

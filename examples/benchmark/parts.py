@@ -33,9 +33,9 @@ def part_calls(model, prompt: torch.LongTensor, length: int, num_steps: int) -> 
     states = flow.trunk(x, positions, modulation[:1], condition)
 
     def experts():
-        chosen = flow.log_gate(states, modulation[:1], condition).argmax(-1)
-        groups = flow.experts.group(chosen)
-        return [flow.experts.output_of(states, groups) for _ in range(num_steps)]
+        chosen = flow.gate_log_probs(states, modulation[:1], condition).argmax(-1)
+        groups = flow.experts.dispatch(chosen)
+        return [flow.experts.combine(states, groups) for _ in range(num_steps)]
 
     def decoder():
         return model.most_likely(model.decode(x), x)

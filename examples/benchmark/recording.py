@@ -61,7 +61,7 @@ def main(arguments=None):
 
     call()
     plain = write_with_yan(model, prompt, options.length, NUM_STEPS)
-    (recording,) = model._recordings.calls.values()
+    (recording,) = model._cuda_graphs.calls.values()
     measured = {"call": call, "replay": recording.graph.replay}
     for each in measured.values():
         for _ in range(5):

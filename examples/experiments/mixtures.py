@@ -88,9 +88,9 @@ def train(setting: Setting, num_updates: int, batch_size: int = 512) -> Velocity
     for _ in range(num_updates):
         x_1 = sample_target(batch_size, setting.dimension).unsqueeze(1)
         x_0, time = torch.randn_like(x_1), sample_times(batch_size, 1, 1)
-        velocities, log_gate = net(interpolate(x_0, x_1, time), time)
-        nll = mixture_nll(x_1 - x_0, velocities, log_gate, setting.sigma)
-        loss = scale * nll / setting.dimension + 0.1 * load_balance(log_gate)
+        velocities, gate_log_probs = net(interpolate(x_0, x_1, time), time)
+        nll = mixture_nll(x_1 - x_0, velocities, gate_log_probs, setting.sigma)
+        loss = scale * nll / setting.dimension + 0.1 * load_balance(gate_log_probs)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -105,9 +105,9 @@ def sample(net: VelocityNet, x_0: torch.Tensor, num_steps: int, choice: str) -> 
     chosen = choose_experts(net(x_0, torch.zeros(1))[1], choice)
 
     def velocity(x, time):
-        velocities, log_gate = net(x, torch.tensor([time]))
+        velocities, gate_log_probs = net(x, torch.tensor([time]))
         if chosen is None:
-            return (velocities * log_gate.exp().unsqueeze(-1)).sum(2)
+            return (velocities * gate_log_probs.exp().unsqueeze(-1)).sum(2)
         return velocities.gather(2, chosen[..., None, None].expand(-1, -1, 1, x.shape[-1])).squeeze(2)
 
     return solve_flow(velocity, x_0, num_steps).squeeze(1)

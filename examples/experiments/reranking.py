@@ -69,8 +69,8 @@ def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int
             time = torch.full((batch_size,), (step + 0.5) / num_times)
             x_t, modulation = interpolate(x_0, x_1, time), model.flow.modulation(time)
             states = model.flow.trunk(x_t, positions, modulation, condition)
-            log_gate = model.flow.log_gate(states, modulation, condition)
-            mixture = x_1 - x_0, model.flow.velocities(states, x_t), log_gate
+            gate_log_probs = model.flow.gate_log_probs(states, modulation, condition)
+            mixture = x_1 - x_0, model.flow.velocities(states, x_t), gate_log_probs
             mixture = as_one_token(*mixture) if model.config.expert_scope == "sequence" else mixture
             scores[:, index] -= token_nll(*mixture, model.config.objective.flow_sigma).sum(-1)
     return scores

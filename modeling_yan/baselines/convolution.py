@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from ..layers_yan import YanShortConvolution
-from ..mamba_yan import silence
+from ..mamba_yan import mask_padding
 
 
 class CausalShortConvolution(YanShortConvolution):
@@ -29,7 +29,7 @@ class CausalShortConvolution(YanShortConvolution):
 
     def forward(self, hidden_states, padding_mask=None):
         """States (B, L, D) to (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
-        visible = silence(hidden_states, padding_mask).transpose(1, 2)
+        visible = mask_padding(hidden_states, padding_mask).transpose(1, 2)
         visible = F.pad(visible, (self.kernel_size[0] - 1, 0))
         return hidden_states + F.conv1d(visible, self.weight, groups=self.groups).transpose(1, 2)
 

@@ -28,7 +28,7 @@ class YanCanvasProgram(nn.Module):
     def forward(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.LongTensor:
         """Token ids (B, L) for prompts and masks (B, S)."""
         attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
-        tensors = input_ids, attention_mask, self.start_noise, None, None
+        tensors = input_ids, attention_mask, self.start_noise, None, None, None
         return encode_and_solve(self.model, *tensors, self.plan).tokens
 
 

@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 MAX_RECORDINGS = 32  # of a model; then the one that has not been asked for the longest time is given up
 
 
-class ModelParts:
+class ModelFingerprint:
     """The modules, weights and hooks that a model has, and whether they are still the same.
 
     A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does, but
@@ -53,7 +53,7 @@ class ModelParts:
         addresses, modes = map(torch.Tensor.data_ptr, self.tensors), map(itemgetter("training"), self.attributes)
         return list(addresses), list(modes), list(map(len, self.attributes[1:]))
 
-    def are_the_same(self) -> bool:
+    def matches(self) -> bool:
         """In some tenth of a millisecond."""
         members = self._current_members()
         is_same = len(members) == len(self.members) and all(map(is_, members, self.members))
@@ -122,7 +122,7 @@ class Recording:
         return {name: result.clone() if torch.is_tensor(result) else result for name, result in self.results.items()}
 
 
-class Recordings:
+class CudaGraphCache:
     """The recordings of one model. They are no part of it: a copy, also a pickled one, begins without any."""
 
     def __init__(self):
@@ -130,10 +130,10 @@ class Recordings:
         self.pool = self.stream = self.is_done = None  # all calls have them in common
 
     def __deepcopy__(self, memo):
-        return Recordings()
+        return CudaGraphCache()
 
     def __reduce__(self):
-        return Recordings, ()
+        return CudaGraphCache, ()
 
     def call(self, model: nn.Module, function: Callable, tensors: Sequence[torch.Tensor | None], about: Hashable):
         """`function(*tensors)`, as a recording, which is made where there is none yet.
@@ -147,7 +147,7 @@ class Recordings:
             known = self.calls.get(key)
             # the model is compared while the GPU computes: results of a model that has changed are thrown away
             results = None if known is None else self._run(known, tensors)
-            if self.parts is None or not self.parts.are_the_same():
+            if self.parts is None or not self.parts.matches():
                 self._begin_anew(model)
                 known = None
             if not self.parts.can_be_recorded:
@@ -162,7 +162,7 @@ class Recordings:
         if self.is_done is not None:
             self.is_done.synchronize()  # what is given up must have been replayed
         self.calls.clear()
-        self.parts, self.pool = ModelParts(model), torch.cuda.graph_pool_handle()
+        self.parts, self.pool = ModelFingerprint(model), torch.cuda.graph_pool_handle()
         self.stream, self.is_done = torch.cuda.Stream(), torch.cuda.Event()
 
     @staticmethod

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_yan import recording_yan
-from modeling_yan.recording_yan import ModelParts, Recordings
+from modeling_yan import cuda_graphs_yan
+from modeling_yan.cuda_graphs_yan import CudaGraphCache, ModelFingerprint
 
 
 @pytest.fixture
@@ -63,29 +63,29 @@ def add_buffer(model):
     ],
 )
 def test_a_changed_model_is_told_from_an_updated_one(model, change, is_same):
-    parts = ModelParts(model)
-    assert parts.are_the_same()
+    parts = ModelFingerprint(model)
+    assert parts.matches()
     change(model)
-    assert parts.are_the_same() == is_same
+    assert parts.matches() == is_same
 
 
 def test_a_model_that_may_change_unseen_is_not_recorded(model):
-    assert ModelParts(model).can_be_recorded
-    parts, layer = ModelParts(model), model.decoder.layers[0].feed_forward
+    assert ModelFingerprint(model).can_be_recorded
+    parts, layer = ModelFingerprint(model), model.decoder.layers[0].feed_forward
     layer.forward = layer.forward  # as accelerate does, which calls it between moving weights
-    assert not parts.are_the_same()
-    assert not ModelParts(model).can_be_recorded
+    assert not parts.matches()
+    assert not ModelFingerprint(model).can_be_recorded
 
 
 def test_a_model_with_an_adapter_is_not_recorded(model):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
-    assert not ModelParts(adapted).can_be_recorded
+    assert not ModelFingerprint(adapted).can_be_recorded
 
 
 def test_a_model_on_two_devices_is_not_recorded(model):
     model.lm_head.to("meta")
-    assert not ModelParts(model).can_be_recorded
+    assert not ModelFingerprint(model).can_be_recorded
 
 
 def test_a_model_with_quantized_weights_is_not_recorded(model):
@@ -97,15 +97,15 @@ def test_a_model_with_quantized_weights_is_not_recorded(model):
 
     weight = model.lm_head.weight.detach().as_subclass(Quantized)
     model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-    assert not ModelParts(model).can_be_recorded
+    assert not ModelFingerprint(model).can_be_recorded
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_begins_without_recordings(model, copied):
-    model._recordings = Recordings()
-    model._recordings.calls["a key"] = lambda: None
-    assert not copied(model)._recordings.calls
-    assert model._recordings.calls
+    model._cuda_graphs = CudaGraphCache()
+    model._cuda_graphs.calls["a key"] = lambda: None
+    assert not copied(model)._cuda_graphs.calls
+    assert model._cuda_graphs.calls
 
 
 class FrozenResult:
@@ -124,8 +124,8 @@ def recordings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     for name in ("graph_pool_handle", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(recording_yan, "Recording", FrozenResult)
-    return Recordings()
+    monkeypatch.setattr(cuda_graphs_yan, "Recording", FrozenResult)
+    return CudaGraphCache()
 
 
 def norm_of_head(model):
@@ -136,8 +136,8 @@ def test_a_model_is_compared_while_its_recording_is_replayed(model, recordings, 
     function, tensors, replays = norm_of_head(model), (torch.ones(2),), []
     expected = recordings.call(model, function, tensors, "about")
     (recording,) = recordings.calls.values()
-    compare = recordings.parts.are_the_same
-    monkeypatch.setattr(recordings.parts, "are_the_same", lambda: replays.append(recording.replays) or compare())
+    compare = recordings.parts.matches
+    monkeypatch.setattr(recordings.parts, "matches", lambda: replays.append(recording.replays) or compare())
     assert recordings.call(model, function, tensors, "about") == expected
     assert replays == [2]  # the second call's replay came before
 
@@ -162,10 +162,10 @@ def test_a_model_that_may_change_unseen_runs_as_it_is(model, recordings):
 
 
 def test_the_memory_that_a_recording_reads_is_kept_and_goes_with_the_model(model):
-    parts = ModelParts(model)
+    parts = ModelFingerprint(model)
     weight, address = model.lm_head.weight, model.lm_head.weight.data_ptr()
     weight.data = torch.zeros_like(weight)
     assert any(storage.data_ptr() == address for storage in parts.storages)
-    model._recordings = Recordings()
+    model._cuda_graphs = CudaGraphCache()
     model.to(torch.bfloat16)
-    assert model._recordings is None
+    assert model._cuda_graphs is None

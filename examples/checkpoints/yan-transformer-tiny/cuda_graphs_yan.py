@@ -1,0 +1,1 @@
+../../../modeling_yan/cuda_graphs_yan.py

@@ -1,1 +1,0 @@
-../../../modeling_yan/recording_yan.py
