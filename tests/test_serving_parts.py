@@ -12,6 +12,7 @@ from modeling_yan.serving.requests import Job, Limits, RequestError, RequestRead
 from modeling_yan.serving.writing import BatchWriter, Text, group_jobs
 
 serving = pytest.importorskip("modeling_yan.serving.server")
+routes = pytest.importorskip("modeling_yan.serving.routes")
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
@@ -208,32 +209,36 @@ def test_half_a_letter_waits_for_its_other_half():
 
 
 def test_more_open_requests_than_allowed_are_refused(reader):
-    routes = serving.OpenAIRoutes(serving.Settings(MODEL, max_queue=2), reader)
-    routes.num_open = 2
+    server = serving.OpenAIRoutes(serving.Settings(MODEL, max_queue=2), reader)
+    server.num_open = 2
     with pytest.raises(RequestError, match="2 requests are open") as caught:
-        asyncio.run(anext(routes._pieces(jobs_for(reader, PROMPT))))
-    assert (caught.value.status, routes.num_open) == (429, 2)
+        asyncio.run(anext(server._pieces(jobs_for(reader, PROMPT))))
+    assert (caught.value.status, server.num_open) == (429, 2)
 
 
 class Request:
-    """A request whose body is not there."""
+    """A request whose body is not there, or has no end."""
 
-    def __init__(self, error=None):
-        self.error = error
+    def __init__(self, *events):
+        self.events = events
 
-    async def body(self):
-        if self.error is None:
-            await asyncio.sleep(ANSWER_S)
-        raise self.error
+    async def stream(self):
+        for event in self.events:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+        await asyncio.sleep(ANSWER_S)
 
 
 @pytest.mark.parametrize(
-    ("request_", "status"), [(Request(), 408), (Request(serving.ClientDisconnect()), 499)], ids=["slow", "gone"]
+    ("request_", "status"),
+    [(Request(), 408), (Request(b"{", routes.ClientDisconnect()), 499), (Request(b"x" * 2**20, b"x"), 413)],
+    ids=["slow", "gone", "large"],
 )
 def test_a_body_that_does_not_come_is_given_up(reader, request_, status):
-    routes = serving.OpenAIRoutes(serving.Settings(MODEL, timeout_s=0.01), reader)
+    server = serving.OpenAIRoutes(serving.Settings(MODEL, timeout_s=0.05), reader)
     with pytest.raises(RequestError) as caught:
-        asyncio.run(routes._body(request_))
+        asyncio.run(server._body(request_))
     assert caught.value.status == status
 
 
@@ -245,7 +250,7 @@ class Engine:
 
     def put(self, message):
         self.taken += 1
-        item, reply = self.routes.response_buffer[message[1]], self.replies.pop(0)
+        item, reply = self.server.response_buffer[message[1]], self.replies.pop(0)
         item.worker_id = 0
         self.workers_setup_status["completions_0"] = "starting" if reply is None else "ready"
         for piece in reply or ():
@@ -255,16 +260,16 @@ class Engine:
 
 def ask_engine(reader, engine, **settings) -> list[dict]:
     """The pieces that come of one prompt."""
-    routes = serving.OpenAIRoutes(serving.Settings(MODEL, **settings), reader)
-    routes.response_buffer, routes.request_queue, routes._server, engine.routes = {}, engine, engine, routes
+    server = serving.OpenAIRoutes(serving.Settings(MODEL, **settings), reader)
+    server.response_buffer, server.request_queue, server._server, engine.server = {}, engine, engine, server
 
     async def collect_all():
-        return [piece async for _, piece in routes._pieces(jobs_for(reader, PROMPT))]
+        return [piece async for _, piece in server._pieces(jobs_for(reader, PROMPT))]
 
     try:
         return asyncio.run(collect_all())
     finally:
-        assert (routes.response_buffer, routes.num_open) == ({}, 0)
+        assert (server.response_buffer, server.num_open) == ({}, 0)
 
 
 END = {"index": 0, "text": "b", "finish": "stop", "tokens": 2}
@@ -285,7 +290,7 @@ def test_a_job_that_no_replica_took_before_one_died_is_handed_in_once_more(reade
     def put_without_a_taker(message):
         put(message)
         taken.append(message[1])
-        engine.routes.response_buffer[message[1]].worker_id = None
+        engine.server.response_buffer[message[1]].worker_id = None
 
     engine.put = put_without_a_taker
     assert ask_engine(reader, engine) == [END]
@@ -324,8 +329,8 @@ def test_a_key_may_have_any_letters(reader):
 
     def request(key: bytes):
         scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer " + key)]}
-        return serving.Request({**scope, "server": ("x", 1), "query_string": b""})
+        return routes.Request({**scope, "server": ("x", 1), "query_string": b""})
 
     api.authorize(request("schlüssel".encode()))
-    with pytest.raises(serving.HTTPException):
+    with pytest.raises(routes.HTTPException):
         api.authorize(request("schlüssel".encode("latin-1")))

@@ -58,6 +58,10 @@ class Job:
     streams: bool = False
     drafts: bool = False
 
+    @property
+    def num_texts(self) -> int:
+        return dict(self.settings).get("num_return_sequences", 1)
+
 
 def is_whole(value, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

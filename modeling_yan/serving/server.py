@@ -1,7 +1,6 @@
-"""The server: what LitServe calls to write batches, and the routes that OpenAI's clients call."""
+"""The server of `yan serve`: what LitServe calls to write batches, and how jobs reach its replicas."""
 
 import asyncio
-import hmac
 import json
 import os
 import signal
@@ -9,59 +8,24 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import litserve
-from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import Request
 from litserve.loops import BatchedStreamingLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import ClientDisconnect
 
-from .answers import Answer, error_body, event
-from .metrics import VANISHED, Metrics
-from .requests import Job, Limits, RequestError, RequestReader
-from .writing import BatchWriter
+from .requests import Job, RequestError
+from .routes import ROUTES, Routes, checked, died, shape_errors, too_late
+from .settings import Settings, make_reader, make_writer
 
 POLL_S = 0.5  # how often a request that waits looks whether its replica still lives
-OPEN_PATHS = ("/health", "/load_model")  # without a key: `transformers chat` sends none to the second
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is served.
-
-    Args:
-        model: Folder or hub name. name: What clients call it; the same if None.
-        device, threads: Of a replica; threads of torch on a CPU, torch's choice if None.
-        replicas: Processes with a model each; on GPUs for each of them.
-        batch_size: Most requests that are written together. batch_wait_s: How long the first of them waits for others.
-        max_queue: Requests that may be open before others get the status 429.
-        max_body: Bytes of a request. timeout_s: Seconds until a request gets the status 504.
-        api_key: That every request but those to /health must bear; none if None.
-    """
-
-    model: str
-    name: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    replicas: int = 1
-    batch_size: int = 32
-    batch_wait_s: float = 0.005
-    max_queue: int = 256
-    max_body: int = 2**20
-    timeout_s: float = 60.0
-    api_key: str | None = None
-    max_new_tokens: int = 1024
-    max_prompt_tokens: int | None = None
 
 
 class YanAPI(litserve.LitAPI):
     """What a replica does with a batch."""
 
-    def __init__(self, settings: Settings, spec: LitSpec):
+    def __init__(self, settings: Settings, spec: "OpenAIRoutes"):
         super().__init__(
             max_batch_size=settings.batch_size,
             batch_timeout=settings.batch_wait_s,
@@ -72,20 +36,8 @@ class YanAPI(litserve.LitAPI):
 
     def setup(self, device):
         """Load the model in the process of a replica."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from ..commands.loading import load_model, load_tokenizer, prepare_library
-
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the main process sees to
-        prepare_library(is_quiet=True)
-        torch.seed()  # replicas draw different numbers
-        name = self.settings.model
-        if AutoConfig.from_pretrained(name).model_type == "yan":
-            model = load_model(name, device)  # refuses a folder without the flow's weights
-        else:  # such as an autoregressive one to compare with
-            model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-        self.writer = BatchWriter(model, load_tokenizer(name), self.settings.threads)
+        self.writer = make_writer(self.settings, device)
 
     def decode_request(self, request):
         return request
@@ -107,30 +59,18 @@ class YanAPI(litserve.LitAPI):
 
     def authorize(self, request: Request):
         """Refuse a request without the key."""
-        key = self.settings.api_key
-        if key is None or request.url.path in OPEN_PATHS:
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
-            body = error_body("wrong or missing API key", 401, code="invalid_api_key")
-            raise HTTPException(401, body, headers={"WWW-Authenticate": "Bearer"})
+        self.spec.authorize(request)
 
 
-class OpenAIRoutes(LitSpec):
+class OpenAIRoutes(Routes, LitSpec):
     """The routes. They run in the process that speaks HTTP; of a replica's process they are not part."""
 
-    def __init__(self, settings: Settings, reader: RequestReader):
-        super().__init__()
-        self.settings, self.reader, self.metrics = settings, reader, Metrics()
-        self.name, self.num_open = settings.name or settings.model, 0
+    def __init__(self, settings: Settings, reader):
+        super().__init__(settings, reader)
         self.short_since = None  # when a replica was missed first, of those that are not back yet
         self.api_path = "/v1/completions"
-        self.add_endpoint("/v1/completions", self.completions, ["POST"])
-        self.add_endpoint("/v1/chat/completions", self.chat_completions, ["POST"])
-        self.add_endpoint("/v1/models", self.models, ["GET"])
-        self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
-        self.add_endpoint("/metrics", self.show_metrics, ["GET"])
-        self.add_endpoint("/load_model", self.load_model, ["POST"])
+        for path, (method, name) in ROUTES.items():
+            self.add_endpoint(path, getattr(self, name), [method])
 
     def __getstate__(self):
         return {"api_path": self.api_path, "_endpoints": []}
@@ -145,103 +85,17 @@ class OpenAIRoutes(LitSpec):
     def encode_response(self, output, context_kwargs=None):
         return output
 
-    async def completions(self, request: Request):
-        return await self._answer(request, self.reader.completion, is_chat=False)
+    def _submit(self, job: Job) -> "Ticket":
+        ticket = Ticket(job)
+        self._hand_in(ticket)
+        return ticket
 
-    async def chat_completions(self, request: Request):
-        return await self._answer(request, self.reader.chat, is_chat=True)
-
-    async def models(self):
-        return {"object": "list", "data": [self._card()]}
-
-    async def model(self, name: str):
-        if name != self.name:
-            raise _shaped(RequestError(f"model={name!r}: must be {self.name!r}", "model", 404, "model_not_found"))
-        return self._card()
-
-    async def show_metrics(self):
-        return Response(self.metrics.text(self.num_open), media_type="text/plain; version=0.0.4")
-
-    async def load_model(self):
-        """What `transformers chat` asks for first: the model is there."""
-        return Response(event({"status": "ready", "model": self.name, "cached": True}), media_type="text/event-stream")
-
-    def _card(self) -> dict:
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
-
-    async def _answer(self, request: Request, read, is_chat: bool):
-        started, endpoint = time.monotonic(), "chat" if is_chat else "completions"
-        try:
-            fields, jobs = read(await self._body(request))
-            if fields.get("model", self.name) != self.name:
-                message = f"model={fields['model']!r:.200}: must be {self.name!r}"
-                raise RequestError(message, "model", 404, "model_not_found")
-            repeats = dict(jobs[0].settings).get("num_return_sequences", 1)
-            answer = Answer(self.name, is_chat, sum(len(job.ids) for job in jobs), repeats)
-            pieces = self._pieces(jobs)
-            first = await anext(pieces)  # an error before it has a status of its own
-            if fields.get("stream"):
-                stream = self._stream(fields, answer, first, pieces, started, endpoint)
-                return StreamingResponse(stream, media_type="text/event-stream")
-            answer.add(*first)
-            async for number, piece in pieces:
-                answer.add(number, piece)
-        except RequestError as error:
-            self.metrics.count(endpoint, error.status, started)
-            raise _shaped(error) from None
-        self.metrics.count(endpoint, 200, started, answer.usage())
-        return JSONResponse(answer.whole())
-
-    async def _body(self, request: Request) -> bytes:
-        try:
-            return await asyncio.wait_for(request.body(), self.settings.timeout_s)
-        except asyncio.TimeoutError:
-            raise RequestError("the body did not come in time", status=408) from None
-        except ClientDisconnect:
-            raise RequestError("the client left", status=VANISHED) from None
-        except StarletteHTTPException as error:  # of LitServe, for a body that is too large
-            message = f"the body must have at most {self.settings.max_body} bytes"
-            raise RequestError(message, status=error.status_code) from None
-
-    async def _stream(self, fields, answer: Answer, first, pieces, started: float, endpoint: str):
-        """The events of a stream."""
-        status = VANISHED
-        try:
-            yield event(answer.chunk(*first))
-            async for number, piece in pieces:
-                yield event(answer.chunk(number, piece))
-            if fields.get("stream_options", {}).get("include_usage"):
-                yield event(answer.usage_chunk())
-            yield event("[DONE]")
-            status = 200
-        except RequestError as error:
-            status = error.status
-            yield event(_body_of(error))
-        finally:
-            self.metrics.count(endpoint, status, started, answer.usage())
-            await pieces.aclose()
-
-    async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, dict]]:
-        """The pieces of all jobs, each with the number of its job; the jobs are written together."""
-        if self.num_open >= self.settings.max_queue:
-            raise RequestError(f"{self.num_open} requests are open: try again later", status=429, code="queue_full")
-        deadline, tickets = time.monotonic() + self.settings.timeout_s, []
-        self.num_open += 1
-        try:
-            for job in jobs:
-                tickets.append(Ticket(job))
-                self._submit(tickets[-1])
-            for number, ticket in enumerate(tickets):
-                async for piece in self._read(ticket, deadline):
-                    yield number, piece
-        finally:
-            self.num_open -= 1
-            for ticket in tickets:
-                self.response_buffer.pop(ticket.uid, None)
-
-    def _submit(self, ticket: "Ticket"):
-        """Hand a job in, under a new name if for the second time: what comes of the old one is for nobody."""
+    def _forget(self, ticket: "Ticket"):
         self.response_buffer.pop(ticket.uid, None)
+
+    def _hand_in(self, ticket: "Ticket"):
+        """Hand a job in, under a new name if for the second time: what comes of the old one is for nobody."""
+        self._forget(ticket)
         ticket.uid, ticket.since, ticket.item.worker_id = str(uuid.uuid4()), time.monotonic(), None
         self.response_buffer[ticket.uid] = ticket.item
         self.request_queue.put((self.response_queue_id, ticket.uid, ticket.since, ticket.job))
@@ -257,11 +111,11 @@ class OpenAIRoutes(LitSpec):
                 await asyncio.wait_for(ticket.item.event.wait(), POLL_S)
             except asyncio.TimeoutError:
                 if time.monotonic() >= deadline:
-                    raise RequestError("the time for a request is over", status=504, code="timeout") from None
+                    raise too_late() from None
                 if self._is_lost(ticket):
                     if has_begun:
-                        raise RequestError("a replica died while it wrote", status=502) from None
-                    self._submit(ticket)
+                        raise died() from None
+                    self._hand_in(ticket)
                 continue
             ticket.item.event.clear()
             while waiting:
@@ -292,7 +146,7 @@ class Ticket:
     def __init__(self, job: Job):
         self.job, self.uid, self.since = job, None, 0.0
         self.item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
-        self.num_open_texts = dict(job.settings).get("num_return_sequences", 1)
+        self.num_open_texts = job.num_texts
 
 
 def _opened(content, status) -> list[dict]:
@@ -305,29 +159,8 @@ def _opened(content, status) -> list[dict]:
         return []
     if status == LitAPIStatus.ERROR:
         code = getattr(content, "status_code", 500)
-        message = "the time for a request is over" if code == 504 else "internal error"
-        raise RequestError(message, status=code, code="timeout" if code == 504 else None)
-    pieces = json.loads(content)
-    for piece in pieces:
-        if "error" in piece:
-            raise RequestError(piece["error"], status=piece["status"])
-    return pieces
-
-
-def _body_of(error: RequestError) -> dict:
-    return error_body(error.message, error.status, error.param, error.code)
-
-
-def _shaped(error: RequestError) -> HTTPException:
-    return HTTPException(error.status, _body_of(error), headers={"Retry-After": "1"} if error.status == 429 else None)
-
-
-async def _show_error(request: Request, error: Exception) -> JSONResponse:
-    """Any error in OpenAI's shape."""
-    status = getattr(error, "status_code", 500)
-    detail = getattr(error, "detail", "internal error")
-    content = detail if isinstance(detail, dict) else error_body(str(detail), status)
-    return JSONResponse(content, status, headers=getattr(error, "headers", None))
+        raise too_late() if code == 504 else RequestError("internal error", status=code)
+    return checked(json.loads(content))
 
 
 def make_server(settings: Settings) -> litserve.LitServer:
@@ -336,17 +169,7 @@ def make_server(settings: Settings) -> litserve.LitServer:
     Raises:
         ValueError: No such model, or one without a tokenizer.
     """
-    from transformers import AutoConfig, GenerationConfig
-
-    from ..commands.loading import load_tokenizer, prepare_library
-
-    prepare_library(is_quiet=True)
-    config, tokenizer = AutoConfig.from_pretrained(settings.model), load_tokenizer(settings.model)
-    is_yan = config.model_type == "yan"
-    longest = config.max_prompt_length if is_yan else config.max_position_embeddings - settings.max_new_tokens
-    new_tokens = GenerationConfig.from_pretrained(settings.model).max_new_tokens
-    limits = Limits(settings.max_prompt_tokens or longest, settings.max_new_tokens)
-    reader = RequestReader(tokenizer, limits, new_tokens or (config.canvas_length if is_yan else 20), is_yan)
+    reader = make_reader(settings)
     kind, _, number = settings.device.partition(":")
     server = litserve.LitServer(
         YanAPI(settings, OpenAIRoutes(settings, reader)),
@@ -358,8 +181,7 @@ def make_server(settings: Settings) -> litserve.LitServer:
         disable_openapi_url=True,
         restart_workers=True,
     )
-    for error in (StarletteHTTPException, Exception):
-        server.app.add_exception_handler(error, _show_error)
+    shape_errors(server.app)
     return server
 
 
