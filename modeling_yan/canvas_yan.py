@@ -177,11 +177,18 @@ class YanCanvasMixin:
     """What `YanForFlowGeneration` makes a canvas of."""
 
     def encode_prompt(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_outputs=None,
+        **kwargs,
     ) -> YanPrompt:
         """Encode prompts (B, S) whose valid tokens come first, behind the model's own answer slots."""
         given = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
-        outputs = self.model(**given, return_dict=True, **kwargs)
+        encode = self.model if encoder_outputs is None else partial(self.take_states, encoder_outputs)
+        outputs = encode(**given, return_dict=True, **kwargs)
         about = {name: given[name] for name in ("attention_mask", "position_ids", "input_ids")}
         about |= {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return YanPrompt(outputs.last_hidden_state, **about)

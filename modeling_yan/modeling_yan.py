@@ -382,6 +382,7 @@ class YanForFlowGeneration(
         labels: torch.LongTensor | None = None,
         canvas_length: int | None = None,
         num_flow_steps: int | None = None,
+        encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
@@ -397,6 +398,7 @@ class YanForFlowGeneration(
             canvas_length: Width of the canvas, `config.canvas_length` if None.
             num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
                 labels it may be 0: the encoder's draft in the answer slots, read off without a flow.
+            encoder_outputs: Of the prompt, from `encoder_states`: a frozen pretrained encoder is not asked again.
 
         Raises:
             ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
@@ -418,7 +420,7 @@ class YanForFlowGeneration(
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if not is_integer(num_flow_steps):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
-        prompt = self.encode_prompt(*prompt, **kwargs)
+        prompt = self.encode_prompt(*prompt, encoder_outputs=encoder_outputs, **kwargs)
         if labels is None:
             terms = self._logits_of_canvas(prompt, canvas_length, num_flow_steps)
         else:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING
 from transformers.utils import can_return_tuple, logging
 
+from .layers_yan import with_valid_first
 from .objective_config_yan import flatten_objective
 
 # A model on a pretrained encoder is trained as a whole, on the likelihood of its texts.
@@ -234,6 +235,40 @@ class YanPretrainedMixin:
             hidden_states=hidden_states and tuple(_take(each, place) for each in hidden_states),
             attentions=attentions and tuple(_take(_take(each, place, 2), place, 3) for each in attentions),
         )
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether training leaves the states of a pretrained encoder as they are, so that they can be kept."""
+        parts = [getattr(self.base_model, "encoder", None), getattr(self.base_model.embeddings, "answer_slots", None)]
+        weights = [weight for part in parts if part is not None for weight in part.parameters()]
+        return self.config.encoder is not None and not any(weight.requires_grad for weight in weights)
+
+    @torch.no_grad()
+    def encoder_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """States (B, S', H) of a pretrained encoder for prompts (B, S), as `forward` takes them: `encoder_outputs`.
+
+        S' counts the model's own answer slots, which come first, and the prompt, its valid tokens first.
+        """
+        if attention_mask is not None:
+            attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
+        put_slots = getattr(self, "with_answer_slots", dict)
+        prompt = put_slots(input_ids=input_ids, attention_mask=attention_mask)
+        given = {name: value for name, value in prompt.items() if value is not None}
+        return self.base_model.encoder(**given, return_dict=True).last_hidden_state
+
+    def take_states(self, encoder_outputs, input_ids=None, inputs_embeds=None, **_) -> BaseModelOutput:
+        """What `YanModel` gives for a prompt, from the states of its pretrained encoder.
+
+        Raises:
+            ValueError: There is no pretrained encoder, it is trained, or the states have another shape.
+        """
+        if not self.keeps_states:
+            raise ValueError("encoder_outputs: must be None but for a pretrained encoder with freeze_encoder=True")
+        states = encoder_outputs if torch.is_tensor(encoder_outputs) else encoder_outputs[0]
+        shape = *(inputs_embeds if input_ids is None else input_ids).shape[:2], self.config.encoder.hidden_size
+        if tuple(states.shape) != shape:
+            raise ValueError(f"encoder_outputs of shape {tuple(states.shape)}: must be {shape}, answer slots included")
+        return BaseModelOutput(last_hidden_state=self.base_model.latents(states.to(self.dtype)))
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]):

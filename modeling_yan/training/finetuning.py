@@ -8,6 +8,7 @@ import shlex
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from ..data import FlowCollator, prepare_tokenizer
 from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
+from .encoder_states import RowsWithStates, StatesCollator
 from .samples import Samples
 
 DEFAULTS = {"logging_steps": 50, "warmup_steps": 0.05, "predict_with_generate": True, "remove_unused_columns": False}
@@ -70,6 +72,10 @@ class FinetuningArguments:
     )
     lora: bool = field(default=False, metadata={"help": "train a LoRA adapter of the flow (needs peft)"})
     lora_rank: int = 8
+    cache_latents: bool = field(
+        default=True,
+        metadata={"help": "compute a frozen pretrained encoder's states of the training rows once, and keep them"},
+    )
 
     def __post_init__(self):
         for one, other in (("train_file", "dataset"), ("model", "encoder")):
@@ -126,12 +132,17 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     is_main = training.process_index == 0
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
+    collator = FlowCollator(tokenizer, model=model)
+    trained = _with_lora(model, options.lora_rank) if options.lora else model
+    if options.cache_latents and model.keeps_states:
+        with training.main_process_first():
+            rows = RowsWithStates(rows, model.to(training.device), collator, Path(training.output_dir, "states"))
     trainer = Seq2SeqTrainer(
-        model=_with_lora(model, options.lora_rank) if options.lora else model,
+        model=trained,
         args=training,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=FlowCollator(tokenizer, model=model),
+        data_collator=StatesCollator(collator),
         processing_class=tokenizer,
         compute_metrics=Samples(tokenizer, held_out, is_main),
         callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
