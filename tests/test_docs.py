@@ -6,6 +6,7 @@ one holds what it prints.
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -109,6 +110,13 @@ def test_the_files_of_a_command_exist(page):
     named += [name.replace(".", "/") + ".py" for name in modules]
     missing = [name for name in named if not (ROOT / name).exists()]
     assert missing == []
+
+
+def test_the_figures_of_the_finetuning_guide_are_those_of_their_files():
+    text = (DOCS / "guides" / "finetune.md").read_text(encoding="utf-8")
+    seconds = json.loads((DOCS / "benchmarks" / "encoder-states.json").read_text())["seconds"]
+    ratios = {length: f"{each['computed'] / each['read']:.1f}" for length, each in seconds.items()}
+    assert f"{ratios['32']} times as fast with sources of 32 tokens, and {ratios['128']} times with 128" in text
 
 
 SCRIPTS = sorted({script for page in PAGES for words in commands(page) for script in scripts(words)})
