@@ -130,17 +130,18 @@ class TestPrior:
     @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
     def test_the_information_is_what_the_text_says_of_its_experts(self, chain, scope):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        log_gate = chain.log_gate[:, :1].expand_as(chain.log_gate) if scope == "sequence" else chain.log_gate
-        prior = YanExpertPrior(scope, log_gate, chain.log_transitions if scope == "chain" else None)
+        gate = chain.gate_log_probs
+        gate = gate[:, :1].expand_as(gate) if scope == "sequence" else gate
+        prior = YanExpertPrior(scope, gate, chain.log_transitions if scope == "chain" else None)
         found = prior.information(log_likelihood)
         for row in range(BATCH):
             if scope == "chain":
-                weights = probabilities(chain.log_gate[:, 0], chain.log_transitions, row)
+                weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
                 texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
             elif scope == "sequence":
-                weights, texts = log_gate[row, 0].exp(), log_likelihood[row].sum(0)
+                weights, texts = gate[row, 0].exp(), log_likelihood[row].sum(0)
             else:
-                weights = log_gate[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
+                weights = gate[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
                 texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
             posterior = (weights.log() + texts).log_softmax(0)
             expected = (posterior.exp() * (posterior - weights.log())).sum()
