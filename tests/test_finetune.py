@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,17 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer, EvalPrediction
 
+from modeling_yan.cards_yan import YanModelCard
 from modeling_yan.data import generate_stories, write_rows
-from modeling_yan.training.finetuning import FinetuningArguments, load_pairs, parse_finetuning
+from modeling_yan.training.finetuning import (
+    SHOWN,
+    FinetuningArguments,
+    choose_epochs,
+    fill_card,
+    load_pairs,
+    next_command,
+    parse_finetuning,
+)
 from modeling_yan.training.samples import Samples
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +95,8 @@ def test_rows_are_held_out_from_a_file_a_split_or_a_share(folder):
         (["--train_file", "x", "--dataset", "x"], "--train_file, or --dataset: must be given, and not both"),
         (["--train_file", "x", "--encoder", "x"], "--model, or --encoder: must be given, and not both"),
         (["--train_file", "x", "--validation_split", "x"], "--validation_split: is for --dataset"),
+        (["--train_file", "x", "--fields", "[]"], """--fields '[]': must be a JSON object, such as {"freeze_enc"""),
+        (["--train_file", "x", "--fields", "{x}"], "--fields '{x}': must be a JSON object"),
     ],
 )
 def test_words_that_do_not_fit_together(capsys, words, message):
@@ -98,6 +110,26 @@ def test_the_best_model_is_kept_where_each_is_saved_that_is_measured():
     assert parse_finetuning(words)[1].load_best_model_at_end
     assert not parse_finetuning([*words, "--save_strategy", "no"])[1].load_best_model_at_end
     assert not parse_finetuning([*words, "--eval_strategy", "no"])[1].load_best_model_at_end
+
+
+@pytest.mark.parametrize(("num_rows", "epochs"), [(100, 20), (6920, 10), (100_000, 3)])
+def test_epochs_make_about_so_many_updates(num_rows, epochs):
+    words = ["--model", "m", "--train_file", "x", "--output_dir", "out", "--use_cpu"]
+    _, training = parse_finetuning(words)
+    assert training.num_train_epochs == 0
+    assert choose_epochs(num_rows, training) == epochs
+
+
+def test_the_card_says_what_the_model_was_trained_on_and_how_it_is_asked():
+    given = options("--dataset", "owner/reviews", "--template", "{title}: {text}", "--target_column", "label")
+    card, scores = YanModelCard(), dict.fromkeys(SHOWN, 0.5)
+    command = next_command("out", [{"source": "Very bad: it's very bad"}, {"source": "Bad: it's bad"}])
+    fill_card(card, given, command, 1234, scores, 56)
+    assert card.datasets == ["owner/reviews"]
+    assert card.prompts == """`{title}: {text}`, of which it writes `label`: `yan generate out 'Bad: it'"'"'s bad'`."""
+    assert card.results["rows trained on"] == "1,234 of reviews"
+    assert card.results["exact_match, 56 held-out rows"] == "0.5000"
+    assert shlex.split(command) == ["yan", "generate", "out", "Bad: it's bad"]
 
 
 def test_a_few_held_out_rows_are_shown_at_every_evaluation(capsys):
@@ -117,7 +149,8 @@ def test_a_few_held_out_rows_are_shown_at_every_evaluation(capsys):
 
 
 @pytest.mark.slow
-def test_a_new_model_on_a_pretrained_encoder(tmp_path):
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_new_model_on_a_pretrained_encoder(tmp_path, is_frozen):
     train_file, encoder, output = tmp_path / "pairs.jsonl", tmp_path / "encoder", tmp_path / "output"
     rows = [
         {"source": row["source"], "target": row["target"]} for row in generate_stories(12, seed=5, max_sentences=2)
@@ -131,10 +164,12 @@ def test_a_new_model_on_a_pretrained_encoder(tmp_path):
     BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(encoder)
     command = ["--train_file", train_file, "--validation_file", train_file, "--encoder", encoder]
     command += ["--output_dir", output, "--num_train_epochs", "6", "--learning_rate", "3e-3", "--warmup_steps", "0"]
-    command += ["--fields", '{"num_flow_layers": 1}', "--per_device_train_batch_size", "4"]
+    fields = json.dumps({"num_flow_layers": 1, "freeze_encoder": is_frozen})
+    command += ["--fields", fields, "--per_device_train_batch_size", "4"]
     printed = run(*command, "--use_cpu", "--report_to", "none")
     before, after = next(line for line in printed.splitlines() if line.startswith("eval_loss")).split()[1::2]
     assert float(after) < 0.6 * float(before)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     tokens = model.generate(**tokenizer(rows[0]["source"], return_tensors="pt"), return_prompt=False)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert len(list(output.rglob("states/**/*.arrow"))) == is_frozen

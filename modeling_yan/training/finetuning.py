@@ -29,8 +29,8 @@ from .samples import Samples
 DEFAULTS = {"logging_steps": 50, "warmup_steps": 0.05, "predict_with_generate": True, "remove_unused_columns": False}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
-# A new flow and decoder have more to learn than a trained one.
-LEARNING_RATE, NEW_LEARNING_RATE = 1e-4, 3e-4
+DEFAULTS |= {"load_best_model_at_end": True, "num_train_epochs": 0}  # 0: by the number of rows
+LEARNING_RATE, NEW_LEARNING_RATE = 1e-4, 3e-4  # a new flow and decoder have more to learn than a trained one
 UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about so many updates, if neither epochs nor updates are given
 PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
@@ -81,6 +81,7 @@ class FinetuningArguments:
         for one, other in (("train_file", "dataset"), ("model", "encoder")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"--{one}, or --{other}: must be given, and not both")
+        self.new_fields()
         if self.encoder is not None and self.lora:
             raise ValueError("--lora: is for a trained flow, with --encoder there is none")
         if self.dataset is None and self.validation_split is not None:
@@ -90,6 +91,16 @@ class FinetuningArguments:
     def columns(self) -> PairColumns:
         """Which columns become source and target."""
         return PairColumns(self.source_column, self.target_column, self.template)
+
+    def new_fields(self) -> dict:
+        """The fields of a new model. ValueError unless they are a JSON object."""
+        try:
+            fields = json.loads(self.fields)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f'--fields {self.fields!r}: must be a JSON object, such as {{"freeze_encoder": true}}')
+        return fields
 
     @property
     def origin(self) -> str:
@@ -102,13 +113,11 @@ def parse_finetuning(
 ) -> tuple[FinetuningArguments, Seq2SeqTrainingArguments]:
     """Settings from the words of a command line; `make_parser` makes the parser of dataclasses."""
     parser = make_parser([FinetuningArguments, Seq2SeqTrainingArguments])
+    parser.set_defaults(**DEFAULTS)
     given, _ = parser.parse_known_args(words)
-    defaults = {**DEFAULTS, "learning_rate": LEARNING_RATE if given.encoder is None else NEW_LEARNING_RATE}
-    defaults["num_train_epochs"] = 0  # by the number of rows
-    parser.set_defaults(**defaults)
-    given, _ = parser.parse_known_args(words)
+    rate = LEARNING_RATE if given.encoder is None else NEW_LEARNING_RATE
     # the best model can be kept only where each is saved that is measured
-    parser.set_defaults(load_best_model_at_end=given.eval_strategy == given.save_strategy != "no")
+    parser.set_defaults(learning_rate=rate, load_best_model_at_end=given.eval_strategy == given.save_strategy != "no")
     try:
         return parser.parse_args_into_dataclasses(words)
     except ValueError as error:
@@ -126,9 +135,9 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
-        model, tokenizer = _new_model(options.encoder, rows, json.loads(options.fields))
+        model, tokenizer = _new_model(options.encoder, rows, options.new_fields())
     if not training.num_train_epochs:
-        training.num_train_epochs = _choose_epochs(len(rows), training)
+        training.num_train_epochs = choose_epochs(len(rows), training)
     is_main = training.process_index == 0
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
@@ -150,10 +159,9 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     after = trainer.evaluate()
-    example = min(held_out, key=lambda row: len(row["source"]))
-    command = _command(training.output_dir, example)
+    command = next_command(training.output_dir, held_out)
     if not options.lora:  # an adapter has peft's card
-        _fill_card(model.model_card, options, example, len(rows), after, len(held_out), command)
+        fill_card(model.model_card, options, command, len(rows), after, len(held_out))
     trainer.save_model()
     trainer.save_metrics("eval", after)
     if is_main:
@@ -199,7 +207,7 @@ def _new_model(encoder, rows, fields):
     return model, tokenizer
 
 
-def _choose_epochs(num_rows, training) -> int:
+def choose_epochs(num_rows, training) -> int:
     """Epochs that make about `UPDATES` updates, over which the learning rate falls."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     return min(max(math.ceil(UPDATES / math.ceil(num_rows / batch)), MIN_EPOCHS), MAX_EPOCHS)
@@ -214,16 +222,17 @@ def _with_lora(model, rank):
     return model
 
 
-def _command(folder, example: Row) -> str:
-    """What to type next: a prompt in the form that the model was trained on."""
-    prompt = textwrap.shorten(example["source"], LONGEST_EXAMPLE, placeholder=" ...")
+def next_command(folder, rows: Sequence[Row]) -> str:
+    """What to type next: the shortest prompt of some rows, in the form that the model was trained on."""
+    prompt = min((row["source"] for row in rows), key=len)
+    prompt = textwrap.shorten(prompt, LONGEST_EXAMPLE, placeholder=" ...")
     return f"yan generate {shlex.quote(str(folder))} {shlex.quote(prompt)}"
 
 
-def _fill_card(card, options, example, num_rows, scores, num_held_out, command):
+def fill_card(card, options: FinetuningArguments, command: str, num_rows: int, scores: dict, num_held_out: int):
     """Say in the model card what the model was trained on, how it is asked, and how well it answers."""
     columns = options.columns
-    card.prompts = f"`{' '.join(columns.form.split())}`, of which the model writes `{columns.target}`: `{command}`."
+    card.prompts = f"`{' '.join(columns.form.split())}`, of which it writes `{columns.target}`: `{command}`."
     card.metrics = ["exact_match", "rouge"]
     card.results = {"rows trained on": f"{num_rows:,} of {os.path.basename(options.origin)}"}
     card.results |= {
