@@ -127,10 +127,12 @@ def write_card(model, folder, name: str | None = None):
         folder: That the weights were saved to. name: Of the repository on the hub; the folder's if None.
     """
     path = Path(folder, FILE)
-    before = path.read_text(encoding="utf-8") if path.is_file() else OWN
-    if OWN not in before and EMPTY not in before:
-        return
-    tags = ModelCard(before, ignore_metadata_errors=True).data.tags or []  # those that were asked for with the push
+    tags = []
+    if path.is_file():
+        before = path.read_text(encoding="utf-8")
+        if OWN not in before and EMPTY not in before:
+            return
+        tags = ModelCard(before, ignore_metadata_errors=True).data.tags or []  # that were asked for with the push
     path.write_text(_card(model, name or path.resolve().parent.name, tags), encoding="utf-8")
 
 

@@ -30,6 +30,11 @@ def test_a_saved_model_has_a_card_with_what_its_config_knows(make_model, tmp_pat
     assert "Prompts have at most 48 tokens. The model writes 8 tokens at once" in card.text
 
 
+def test_a_first_card_is_written_without_a_warning(make_model, tmp_path, caplog):
+    make_model().save_pretrained(tmp_path)
+    assert "card" not in caplog.text
+
+
 def test_the_card_says_what_it_was_told(make_model, tmp_path):
     model = make_model()
     model.model_card = YanModelCard("mit", "en", ["owner/rows"], ["exact_match"], "questions.", {"rows": 0.5}, "All.")
