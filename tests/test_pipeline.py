@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, pipeline
 
 from modeling_yan import YanForFlowGeneration
-from modeling_yan.data import train_tokenizer
+from modeling_yan.data import generate_stories, train_tokenizer
 
 BUNDLED = {"attention": "yan-transformer-tiny", "mamba": "yan-mamba-tiny"}
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
@@ -186,3 +186,11 @@ class TestLongPrompts:
     def test_otherwise_it_is_refused(self, bundled):
         with pytest.raises(ValueError, match=r"the prompt has .* tokens: must be 1 to max_position_embeddings=128"):
             bundled([self.SHORT, self.LONG])
+
+
+@pytest.mark.parametrize("end", ["\n", " "], ids=repr)
+def test_a_prompt_may_end_in_what_parts_it_from_its_answer(variant, end):
+    pipe = pipeline("text-generation", model=str(CHECKPOINTS / BUNDLED[variant]))
+    rows = generate_stories(8, seed=3, max_sentences=3)
+    answers = pipe([row["source"] + end for row in rows], batch_size=8)
+    assert [texts(answer) for answer in answers] == [[row["source"] + end + row["target"]] for row in rows]
