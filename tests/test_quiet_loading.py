@@ -1,6 +1,7 @@
 """What is in order brings no message: loading a part of a checkpoint, going on with a training, streaming."""
 
 import warnings
+from logging import getLogger
 
 import pytest
 import torch
@@ -16,11 +17,19 @@ ROWS = [{"source": "Where is the dog?", "target": "The dog is here."}] * 4
 
 @pytest.fixture
 def messages(caplog):
-    """The texts of transformers' warnings, which go past the loggers that pytest listens to."""
-    logger = logging.get_logger("transformers")
-    logger.addHandler(caplog.handler)
+    """The texts of transformers' warnings, which go past the loggers that pytest listens to, and of the hub."""
+    loggers = logging.get_logger("transformers"), getLogger("huggingface_hub")
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
     yield lambda: [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-    logger.removeHandler(caplog.handler)
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+
+
+def test_saving_twice_brings_no_message(make_model, tmp_path, messages):
+    for _ in range(2):
+        make_model().save_pretrained(tmp_path)
+    assert messages() == []
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from .parsing import add_command, add_model
 
 EXAMPLES = """  yan info MODEL
   yan info MODEL --json"""
-PROMPT_LINE = "Prompts:"  # begins what a model card says of them
+PROMPT_LINE = "Prompts:"  # begins the paragraph of a model card that is about them
 
 
 def add_to(commands):
@@ -76,6 +76,6 @@ def _words(name) -> dict:
     if path is None:
         return {"licence": "unknown, there is no model card"}
     card = ModelCard.load(path)
-    prompts = [line for line in card.text.splitlines() if line.startswith(PROMPT_LINE)]
-    form = {"prompt form": prompts[0].removeprefix(PROMPT_LINE).strip()} if prompts else {}
+    prompts = [part for part in card.text.split("\n\n") if part.startswith(PROMPT_LINE)]
+    form = {"prompt form": " ".join(prompts[0].removeprefix(PROMPT_LINE).split())} if prompts else {}
     return {**form, "licence": card.data.license or "not named in the model card"}
