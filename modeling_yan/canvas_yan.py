@@ -26,7 +26,7 @@ class CanvasPlan:
     """What is done with the tensors that a canvas is made from.
 
     Args:
-        num_flow_steps, solver, expert_choice, end_choice, use_transitions, length_penalty: As in
+        num_flow_steps, solver, expert_choice, eos_strategy, crf_decoding, length_penalty: As in
             `YanGenerationConfig`.
         repeats: Sequences R per prompt.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
@@ -43,8 +43,8 @@ class CanvasPlan:
     eos: tuple[int, ...]
     num_without_eos: int
     keep_path: bool
-    end_choice: str = "likeliest"
-    use_transitions: bool = True
+    eos_strategy: str = "likeliest"
+    crf_decoding: bool = True
     length_penalty: float = 1.0
     temperature: float = 1.0
     wants_tokens: bool = True
@@ -58,7 +58,7 @@ class CanvasPlan:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that nothing else follows in a decoded text."""
-        return self.eos if self.end_choice == "likeliest" else ()
+        return self.eos if self.eos_strategy == "likeliest" else ()
 
 
 class CanvasNoise(NamedTuple):

@@ -1,7 +1,7 @@
 """Linear chains: sums, maxima and draws over all paths through states with scores for neighbours.
 
 Two things of YAN are chains. The experts of neighbouring tokens are one if `expert_scope="chain"`: a hidden Markov
-model. The candidates of neighbouring tokens are one if `transition_rank` is above 0: a conditional random field.
+model. The candidates of neighbouring tokens are one if `crf_rank` is above 0: a conditional random field.
 
 `log_partition` and `best_path` go from token to token on a CPU, C^2 operations each. On an accelerator, and in a
 compiled program, they join halves in log2(L) rounds, C^3 operations each. `draw_path` joins halves everywhere;

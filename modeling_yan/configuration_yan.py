@@ -15,7 +15,7 @@ from .fields_yan import (
     warn_of_unknown,
     with_plain_errors,
 )
-from .objective_config_yan import OBJECTIVE_FIELDS, YanObjectiveConfig, as_objective, refuse_clash
+from .objective_config_yan import OBJECTIVE_NAMES, YanObjectiveConfig, as_objective, refuse_clash
 
 # What LoRA adapts where its config names no layers: those of the flow, in both backbones, and its experts.
 LORA_MODULES = (
@@ -32,7 +32,7 @@ POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "num_encoder_layers"),
     *("num_flow_layers", "num_decoder_layers", "max_position_embeddings", "state_size", "conv_kernel", "expand"),
     *("time_step_rank", "num_experts", "gate_temperature", "gate_rank", "init_noise", "canvas_length"),
-    *("layer_norm_eps", "initializer_range", "transition_candidates"),
+    *("layer_norm_eps", "initializer_range", "crf_candidates"),
 )
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout")
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
@@ -93,9 +93,9 @@ class YanConfig(PreTrainedConfig):
             `max_position_embeddings`, 128.
         num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots
             for the canvas and `train_expert_choice="posterior"`; the same holds for the objective's two numbers.
-        transition_rank: Rank R of the scores of neighbouring tokens, with which a canvas is decoded as one chain; 0,
+        crf_rank: Rank R of the scores of neighbouring tokens, with which a canvas is decoded as one chain; 0,
             the default, to decode every token by itself.
-        transition_candidates: Likeliest tokens of each position that take part in the chain; at least 1, 16.
+        crf_candidates: Likeliest tokens of each position that take part in the chain; at least 1, 16.
         train_expert_choice: Which distribution the model is. It decides the loss, and how texts are drawn and compared
             in generation. The solver of the training objective picks an expert as a `"sample"` from the gate, the
             default and as in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's
@@ -122,7 +122,12 @@ class YanConfig(PreTrainedConfig):
 
     model_type = "yan"
     sub_configs = {"encoder": AutoConfig, "objective": YanObjectiveConfig}
-    attribute_map = {"num_hidden_layers": "num_encoder_layers"}
+    attribute_map = {
+        "num_hidden_layers": "num_encoder_layers",
+        # the names of 0.1 and 0.2
+        "transition_rank": "crf_rank",
+        "transition_candidates": "crf_candidates",
+    }
     keys_to_ignore_at_inference = [
         "nll_loss",
         "nll_loss_per_dim",
@@ -130,7 +135,7 @@ class YanConfig(PreTrainedConfig):
         "ce_loss",
         "text_loss",
         "draft_loss",
-        "transition_loss",
+        "crf_loss",
         "gate_entropy",
         "expert_usage",
         "expert_information",
@@ -178,8 +183,8 @@ class YanConfig(PreTrainedConfig):
     num_answer_slots: int = 0
     canvas_length: int = 128
     num_flow_steps: int = 3
-    transition_rank: int = 0
-    transition_candidates: int = 16
+    crf_rank: int = 0
+    crf_candidates: int = 16
     train_expert_choice: str = "sample"
     objective: dict | PreTrainedConfig | None = None
 
@@ -191,7 +196,7 @@ class YanConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         drop_removed(kwargs)
         replace_removed_choices(self)
-        flat = {name: kwargs.pop(name) for name in OBJECTIVE_FIELDS if name in kwargs}
+        flat = {name: kwargs.pop(name) for name in OBJECTIVE_NAMES if name in kwargs}
         refuse_clash(flat, self.objective)
         self.objective = as_objective(self.objective)
         for name, value in flat.items():
@@ -208,7 +213,10 @@ class YanConfig(PreTrainedConfig):
         self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
 
     def __setattr__(self, name, value):
-        if name in OBJECTIVE_FIELDS:
+        if name in self.attribute_map:  # before the type of the field is checked
+            setattr(self, self.attribute_map[name], value)
+            return
+        if name in OBJECTIVE_NAMES:
             setattr(self.objective, name, value)
             return
         if name == "objective" and name in vars(self):  # the first time is before `__post_init__`, which needs it raw
@@ -217,7 +225,7 @@ class YanConfig(PreTrainedConfig):
 
     def __getattr__(self, name):
         """The fields of the objective; nothing else comes here but what is missing."""
-        if name in OBJECTIVE_FIELDS and "objective" in vars(self):
+        if name in OBJECTIVE_NAMES and "objective" in vars(self):
             return getattr(self.objective, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -241,7 +249,8 @@ class YanConfig(PreTrainedConfig):
     @classmethod
     def refuse_unknown(cls, names):
         """Raise ValueError if one of the names is no field, neither of the model nor of its objective."""
-        unknown = sorted(name for name in names if not hasattr(cls, name) and name not in OBJECTIVE_FIELDS)
+        names = [cls.attribute_map.get(name, name) for name in names]
+        unknown = sorted(name for name in names if not hasattr(cls, name) and name not in OBJECTIVE_NAMES)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: YanConfig has no such field")
 
@@ -284,7 +293,7 @@ class YanConfig(PreTrainedConfig):
         require(self, "num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         width = f"None or greater than 0 and at most {MOST}"
         require(self, "moe_intermediate_size", lambda value: value is None or 0 < value <= MOST, width)
-        require(self, "transition_rank", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
+        require(self, "crf_rank", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
         odd = "0 or a positive odd number"
         require(self, "attention_conv_kernel", lambda value: value == 0 or (0 < value <= MOST and value % 2), odd)
         layers, depth = self.cross_attention_layers, self.num_flow_layers

@@ -20,7 +20,7 @@ from .compilation_yan import select_rows, use_custom_ops
 from .flow_matching_yan import token_log_likelihood
 from .layers_yan import ZeroInitLinear
 
-END_CHOICES = ("likeliest", "first")
+EOS_STRATEGIES = ("likeliest", "first")
 MAX_LOGITS = 2**28  # computed at once
 
 
@@ -74,12 +74,12 @@ class YanTransitions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_candidates = min(config.transition_candidates, config.vocab_size)
+        self.num_candidates = min(config.crf_candidates, config.vocab_size)
         width = config.word_embedding_size
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.from_proj = nn.Linear(width, config.transition_rank, bias=False)
-        self.to_proj = ZeroInitLinear(width, config.transition_rank, bias=False)
-        self.gate = ZeroInitLinear(config.hidden_size, config.transition_rank)
+        self.from_proj = nn.Linear(width, config.crf_rank, bias=False)
+        self.to_proj = ZeroInitLinear(width, config.crf_rank, bias=False)
+        self.gate = ZeroInitLinear(config.hidden_size, config.crf_rank)
 
     def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
         """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
@@ -189,7 +189,7 @@ class YanDecodingMixin:
         logits: torch.Tensor,
         latents: torch.Tensor,
         eos: Sequence[int] | None = None,
-        use_transitions: bool = True,
+        crf_decoding: bool = True,
         length_penalty: float = 1.0,
     ) -> torch.LongTensor:
         """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
@@ -200,7 +200,7 @@ class YanDecodingMixin:
         """
         if eos is None:
             eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
-        if self.transitions is None or not use_transitions:
+        if self.transitions is None or not crf_decoding:
             return argmax_until_eos(logits, eos)
         penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
         return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
@@ -217,7 +217,7 @@ class YanDecodingMixin:
             # a weight of the head that is NaN shows in every position, so one of them tells
             is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
             if token_uniform is None:
-                text = self.most_likely(logits, part, plan.end_ids, plan.use_transitions, plan.length_penalty)
+                text = self.most_likely(logits, part, plan.end_ids, plan.crf_decoding, plan.length_penalty)
             else:
                 uniform, token_uniform = token_uniform.split([len(part), len(token_uniform) - len(part)])
                 options = uniform, plan.end_ids, plan.temperature
@@ -228,11 +228,11 @@ class YanDecodingMixin:
     def score_tokens(self, latents, plan) -> tuple[torch.Tensor, torch.LongTensor]:
         """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""
         logits = self.allowed_logits(latents, plan)
-        text = self.most_likely(logits, latents, plan.end_ids, plan.use_transitions, plan.length_penalty)
+        text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
         length = text.new_full((len(text),), text.shape[1])
         for token in plan.end_ids:
             length = length.minimum((text != token).cumprod(-1).sum(-1) + 1)
-        if self.transitions is None or not plan.use_transitions:
+        if self.transitions is None or not plan.crf_decoding:
             return token_log_likelihood(logits, text).sum(-1), length
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
 

@@ -5,25 +5,28 @@ from copy import deepcopy
 
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
+from transformers.utils import logging
 
 from .checks_yan import check_options
 from .clients_yan import open_options
-from .configuration_yan import drop_removed
-from .decoding_yan import END_CHOICES
+from .decoding_yan import EOS_STRATEGIES
 from .experts_yan import EXPERT_CHOICES
+from .fields_yan import drop_removed
 from .flow_matching_yan import SOLVERS
 
+logger = logging.get_logger(__name__)
 FLOW_FIELDS = (
     "num_flow_steps",
     "solver",
     "expert_choice",
     "canvas_length",
-    "end_choice",
-    "use_transitions",
+    "eos_strategy",
+    "crf_decoding",
     "seed",
     "return_prompt",
     "compile_generation",
 )
+RENAMED = {"end_choice": "eos_strategy", "use_transitions": "crf_decoding"}  # names of 0.1 and 0.2
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 STOCK_FIELDS = frozenset(vars(GenerationConfig()))
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
@@ -73,10 +76,10 @@ class YanGenerationConfig(GenerationConfig):
             has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
             `train_expert_choice="posterior"`.
         canvas_length: Tokens written at once; the model's if None.
-        end_choice: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
+        eos_strategy: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
             behind them are the most probable together, "first" the first EOS among tokens that are chosen without
             regard to it; "likeliest" if None.
-        use_transitions: Of a model with `transition_rank`: whether a canvas is read off as the best chain of tokens,
+        crf_decoding: Of a model with `crf_rank`: whether a canvas is read off as the best chain of tokens,
             and not every token by itself; True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
@@ -96,9 +99,19 @@ class YanGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         drop_removed(kwargs)
+        kwargs = with_new_names(kwargs)
         for name in FLOW_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(RENAMED.get(name, name), value)
+
+    def __getattr__(self, name):
+        """Options by their old names; nothing else comes here but what is missing."""
+        if name in RENAMED and RENAMED[name] in vars(self):
+            return getattr(self, RENAMED[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def for_model(cls, config) -> "YanGenerationConfig":
@@ -114,6 +127,17 @@ class YanGenerationConfig(GenerationConfig):
         finally:
             self.length_penalty = penalty
         _check_flow_fields(self)
+
+
+def with_new_names(options: dict) -> dict:
+    """Options with today's names. A new name wins over the old one where both are given.
+
+    Old names are deprecated: one that asks for something is warned of.
+    """
+    for old in [old for old in RENAMED if options.get(old) is not None]:
+        logger.warning_once(f"{old}={options[old]!r}: the option is now called {RENAMED[old]}, use this name.")
+    known = {name: value for name, value in options.items() if name not in RENAMED}
+    return {new: options[old] for old, new in RENAMED.items() if old in options} | known
 
 
 def _check_flow_fields(options):
@@ -145,8 +169,8 @@ _FIELD_RULES = (
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
     ("solver", lambda value: value in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in tuple(EXPERT_CHOICES), f"one of {', '.join(EXPERT_CHOICES)}"),
-    ("end_choice", lambda value: value in tuple(END_CHOICES), f"one of {', '.join(END_CHOICES)}"),
-    ("use_transitions", lambda value: isinstance(value, bool), "True or False"),
+    ("eos_strategy", lambda value: value in tuple(EOS_STRATEGIES), f"one of {', '.join(EOS_STRATEGIES)}"),
+    ("crf_decoding", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("length_penalty", _is_number, "a number"),
@@ -168,6 +192,8 @@ class YanOptionsMixin:
         takes for a solver step.
         """
         prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
+        if not kwargs.keys().isdisjoint(RENAMED):
+            kwargs = with_new_names(kwargs)
         keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
         call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
         is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())
@@ -197,8 +223,8 @@ class YanOptionsMixin:
             "solver": "euler",
             "expert_choice": self._default_expert_choice(options),
             "canvas_length": self.config.canvas_length,
-            "end_choice": "likeliest",
-            "use_transitions": True,
+            "eos_strategy": "likeliest",
+            "crf_decoding": True,
             "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
         }

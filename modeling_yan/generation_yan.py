@@ -192,7 +192,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
 
     def _solve_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
         """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
-        draws_tokens = options.do_sample and options.use_transitions and self._draws_tokens()
+        draws_tokens = options.do_sample and options.crf_decoding and self._draws_tokens()
         plan = _plan(options, index, num_without_eos, draws_tokens)
         noise = self._draw_noise(plan.repeats * len(context), options, seed + index, draws_tokens, context.device)
         on_draft = None
@@ -297,8 +297,8 @@ def _plan(options, index, num_without_eos, draws_tokens) -> CanvasPlan:
         eos=tuple(eos_ids(options)),
         num_without_eos=min(max(num_without_eos, 0), options.canvas_length),
         keep_path=bool(options.return_dict_in_generate),
-        end_choice=options.end_choice,
-        use_transitions=options.use_transitions,
+        eos_strategy=options.eos_strategy,
+        crf_decoding=options.crf_decoding,
         length_penalty=1.0 if options.length_penalty is None else float(options.length_penalty),
         temperature=options.temperature if draws else 1.0,
     )

@@ -318,7 +318,7 @@ class YanForFlowGeneration(
         self.decoder = YanDecoder(config)
         self._tied_weights_keys = {"lm_head.weight": f"model.{self.model.words_name}.weight"}
         self.lm_head = nn.Linear(config.word_embedding_size, config.vocab_size)
-        self.transitions = YanTransitions(config) if config.transition_rank else None
+        self.transitions = YanTransitions(config) if config.crf_rank else None
         self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
         self.apply_freeze_switches()

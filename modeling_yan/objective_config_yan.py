@@ -10,7 +10,7 @@ from .fields_yan import MOST, require, require_ranges, warn_of_unknown, with_pla
 POSITIVE_FIELDS = ("flow_sigma", "time_alpha", "time_beta", "max_span_len")
 PROBABILITY_FIELDS = ("mask_ratio",)
 NON_NEGATIVE_FIELDS = (
-    *("latent_noise", "nll_weight", "mse_weight", "ce_weight", "text_weight", "draft_weight", "transition_weight"),
+    *("latent_noise", "nll_weight", "mse_weight", "ce_weight", "text_weight", "draft_weight", "crf_weight"),
     *("gate_entropy_weight", "load_balance_weight", "mmd_weight", "latent_norm_weight"),
 )
 
@@ -43,7 +43,7 @@ class YanObjectiveConfig(PreTrainedConfig):
         ce_weight: Of the cross-entropy of the decoded latents, per token; at least 0, 1.0.
         text_weight: Of the likelihood of the text, summed over all experts; at least 0, 1.0.
         draft_weight: Of the cross-entropy of the encoder's draft in the answer slots; at least 0, 0.5.
-        transition_weight: Of the likelihood of the text as one chain; at least 0, 1.0.
+        crf_weight: Of the likelihood of the text as one chain; at least 0, 1.0.
         gate_entropy_weight: Of the gate's entropy, which is rewarded; at least 0, 0.01.
         load_balance_weight: Of KL(mean gate || uniform); at least 0, 0.1.
         mmd_weight: Of the squared maximum mean discrepancy between latents and N(0, I); at least 0, 0.0.
@@ -63,6 +63,7 @@ class YanObjectiveConfig(PreTrainedConfig):
     """
 
     model_type = "yan_objective"
+    attribute_map = {"transition_weight": "crf_weight"}  # the name of 0.1 and 0.2
 
     mask_ratio: float | int = 0.15
     max_span_len: int = 3
@@ -82,7 +83,7 @@ class YanObjectiveConfig(PreTrainedConfig):
     ce_weight: float | int = 1.0
     text_weight: float | int = 1.0
     draft_weight: float | int = 0.5
-    transition_weight: float | int = 1.0
+    crf_weight: float | int = 1.0
     gate_entropy_weight: float | int = 0.01
     load_balance_weight: float | int = 0.1
     mmd_weight: float | int = 0.0
@@ -111,6 +112,7 @@ class YanObjectiveConfig(PreTrainedConfig):
 
 _OF_ALL = {field.name for field in fields(PreTrainedConfig)}
 OBJECTIVE_FIELDS = tuple(field.name for field in fields(YanObjectiveConfig) if field.name not in _OF_ALL)
+OBJECTIVE_NAMES = (*OBJECTIVE_FIELDS, *YanObjectiveConfig.attribute_map)
 
 
 def as_objective(value) -> PreTrainedConfig:
@@ -125,10 +127,10 @@ def as_objective(value) -> PreTrainedConfig:
 
 def refuse_clash(fields: dict, nested):
     """Raise ValueError if a field stands in `fields` and in an objective, `nested`, with two values."""
-    given = _given(nested)
-    for name in [name for name in OBJECTIVE_FIELDS if name in fields and name in given]:
-        if fields[name] != given[name]:
-            both = f"{name}={fields[name]!r} and objective={{{name!r}: {given[name]!r}}}"
+    flat, given = _of_objective(fields), _given(nested)
+    for name in flat.keys() & given.keys():
+        if flat[name] != given[name]:
+            both = f"{name}={flat[name]!r} and objective={{{name!r}: {given[name]!r}}}"
             raise ValueError(f"{both}: must be the same, or one of them")
 
 
@@ -136,10 +138,16 @@ def flatten_objective(fields: dict) -> dict:
     """Fields of a `YanConfig` with those of the objective among them, wherever they were given."""
     nested = fields.get("objective")
     refuse_clash(fields, nested)
-    others = {name: value for name, value in fields.items() if name != "objective"}
-    return others | {name: value for name, value in _given(nested).items() if name in OBJECTIVE_FIELDS}
+    others = {name: value for name, value in fields.items() if name not in ("objective", *OBJECTIVE_NAMES)}
+    return {**others, **_of_objective(fields), **_given(nested)}
 
 
 def _given(nested) -> dict:
     """What is given in an objective: a config, a dictionary, or None for nothing."""
-    return nested if isinstance(nested, dict) else {} if nested is None else nested.to_dict()
+    return _of_objective(nested if isinstance(nested, dict) else {} if nested is None else nested.to_dict())
+
+
+def _of_objective(fields: dict) -> dict:
+    """The fields of the objective among others, by their names of today."""
+    names = YanObjectiveConfig.attribute_map
+    return {names.get(name, name): value for name, value in fields.items() if name in OBJECTIVE_NAMES}

@@ -126,7 +126,7 @@ class YanObjectiveMixin:
         terms |= self._draft_loss(condition, canvas)
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
-            terms["transition_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
+            terms["crf_loss"] = self.transitions.loss(embedding, logits, x_1_hat, canvas)
         if x_1.requires_grad:
             terms |= latent_regularisers(self, x_1)
         entropy, nll_per_dim = gate_entropy(gate_log_probs), nll / config.hidden_size
@@ -183,7 +183,7 @@ class YanObjectiveMixin:
                 terms |= latent_regularisers(self, x_1)
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
-            terms["transition_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
+            terms["crf_loss"] = self.transitions.loss(embedding, all_logits[-1], x_1_hat, canvas)
         loss = weighted_sum(objective, {name: term for name, term in terms.items() if name.endswith("_loss")})
         self._keep_terms({name: term for name, term in terms.items() if term.dim() == 0}, len(canvas))
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat}
@@ -195,7 +195,7 @@ class YanObjectiveMixin:
         terms = {"ce_loss": token_cross_entropy(logits, canvas)}
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
-            terms["transition_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
+            terms["crf_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
         loss = weighted_sum(self.config.objective, terms)
         self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": logits, "latents": draft}

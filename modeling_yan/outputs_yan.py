@@ -47,7 +47,7 @@ class YanFlowOutput(ModelOutput):
             nats per token, with `train_expert_choice="posterior"`.
         draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
             and the encoder is trained.
-        transition_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
+        crf_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
             in evaluation the mean over rows of that of each.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
@@ -68,7 +68,7 @@ class YanFlowOutput(ModelOutput):
     ce_loss: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
     draft_loss: torch.Tensor | None = None
-    transition_loss: torch.Tensor | None = None
+    crf_loss: torch.Tensor | None = None
     gate_entropy: torch.Tensor | None = None
     expert_usage: torch.Tensor | None = None
     expert_information: torch.Tensor | None = None

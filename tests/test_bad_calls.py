@@ -167,7 +167,7 @@ def test_generate_is_as_strict(models, kind):
 
 
 OPTIONS = {
-    "do_sample return_dict_in_generate return_prompt use_transitions": {"one": 1},
+    "do_sample return_dict_in_generate return_prompt crf_decoding": {"one": 1},
     "max_new_tokens max_length": {"zero": 0, "true": True, "fraction": 2.5},
     "min_new_tokens min_length seed": {"true": True, "fraction": 2.5},
     "canvas_length num_return_sequences": {"zero": 0, "true": True, "beyond": POSITIONS + 1},
@@ -177,7 +177,7 @@ OPTIONS = {
     "eos_token_id": {"negative": -1, "beyond": VOCABULARY, "list-beyond": [2, VOCABULARY], "nested": [[2]]},
     "suppress_tokens": {"negative": [-1], "beyond": [VOCABULARY], "floats": [2.0], "all": list(range(VOCABULARY))},
     "streamer generator generation_config": {"one": 1, "true": True},
-    "solver expert_choice end_choice": {"number": 7},
+    "solver expert_choice eos_strategy": {"number": 7},
     "lenght": {"typo": 3},
 }
 

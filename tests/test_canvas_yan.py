@@ -39,7 +39,7 @@ def length_of(text):
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 @torch.no_grad()
 def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty):
-    model, ids = make_lively(make_model, transition_rank=rank), torch.randint(4, 64, (8, 6))
+    model, ids = make_lively(make_model, crf_rank=rank), torch.randint(4, 64, (8, 6))
     options = {"num_flow_steps": 1, "return_prompt": False, "length_penalty": penalty}
     options |= {"max_new_tokens": 8, "return_dict_in_generate": True}
     output = model.generate(ids, **options)
@@ -62,7 +62,7 @@ def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"expert_scope": "token"}, {}, {"transition_rank": 4}, {"expert_scope": "chain"}], ids=str
+    "fields", [{"expert_scope": "token"}, {}, {"crf_rank": 4}, {"expert_scope": "chain"}], ids=str
 )
 @pytest.mark.parametrize("num_flow_steps", [0, 1, 3])
 def test_forward_and_generate_solve_the_same_canvas(make_model, fields, num_flow_steps):

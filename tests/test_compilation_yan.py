@@ -163,8 +163,8 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     [
         {},
         {"expert_scope": "sequence", "train_expert_choice": "posterior"},
-        {"transition_rank": 4},
-        {**LIKELIHOOD, "transition_rank": 4},
+        {"crf_rank": 4},
+        {**LIKELIHOOD, "crf_rank": 4},
         {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True},
     ],
 )
@@ -198,10 +198,10 @@ def generated(model, ids, mask, **options):
         ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
         ({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
         ({"expert_scope": "sequence"}, {}),
-        ({"transition_rank": 4, "transition_candidates": 5}, {}),
+        ({"crf_rank": 4, "crf_candidates": 5}, {}),
         (LIKELIHOOD, {}),
         ({**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}, {"do_sample": True, "seed": 3}),
-        ({**LIKELIHOOD, "transition_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
+        ({**LIKELIHOOD, "crf_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ],
     ids=["one", "two", "ranked", "one a text", "chain", "experts as a chain", "one head", "drawn"],
 )

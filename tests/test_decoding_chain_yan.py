@@ -70,7 +70,7 @@ def test_a_long_chain_keeps_its_scores():
 @pytest.fixture
 def model(make_config):
     torch.manual_seed(0)
-    model = YanForFlowGeneration(make_config(transition_rank=4, transition_candidates=5)).eval()
+    model = YanForFlowGeneration(make_config(crf_rank=4, crf_candidates=5)).eval()
     with torch.no_grad():
         model.transitions.to_proj.weight.normal_()
         model.transitions.gate.weight.normal_()
@@ -114,9 +114,9 @@ def test_the_loss_is_the_likelihood_among_all_texts(model):
 @pytest.mark.parametrize("num_candidates", [5, 64])
 def test_without_scores_the_loss_is_the_cross_entropy_of_the_tokens(make_model, num_candidates):
     """Also where all of the vocabulary are candidates, and for targets that are none."""
-    model = make_model(transition_rank=4, transition_candidates=num_candidates)
+    model = make_model(crf_rank=4, crf_candidates=num_candidates)
     terms = model(torch.randint(10, 60, (4, 6)), labels=torch.randint(10, 60, (4, 8)))
-    torch.testing.assert_close(terms.transition_loss, terms.ce_loss)
+    torch.testing.assert_close(terms.crf_loss, terms.ce_loss)
 
 
 def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
@@ -134,7 +134,7 @@ def test_projections_of_candidates_and_of_the_vocabulary_agree(model):
 def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_off(make_config, model):
     prompts = torch.randint(10, 60, (3, 6))
     options = {"max_new_tokens": 8, "canvas_length": 8, "return_prompt": False}
-    by_token = model.generate(prompts, use_transitions=False, min_new_tokens=8, **options)
+    by_token = model.generate(prompts, crf_decoding=False, min_new_tokens=8, **options)
     output = model(prompts, canvas_length=8)
     without_eos = output.logits
     without_eos[..., model.config.eos_token_id] = -torch.inf
@@ -143,7 +143,7 @@ def test_a_fresh_model_reads_every_token_by_itself_and_the_option_turns_chains_o
     assert torch.equal(chain, model.most_likely(without_eos, output.latents))
     assert not torch.equal(chain, by_token)
 
-    fresh = YanForFlowGeneration(make_config(transition_rank=4)).eval()
+    fresh = YanForFlowGeneration(make_config(crf_rank=4)).eval()
     output = fresh(prompts, canvas_length=8)
     assert torch.equal(fresh.most_likely(output.logits, output.latents, ()), output.logits.argmax(-1))
 
@@ -168,7 +168,7 @@ def test_rows_read_off_in_parts_or_alone_give_the_same_text(model):
 def test_chains_learn_names_that_tokens_by_themselves_mix(make_config):
     """Two names of two tokens, equally likely: by itself every token is a coin's throw, as a chain never mixed."""
     torch.manual_seed(0)
-    model = YanForFlowGeneration(make_config(transition_rank=4, canvas_length=4))
+    model = YanForFlowGeneration(make_config(crf_rank=4, canvas_length=4))
     names = torch.tensor([[20, 30], [21, 31]])
     embedding = model.model.embeddings.word_embeddings
     optimizer = torch.optim.Adam(model.transitions.parameters(), lr=0.05)
@@ -185,7 +185,7 @@ def test_chains_learn_names_that_tokens_by_themselves_mix(make_config):
     assert torch.equal(model.most_likely(logits, latents), names)
 
 
-@pytest.mark.parametrize("changes", [{"transition_rank": -1}, {"transition_candidates": 0}, {"transition_weight": -1}])
+@pytest.mark.parametrize("changes", [{"crf_rank": -1}, {"crf_candidates": 0}, {"crf_weight": -1}])
 def test_numbers_out_of_range_are_refused(make_config, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         make_config(**changes)
@@ -193,7 +193,7 @@ def test_numbers_out_of_range_are_refused(make_config, changes):
 
 def test_the_chain_trains_the_model_with_its_transitions(make_config):
     trained = {"freeze_encoder": False, "freeze_embeddings": False}
-    plain, chained = (YanForFlowGeneration(make_config(transition_rank=rank, **trained)).eval() for rank in (0, 4))
+    plain, chained = (YanForFlowGeneration(make_config(crf_rank=rank, **trained)).eval() for rank in (0, 4))
     chained.load_state_dict(plain.state_dict(), strict=False)
     torch.nn.init.normal_(chained.transitions.to_proj.weight)
     ids = torch.randint(10, 60, (2, 6))
@@ -211,7 +211,7 @@ def test_the_chain_trains_the_model_with_its_transitions(make_config):
 
 def test_the_transitions_of_a_finished_model_learn_alone(make_config):
     frozen = {f"freeze_{part}": True for part in ("encoder", "decoder", "embeddings", "flow")}
-    model = YanForFlowGeneration(make_config(transition_rank=4, **frozen)).train()
+    model = YanForFlowGeneration(make_config(crf_rank=4, **frozen)).train()
     ids = torch.randint(10, 60, (2, 6))
     model(ids, labels=ids.flip(1)).loss.backward()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"transitions"}
@@ -221,7 +221,7 @@ def test_half_precision_trains_and_writes(model):
     model = model.to(torch.bfloat16).train()
     ids = torch.randint(10, 60, (2, 6))
     output = model(ids, labels=ids.flip(1))
-    assert output.transition_loss.dtype == torch.float32
+    assert output.crf_loss.dtype == torch.float32
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.transitions.parameters())
     assert model.eval().generate(ids, max_new_tokens=8, min_new_tokens=8).shape == (2, 14)

@@ -76,10 +76,10 @@ def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively
 
 
 def test_chains_are_read_off_in_it_too(make_lively_model, inputs):
-    model = make_lively_model(transition_rank=4, transition_candidates=5)
+    model = make_lively_model(crf_rank=4, crf_candidates=5)
     tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)
     assert torch.equal(tokens, generated(model, *inputs, 3))
-    assert not torch.equal(tokens, generated(model, *inputs, 3, use_transitions=False))
+    assert not torch.equal(tokens, generated(model, *inputs, 3, crf_decoding=False))
 
 
 def test_its_operators_are_torchs_own(lively_model):
@@ -100,7 +100,7 @@ def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4], ids=["tokens", "chains"])
 def test_it_runs_as_onnx(make_lively_model, inputs, tmp_path, rank):
-    lively_model = make_lively_model(transition_rank=rank)
+    lively_model = make_lively_model(crf_rank=rank)
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "yan.onnx"
     program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)

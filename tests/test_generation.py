@@ -201,7 +201,7 @@ class TestEndOfText:
     def test_text_is_cut_at_the_first_eos_where_that_is_asked_for(self, model, prompts):
         free = new_tokens(model, prompts)
         write_eos_at(model, 3, 5)
-        tokens = new_tokens(model, prompts, max_new_tokens=4 * CANVAS, end_choice="first")
+        tokens = new_tokens(model, prompts, max_new_tokens=4 * CANVAS, eos_strategy="first")
         assert torch.equal(tokens[:, :3], free[:, :3])
         assert tokens[:, 3:].tolist() == [[EOS]] * len(prompts)
 

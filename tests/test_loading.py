@@ -213,8 +213,8 @@ def test_half_precision_weights_stay_as_they_are(model, prompts, tmp_path):
 WHOLE = {
     "expert_scope": "chain",
     "train_expert_choice": "posterior",
-    "transition_rank": 4,
-    "transition_candidates": 64,
+    "crf_rank": 4,
+    "crf_candidates": 64,
 }
 WHOLE |= {"num_answer_slots": 8, "attention_conv_kernel": 3}
 

@@ -20,7 +20,7 @@ WEIGHTS = [
 
 @pytest.fixture
 def model(make_model):
-    model = make_model(initializer_range=0.3, transition_rank=4, transition_candidates=6, num_flow_steps=2)
+    model = make_model(initializer_range=0.3, crf_rank=4, crf_candidates=6, num_flow_steps=2)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)

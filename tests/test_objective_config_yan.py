@@ -12,9 +12,10 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 import modeling_yan
-from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan import YanConfig, YanForFlowGeneration, YanGenerationConfig
 from modeling_yan.objective_config_yan import OBJECTIVE_FIELDS, YanObjectiveConfig, flatten_objective
 
 OTHER_VALUES = {
@@ -159,9 +160,7 @@ def test_a_model_is_loaded_with_fields_of_the_objective(make_model, tmp_path):
         model.generate(torch.tensor([[5, 6]]))  # options that transformers hands on are none of generation
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4}]
-)
+@pytest.mark.parametrize("fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "chain", "crf_rank": 4}])
 def test_no_field_of_the_objective_changes_what_is_generated(make_model, fields):
     sampled = {"do_sample": True, "seed": 3, "temperature": 0.7, "return_dict_in_generate": True}
     prompt, results = torch.tensor([[5, 6, 7], [8, 9, 10]]), []
@@ -175,3 +174,40 @@ def test_the_package_asks_the_objective_for_its_fields():
     flat = re.compile(rf"\bconfig\.({'|'.join(OBJECTIVE_FIELDS)})\b")
     files = Path(modeling_yan.__file__).parent.rglob("*.py")
     assert not [path.name for path in files if path.name != "configuration_yan.py" and flat.search(path.read_text())]
+
+
+def test_the_names_of_earlier_versions_are_those_of_today(tmp_path):
+    old = {"transition_rank": 4, "transition_candidates": 8, "transition_weight": 0.5}
+    new = {"crf_rank": 4, "crf_candidates": 8, "crf_weight": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "yan", **old}))
+    loaded = YanConfig.from_pretrained(tmp_path)
+    for config in (loaded, YanConfig(**old), YanConfig().with_fields(**old), YanConfig(objective={}, **old)):
+        assert {name: getattr(config, name) for name in new} == new
+        assert {name: getattr(config, name) for name in old} == old
+        assert not config.to_dict().keys() & old.keys()
+    loaded.transition_rank = 2
+    loaded.transition_weight = 0.25
+    assert (loaded.crf_rank, loaded.objective.crf_weight) == (2, 0.25)
+    with pytest.raises(TypeError, match="crf_rank"):
+        loaded.transition_rank = "many"
+    with pytest.raises(ValueError, match=r"crf_weight=0\.5 and objective={'crf_weight': 1\.0}"):
+        YanConfig(transition_weight=0.5, objective={"crf_weight": 1.0})
+
+
+def test_old_names_of_options_are_deprecated(make_model, caplog, tmp_path):
+    transformers_logging.warning_once.cache_clear()
+    model, prompt = make_model(crf_rank=4, initializer_range=0.3), torch.tensor([[5, 6, 7]])
+    expected = model.generate(prompt, eos_strategy="first", crf_decoding=False)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(model.generate(prompt, end_choice="first", use_transitions=False), expected)
+    assert "end_choice='first': the option is now called eos_strategy" in caplog.text
+    config = YanGenerationConfig(end_choice="first")
+    assert (config.eos_strategy, config.end_choice) == ("first", "first")
+    model.generation_config.end_choice, model.generation_config.use_transitions = "first", False
+    assert torch.equal(model.generate(prompt), expected)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["eos_strategy"], saved["crf_decoding"], "end_choice" in saved) == ("first", False, False)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"end_choice": "first", "use_transitions": None}))
+    loaded = YanGenerationConfig.from_pretrained(tmp_path)
+    assert (loaded.eos_strategy, loaded.crf_decoding) == ("first", None)

@@ -148,14 +148,14 @@ class TestAnswerSlots:
         assert output.trajectory is output.gate is output.experts is None
 
     def test_one_pass_is_trained_without_the_flow(self, make_lively_model):
-        fields = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0, "transition_rank": 4}
+        fields = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0, "crf_rank": 4}
         model = make_lively_model(num_answer_slots=8, **fields)
         ids, labels = torch.randint(4, 64, (2, 6)), torch.randint(4, 64, (2, 8))
         output = model(ids, labels=labels)
         torch.testing.assert_close(output.logits, model(ids).logits)
         expected = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
         torch.testing.assert_close(output.ce_loss, expected)
-        torch.testing.assert_close(output.loss, output.ce_loss + output.transition_loss)
+        torch.testing.assert_close(output.loss, output.ce_loss + output.crf_loss)
         model.train()(ids, labels=labels).loss.backward()
         trained = {name.split(".")[0] for name, each in model.named_parameters() if each.grad is not None}
         assert trained == {"model", "decoder", "lm_head", "transitions"}
@@ -166,7 +166,7 @@ class TestAnswerSlots:
         """Several processes would wait for one that does not."""
         fields = {
             "num_answer_slots": 8,
-            "transition_rank": 4,
+            "crf_rank": 4,
             "mse_weight": 0.0,
             **fields,
         }
@@ -251,7 +251,7 @@ def test_options_that_do_not_fit_are_refused(make_lively_model):
 
 
 def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
-    chain = {"transition_rank": 4, "transition_candidates": 64}
+    chain = {"crf_rank": 4, "crf_candidates": 64}
     model, ids = make_lively_model(**chain), torch.randint(4, 64, (4, 6))
     lengths = []
     for penalty in (-8.0, 8.0):

@@ -95,7 +95,7 @@ FAMILIES = {
     "umt5": (make_t5, transformers.UMT5Config, T5_SIZES),
 }
 MASKED = [family for family in FAMILIES if "t5" not in family]
-FLOW = {"num_flow_layers": 1, "canvas_length": 8, "max_position_embeddings": 48, "transition_rank": 4}
+FLOW = {"num_flow_layers": 1, "canvas_length": 8, "max_position_embeddings": 48, "crf_rank": 4}
 
 
 @pytest.fixture(scope="session")

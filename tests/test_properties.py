@@ -21,7 +21,7 @@ SLOTS = {"num_answer_slots": CANVAS, "attention_conv_kernel": 3}
 KINDS = {
     "paper": {},
     "shared": {"expert_scope": "sequence"},
-    "token": {"train_expert_choice": "posterior", "transition_rank": 4, "num_answer_slots": CANVAS},
+    "token": {"train_expert_choice": "posterior", "crf_rank": 4, "num_answer_slots": CANVAS},
     "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **SLOTS},
     "one head": {
         "train_expert_choice": "posterior",
@@ -29,9 +29,9 @@ KINDS = {
         "share_expert_head": True,
         "num_answer_slots": CANVAS,
     },
-    "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "transition_rank": 4, **SLOTS},
+    "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "crf_rank": 4, **SLOTS},
 }
-TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss transition_loss gate_entropy load_balance_loss").split()
+TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss crf_loss gate_entropy load_balance_loss").split()
 every_kind = pytest.mark.parametrize("kind", KINDS)
 few = settings(
     derandomize=True,

@@ -34,7 +34,7 @@ def test_saving_twice_brings_no_message(make_model, tmp_path, messages):
 
 @pytest.fixture
 def folder(make_model, tmp_path):
-    make_model(transition_rank=4, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_model(crf_rank=4, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -84,7 +84,7 @@ def test_a_streamer_prints_what_generate_returns(make_model, capsys):
     model = make_model(vocab_size=len(tokenizer))
     model.lm_head.bias.data[[tokenizer.eos_token_id]] = 10.0
     prompt = tokenizer("Where is", return_tensors="pt")
-    output = model.generate(**prompt, streamer=TextStreamer(tokenizer), end_choice="first")
+    output = model.generate(**prompt, streamer=TextStreamer(tokenizer), eos_strategy="first")
     printed = capsys.readouterr().out.removesuffix("\n")
     assert printed == tokenizer.decode(output[0])
     assert tokenizer.pad_token not in printed

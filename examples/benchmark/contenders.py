@@ -25,13 +25,13 @@ YAN_STEPS = (1, 2, 3, 4)
 NAIVE_STEPS = 3
 DIFFUSION_STEPS = (16, 64, None)  # None: as many as there are tokens
 EAGER = "-eager"  # ends the name of a model that is not compiled where it is otherwise
-TRANSITION_RANK = 32  # of the presets that have chains
+CRF_RANK = 32  # of the presets that have chains
 
 
 def with_transitions(model):
     """A copy that reads its canvas off as a chain, of fresh transitions: the same tokens, the cost of trained ones."""
     model = copy.deepcopy(model)
-    model.config.transition_rank = TRANSITION_RANK
+    model.config.crf_rank = CRF_RANK
     model.transitions = YanTransitions(model.config).to(model.device, model.dtype)
     model.transitions.apply(model._init_weights)
     return model

@@ -21,7 +21,7 @@ SMALL = {
     "canvas_length": 8,
     "state_size": 4,
     "time_step_rank": 2,
-    "transition_rank": 0,
+    "crf_rank": 0,
 }
 
 

@@ -172,9 +172,9 @@ def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, toke
 
     write_rows(tmp_path / "pairs.jsonl", rows)
     options = ("--data", tmp_path / "pairs.jsonl", "--max_new_tokens", 8, "--seeds", 1, "--output", tmp_path / "yan")
-    evaluate_in_subprocess("--model", checkpoint, *options, "--yan_options", "end_choice=first", "solver=heun")
+    evaluate_in_subprocess("--model", checkpoint, *options, "--yan_options", "eos_strategy=first", "solver=heun")
     report = json.loads((tmp_path / "yan" / "metrics.json").read_text())
-    assert report["options"]["yan_options"] == {"end_choice": "first", "solver": "heun"}
+    assert report["options"]["yan_options"] == {"eos_strategy": "first", "solver": "heun"}
 
 
 def fake_report(folder, model, tokenizer, rows, texts, **options):

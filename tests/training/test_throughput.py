@@ -58,7 +58,7 @@ def test_one_pass(make_model):
 def test_transitions_of_a_finished_model(make_model):
     """Of a model of which all else is frozen there is no backward pass to speak of."""
     frozen = dict.fromkeys(["freeze_encoder", "freeze_decoder", "freeze_embeddings", "freeze_flow"], True)
-    model = make_model(YanForFlowGeneration, **SIZES, **frozen, transition_rank=4).train()
+    model = make_model(YanForFlowGeneration, **SIZES, **frozen, crf_rank=4).train()
     ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
     expected = counted(model, input_ids=ids, labels=labels, num_flow_steps=3)
     assert training_flops(model, 8, 32, 16, 3) == pytest.approx(expected, rel=0.1)
