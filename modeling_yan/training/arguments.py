@@ -24,6 +24,7 @@ AT_LEAST = {  # the smallest allowed value of every number
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
+    "encoder_learning_rate": 0,
     "warmup_steps": 0,
     "decay_steps": 0,
     "weight_decay": 0,
@@ -90,6 +91,9 @@ class PretrainingArguments:
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "of a pretrained encoder; learning_rate if left out"}
+    )
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
         metadata={"help": "after the warm-up: constant, or a cosine to 0", "choices": list(SCHEDULES)},
@@ -121,6 +125,8 @@ class PretrainingArguments:
     def __post_init__(self):
         for name, low in AT_LEAST.items():
             value = getattr(self, name)
+            if name == "encoder_learning_rate" and value is None:
+                continue
             if not isinstance(value, Real) or isinstance(value, bool) or not low <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a finite number of at least {low}")
         for name, allowed in {

@@ -7,25 +7,52 @@ import torch
 
 
 def make_optimizer(arguments, model):
-    """AdamW, and the schedule of its learning rate.
+    """AdamW with the groups of `make_groups`, and the schedule of its learning rate."""
+    rates = arguments.learning_rate, arguments.encoder_learning_rate
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    optimizer = torch.optim.AdamW(make_groups(model, arguments.weight_decay, *rates), betas=betas)
+    factor = {"constant_with_warmup": _constant, "cosine": _cosine}[arguments.lr_scheduler_type]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, arguments))
+
+
+def make_groups(
+    model, weight_decay: float, learning_rate: float, encoder_learning_rate: float | None = None
+) -> list[dict]:
+    """The trained parameters for an optimizer of torch, in groups.
 
     Only the weights of linear layers and convolutions decay: not biases, norms and embeddings, and not what a Mamba
     has as bare parameters, of which 0 means something else (the rate A = -exp(A_log) at which it forgets).
+
+    Args:
+        model: A YAN model, or a baseline.
+        encoder_learning_rate: Of a pretrained encoder and its embeddings, which forget what they know at the rate that
+            new layers need. None for the rate of the others.
+
+    Raises:
+        ValueError: A rate for the encoder of a model that has no pretrained one.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    encoder = set() if encoder_learning_rate is None else _encoder_parameters(model, encoder_learning_rate)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    is_decayed = {
-        name: name.endswith("weight") and parameter.dim() > 1 and id(parameter) not in embeddings
-        for name, parameter in trained
-    }
-    groups = [
-        {"params": [p for name, p in trained if is_decayed[name]], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trained if not is_decayed[name]], "weight_decay": 0.0},
+    groups: dict[tuple, list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = name.endswith("weight") and parameter.dim() > 1 and id(parameter) not in embeddings
+            groups.setdefault((id(parameter) in encoder, not is_decayed), []).append(parameter)
+    return [
+        {
+            "params": groups[is_encoder, is_plain],
+            "lr": encoder_learning_rate if is_encoder else learning_rate,
+            "weight_decay": 0.0 if is_plain else weight_decay,
+        }
+        for is_encoder, is_plain in sorted(groups)
     ]
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas)
-    factor = {"constant_with_warmup": _constant, "cosine": _cosine}[arguments.lr_scheduler_type]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, arguments))
+
+
+def _encoder_parameters(model, rate) -> set[int]:
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else getattr(model.base_model, "encoder", None)
+    if encoder is None:
+        raise ValueError(f"encoder_learning_rate={rate}: must be None without a pretrained encoder")
+    return {id(parameter) for parameter in encoder.parameters()}
 
 
 def follow_schedule(scheduler):
