@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, pipeline
@@ -178,6 +179,27 @@ class TestLearning:
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
         assert not changed & kept
         assert any("in_proj" in name or "q_proj" in name for name in changed)
+
+    def test_a_pretrained_encoder_has_a_rate_of_its_own(self, arguments, make_model, tmp_path):
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijk"]
+        transformers.BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)
+        transformers.BertModel(config).save_pretrained(tmp_path)
+        settings = arguments(encoder_learning_rate=1e-5, learning_rate=1e-3, warmup_steps=0)
+        for freeze in (False, True):
+            fields = {"num_flow_layers": 1, "canvas_length": 4, "freeze_encoder": freeze}
+            model = YanForFlowGeneration.from_encoder_pretrained(str(tmp_path), **fields)
+            optimizer, _ = make_optimizer(settings, model)
+            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            own = {id(parameter) for parameter in model.model.encoder.parameters()}
+            trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+            assert rates == {key: 1e-5 if key in own else 1e-3 for key in trained}
+            assert set(rates.values()) == ({1e-3} if freeze else {1e-3, 1e-5})
+        with pytest.raises(ValueError, match="encoder_learning_rate=1e-05: must be None without a pretrained encoder"):
+            make_optimizer(arguments(encoder_learning_rate=1e-5), make_model())
+        with pytest.raises(ValueError, match="encoder_learning_rate=-1"):
+            arguments(encoder_learning_rate=-1)
 
 
 class TestLoading:
