@@ -44,7 +44,8 @@ SPECIAL_TOKENS = {
     "eos_token_id": ("eos_token_id", "sep_token_id"),
     "mask_token_id": ("mask_token_id",),
 }
-MIN_DEVIATION = 1e-4
+MIN_DEVIATION = 1e-4  # of a latent's dimension, and
+MIN_SHARE = 0.1  # as a share of the median's: one that hardly varies would drown the others as soon as it is trained
 
 
 def backbone_class(config) -> type:
@@ -109,7 +110,7 @@ class YanLatents(nn.Module):
     """States of a pretrained encoder (B, S, H) to latents (B, S, D).
 
     They are projected where the widths differ, and have mean 0 and variance 1 in every dimension, by the statistics of
-    a user's rows; a fresh model leaves them as they are.
+    a user's rows; less variance in one that hardly varies. A fresh model leaves them as they are.
     """
 
     def __init__(self, config):
@@ -297,8 +298,11 @@ class YanPretrainedMixin:
         if count < 2:
             raise ValueError(f"the batches have {count} tokens: must be at least 2")
         shift = total / count
-        scale = (squares / count - shift.square()).clamp(min=0).sqrt().clamp(min=MIN_DEVIATION)
-        shift, scale = shift.to(model.latents.mean), scale.to(model.latents.mean)  # of the latents as they were
+        scale = (squares / count - shift.square()).clamp(min=0).sqrt()  # of the latents as they were
+        deviation = scale * model.latents.std.cpu()
+        floor = max(MIN_DEVIATION, MIN_SHARE * deviation.median().item())
+        scale = deviation.clamp(min=floor) / model.latents.std.cpu()
+        shift, scale = shift.to(model.latents.mean), scale.to(model.latents.mean)
         model.latents.mean += model.latents.std * shift
         model.latents.std *= scale
         if hasattr(self, "decoder"):

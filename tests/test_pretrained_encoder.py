@@ -221,6 +221,16 @@ class TestEveryEncoder:
         torch.testing.assert_close(latents[valid].mean(0), torch.zeros(24), rtol=0, atol=1e-4)
         torch.testing.assert_close(latents[valid].std(0, correction=0), torch.ones(24), rtol=1e-3, atol=1e-3)
 
+    def test_a_dimension_that_hardly_varies_is_not_blown_up(self, folder):
+        model = build(folder)
+        norm = [part for part in model.model.encoder.modules() if "norm" in type(part).__name__.lower()][-1]
+        with torch.no_grad():
+            norm.weight[3] = 1e-5
+        for _ in range(3):
+            model.measure_latents([encode(folder, uneven())])
+            std = model.model.latents.std
+            assert std[3] == pytest.approx(0.1 * std.median().item())
+
     def test_states_and_attentions_of_the_encoder(self, folder):
         model = build(folder, YanModel)
         model.set_attn_implementation("eager")
