@@ -172,4 +172,4 @@ def test_a_new_model_on_a_pretrained_encoder(tmp_path, is_frozen):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     tokens = model.generate(**tokenizer(rows[0]["source"], return_tensors="pt"), return_prompt=False)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True)
-    assert len(list(output.rglob("states/**/*.arrow"))) == is_frozen
+    assert len(list(output.rglob("_states/**/*.arrow"))) == is_frozen

@@ -36,6 +36,7 @@ PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
 LONGEST_EXAMPLE = 300  # characters
+STATES = "_states"  # a folder that a Trainer does not push to the hub
 
 
 @dataclass
@@ -145,7 +146,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     trained = _with_lora(model, options.lora_rank) if options.lora else model
     if options.cache_latents and model.keeps_states:
         with training.main_process_first():
-            rows = RowsWithStates(rows, model.to(training.device), collator, Path(training.output_dir, "states"))
+            rows = RowsWithStates(rows, model.to(training.device), collator, Path(training.output_dir, STATES))
     trainer = Seq2SeqTrainer(
         model=trained,
         args=training,
