@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,13 +25,15 @@ from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
 from .encoder_states import RowsWithStates, StatesCollator
+from .optimization import make_groups
 from .samples import Samples
 
 DEFAULTS = {"logging_steps": 50, "warmup_steps": 0.05, "predict_with_generate": True, "remove_unused_columns": False}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
 DEFAULTS |= {"load_best_model_at_end": True, "num_train_epochs": 0}  # 0: by the number of rows
-LEARNING_RATE, NEW_LEARNING_RATE = 1e-4, 3e-4  # a new flow and decoder have more to learn than a trained one
+LEARNING_RATE = 1e-4  # of what is trained already
+NEW_LEARNING_RATE = 1e-3  # of a new flow and decoder
 UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about so many updates, if neither epochs nor updates are given
 PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
@@ -71,6 +74,10 @@ class FinetuningArguments:
     fields: str = field(
         default="{}", metadata={"help": 'fields of YanConfig for a new model, such as {"freeze_encoder": true}'}
     )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"of a pretrained encoder; with --encoder {LEARNING_RATE}, else that of the others"},
+    )
     lora: bool = field(default=False, metadata={"help": "train a LoRA adapter of the flow (needs peft)"})
     lora_rank: int = 8
     cache_latents: bool = field(
@@ -85,6 +92,8 @@ class FinetuningArguments:
         self.new_fields()
         if self.encoder is not None and self.lora:
             raise ValueError("--lora: is for a trained flow, with --encoder there is none")
+        if self.encoder is not None and self.encoder_learning_rate is None:
+            self.encoder_learning_rate = LEARNING_RATE
         if self.dataset is None and self.validation_split is not None:
             raise ValueError("--validation_split: is for --dataset, with --train_file give --validation_file")
 
@@ -156,6 +165,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
         processing_class=tokenizer,
         compute_metrics=Samples(tokenizer, held_out, is_main),
         callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
+        optimizers=(_two_rates(trained, training, options.encoder_learning_rate), None),
     )
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -206,6 +216,15 @@ def _new_model(encoder, rows, fields):
     batches = (texts[start : start + 32] for start in range(0, len(texts), 32))
     model.measure_latents(tokenizer(batch, return_tensors="pt", **limits) for batch in batches)
     return model, tokenizer
+
+
+def _two_rates(model, training, encoder_rate) -> torch.optim.Optimizer | None:
+    """The optimizer of a pretrained encoder that learns at a rate of its own; None where the trainer makes one."""
+    if encoder_rate is None:
+        return None
+    groups = make_groups(model, training.weight_decay, training.learning_rate, encoder_rate)
+    betas = training.adam_beta1, training.adam_beta2
+    return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon)
 
 
 def choose_epochs(num_rows, training) -> int:
