@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -334,3 +336,13 @@ def test_a_key_may_have_any_letters(reader):
     api.authorize(request("schlüssel".encode()))
     with pytest.raises(routes.HTTPException):
         api.authorize(request("schlüssel".encode("latin-1")))
+
+
+@pytest.mark.parametrize(("error", "is_shown"), [(BrokenPipeError, False), (EOFError, False), (KeyError, True)])
+def test_the_watch_over_replicas_ends_without_a_traceback(error, is_shown):
+    try:
+        raise error
+    except error:
+        found = sys.exc_info()
+    record = logging.LogRecord("litserve.server", logging.ERROR, "", 0, "Monitoring worker crashed", None, found)
+    assert serving._is_news(record) == is_shown

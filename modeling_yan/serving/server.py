@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import time
@@ -185,6 +186,11 @@ def make_server(settings: Settings) -> litserve.LitServer:
     return server
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of LitServe tells of more than its watch over the replicas, which outlives what it asks."""
+    return not (record.exc_info and isinstance(record.exc_info[1], (EOFError, ConnectionError)))
+
+
 def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000):
     """Serve until SIGINT or SIGTERM; requests that are open then are answered before the processes end."""
     server, main = make_server(settings), os.getpid()
@@ -195,4 +201,5 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000):
         os._exit(0)  # of a process that LitServe forked, and which has set no handler of its own
 
     signal.signal(signal.SIGTERM, stop)  # LitServe alone leaves its processes behind
+    logging.getLogger("litserve.server").addFilter(_is_news)
     server.run(host, port, num_api_servers=1, log_level="warning", generate_client_file=False)
