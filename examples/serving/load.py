@@ -56,14 +56,14 @@ MANNERS = {"whole": 70, "stream": 15, "vanish": 5, "slow": 5, "oversized": 5}
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="yan-transformer-tiny", help="folder in configuration/")
-    parser.add_argument("--clients", nargs="+", type=int, default=CLIENTS)
+    parser.add_argument("--clients", nargs="+", type=int, default=CLIENTS, help="numbers of clients at once")
     parser.add_argument(
         "--seconds", type=float, default=10, help="of measurement, for each model and number of clients"
     )
     parser.add_argument("--length", type=int, default=40, help="tokens of a text")
-    parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--replicas", type=int, default=1, help="models a server")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for each replica")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda:0")
     parser.add_argument("--soak", action="store_true", help="clients that vanish, read slowly or send too much")
     parser.add_argument("--minutes", type=float, default=20, help="of the soak")
     parser.add_argument("--page", type=Path, help="measure nothing: write the figures into this page")
