@@ -12,6 +12,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
+from .checks_yan import IGNORE_INDEX
+
 
 def open_options(config: GenerationConfig) -> list[str]:
     """The options with a general default that the config leaves open."""
@@ -63,7 +65,7 @@ class YanTokenOutput(ModelOutput):
 
 def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTensor) -> YanTokenOutput:
     """Scores of the decoded tokens, logits (B, L, V), against the labels (B, L) in their places."""
-    mask = labels != -100
+    mask = labels != IGNORE_INDEX
     log_probs = logits.detach().float().log_softmax(-1)
     return YanTokenOutput(
         loss=loss,
@@ -88,7 +90,7 @@ def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_i
     """
     if input_ids is None or input_ids.shape != labels.shape or torch.compiler.is_compiling():
         return
-    is_target, is_repeated = labels != -100, input_ids == labels
+    is_target, is_repeated = labels != IGNORE_INDEX, input_ids == labels
     if attention_mask is not None and attention_mask.shape == labels.shape:
         is_repeated = is_repeated & attention_mask.bool()
     if not (is_repeated | ~is_target).all() or not is_target.any():

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, T5Tokenize
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
 from modeling_yan.data import AutoencoderCollator, FlowCollator, prepare_tokenizer
 from modeling_yan.training import fit_to_tokenizer
-from modeling_yan.training.mixture import TaskMixture
+from modeling_yan.training.sampler import TaskSampler
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "checkpoints" / "yan-transformer-tiny"
 TEXTS = [
@@ -242,7 +242,7 @@ class TestEndToEnd:
         model_class = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}[stage]
         model = make_model(model_class, **sizes).train()
         rows = [{"text": text} for text in TEXTS] + PAIRS
-        mixture = TaskMixture(rows, tokenizer, model.config, stage, batch_size=4, length=3, seed=0)
+        mixture = TaskSampler(rows, tokenizer, model.config, stage, batch_size=4, length=3, seed=0)
         for batch in mixture:
             loss = model(**batch).loss
             loss.backward()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_yan import YanConfig, YanForFlowGeneration
-from modeling_yan.baselines import CONVOLVED, INPUTS, count_parameters, make_baseline
+from modeling_yan.baselines import CONVOLVED, INPUT_ADAPTERS, count_parameters, make_baseline
 from modeling_yan.data import read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -204,7 +204,7 @@ def test_the_script_that_a_recipe_is_named_after_takes_its_options(load_script, 
 
 @pytest.mark.parametrize("path", ARMS, ids=lambda path: path.stem)
 def test_the_arms_of_a_recipe_are_valid_and_of_one_size(load_script, path):
-    script = load_script("arms")
+    script = load_script("ablate")
     recipe = script.read_recipe(path)
     preset = YanConfig.from_pretrained(ROOT / recipe["config"])
     arms = [fields or {} for fields in recipe["arms"].values()]
@@ -224,7 +224,7 @@ def test_arms_are_trained_and_compared_and_go_on_where_they_were(load_script, fo
     words = [folders / "recipe.yaml", "--tokenizer", folders / "yan", "--train_file", folders / "pairs.jsonl"]
     words += ["--validation_file", folders / "pairs.jsonl", "--test_file", folders / "pairs.jsonl", "--max_steps", 1]
     words += ["--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
-    script = load_script("arms")
+    script = load_script("ablate")
     for _ in range(2):  # the second time there is nothing left to train
         script.main(list(map(str, [*words, "--output_dir", folders / "out"])))
     assert YanConfig.from_pretrained(folders / "out" / "wide" / "wide").flow_sigma == 2.0
@@ -285,14 +285,14 @@ def test_a_chart_shows_the_table_of_a_page(load_script, tmp_path):
 def test_a_finished_first_stage_and_an_unknown_baseline_are_refused(load_script, capsys):
     mixers = ROOT / "configuration" / "recipes" / "experiments" / "mixers.yaml"
     words = "--tokenizer t --train_file a --validation_file b --test_file c --output_dir d".split()
-    script = load_script("arms")
+    script = load_script("ablate")
     for more, message in ((["--autoencoder", "e"], "have one each"), (["--baseline", "f"], "transformer, mamba")):
         with pytest.raises(SystemExit):
             script.main([str(mixers), *words, *more])
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", ["compare", "arms"])
+@pytest.mark.parametrize("script", ["compare", "ablate"])
 def test_what_evaluation_lacks_is_missed_before_anything_is_trained(load_script, folders, script, monkeypatch):
     def old_scorer(names, use_stemmer):
         raise AssertionError("must not get so far")
@@ -314,7 +314,7 @@ def test_what_evaluation_lacks_is_missed_before_anything_is_trained(load_script,
 def test_a_recipe_with_an_unknown_name_is_refused(load_script, tmp_path):
     (tmp_path / "recipe.yaml").write_text("config: a\narm: {}\n")
     with pytest.raises(ValueError, match="must have config, share_autoencoder, autoencoder, flow, arms"):
-        load_script("arms").read_recipe(tmp_path / "recipe.yaml")
+        load_script("ablate").read_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.slow
@@ -327,21 +327,23 @@ def test_yan_and_all_baselines_are_trained_and_compared(load_script, folders):
     words += ["--per_device_train_batch_size", 4, "--num_rows", 3, "--seeds", 1, "--max_new_tokens", 4, "--use_cpu"]
     words += ["--peak_tflops", 0.1]
     compare = load_script("compare")
-    assert set(compare.parse_options(list(map(str, words))).models) == {"yan", "flow_matching", *INPUTS} - {*CONVOLVED}
-    compare.main(list(map(str, [*words, "--models", "yan", "flow_matching", *INPUTS])))
+    assert set(compare.parse_options(list(map(str, words))).models) == {"yan", "flow_matching", *INPUT_ADAPTERS} - {
+        *CONVOLVED
+    }
+    compare.main(list(map(str, [*words, "--models", "yan", "flow_matching", *INPUT_ADAPTERS])))
     rows = json.loads((folders / "out" / "pairs" / "table.json").read_text())
-    assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUTS}
+    assert {row["model"] for row in rows} == {"yan", "flow_matching", *INPUT_ADAPTERS}
     more = json.loads((folders / "out" / "more" / "table.json").read_text())
     scores = [[row["figures"]["rougeL"]["mean"] for row in table] for table in (rows, more)]
     assert scores[0] == scores[1]
     results = [folders / "out" / "more" / name for name in ("yan", "decoder")]
     words = [*results, "--baseline", results[1], "--data", folders / "more.jsonl.gz", "--num_rows", 3]
-    load_script("join").main(list(map(str, [*words, "--output", folders / "joined"])))
+    load_script("merge_reports").main(list(map(str, [*words, "--output", folders / "joined"])))
     joined = json.loads((folders / "joined" / "table.json").read_text())
     assert all(row in more for row in joined)
     sizes = [row["parameters"] for row in rows]
     assert max(sizes) < 1.05 * min(sizes)
-    for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUTS):
+    for name in ("yan/autoencoder", "yan/yan", "flow_matching/flow_matching", *INPUT_ADAPTERS):
         record = json.loads((folders / "out" / "training" / name / "learning_rates.json").read_text())
         assert record["chosen"] in (1e-3, 3e-3)
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from modeling_yan.checks_yan import IGNORE_INDEX
 from modeling_yan.data import AutoencoderCollator, FlowCollator
 
 TOKENIZER = Path(__file__).parents[1] / "checkpoints" / "yan-transformer-tiny"
 SIZES = ((32, 64), (64, 512), (256, 512))
 MASK_RATIO, MAX_SPAN_LEN = 0.15, 3
-IGNORED = -100
 
 
 def draw_spans(num_tokens, rng):
@@ -72,7 +72,7 @@ def pair_by_loop(rows, source_width, target_width, pad_token_id, eos_token_id):
         padding = source_width - len(source)
         batch["input_ids"].append([pad_token_id] * padding + source)
         batch["attention_mask"].append([0] * padding + [1] * len(source))
-        batch["labels"].append(target + [IGNORED] * (target_width - len(target)))
+        batch["labels"].append(target + [IGNORE_INDEX] * (target_width - len(target)))
     return {name: torch.tensor(value) for name, value in batch.items()}
 
 

@@ -1,4 +1,4 @@
-"""Draw the tables of compare.py, arms.py or join.py: one panel a table, one bar a model, with 95% intervals.
+"""Draw tables of compare.py, ablate.py or merge_reports.py: one panel a table, one bar a model, with 95% intervals.
 
     python examples/experiments/chart.py results/four/stories results/four/infilling --figures exact_match rougeL \
         --output four.png

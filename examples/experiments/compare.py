@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from modeling_yan import YanConfig
-from modeling_yan.baselines import CONVOLVED, INPUTS, match_size
+from modeling_yan.baselines import CONVOLVED, INPUT_ADAPTERS, match_size
 from modeling_yan.data import read_rows
 from modeling_yan.evaluation import DEFAULT_METRICS, METRIC_NAMES, RunOptions, check_metrics, evaluate_files
-from modeling_yan.training import PretrainingArguments, pretrain_with_best_rate, words_with_recipe
+from modeling_yan.training import PretrainingArguments, expand_recipe, pretrain_with_best_rate
 
 NUM_EXPERTS = {"yan": None, "flow_matching": 1}
 
@@ -64,7 +64,7 @@ def train_model(name: str, options) -> Path:
 
 
 def parse_options(arguments):
-    models = (*NUM_EXPERTS, *INPUTS)
+    models = (*NUM_EXPERTS, *INPUT_ADAPTERS)
     default = [name for name in models if name not in CONVOLVED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="folder or hub name of a YAN preset")
@@ -93,7 +93,7 @@ def parse_options(arguments):
     parser.add_argument("--num_diffusion_steps", type=int, default=16)
     parser.add_argument("--eval_batch_size", type=int, default=32, help="of the tables")
     parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args(words_with_recipe(parser, arguments))
+    options = parser.parse_args(expand_recipe(parser, arguments))
     if options.baseline not in options.models:
         parser.error(f"baseline={options.baseline}: must be among the models, {', '.join(options.models)}")
     return options

@@ -26,7 +26,7 @@ from modeling_yan.evaluation import (
     usage_by_class,
     usage_information,
 )
-from modeling_yan.training import words_with_recipe
+from modeling_yan.training import expand_recipe
 
 COMPONENTS = (1, 2, 4, 8, 16)
 
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for geometry.json and geometry.png")
-    options = parser.parse_args(words_with_recipe(parser, arguments))
+    options = parser.parse_args(expand_recipe(parser, arguments))
     torch.set_num_threads(options.threads)
     rows = read_rows(options.data)[: options.num_rows]
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()

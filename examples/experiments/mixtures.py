@@ -21,7 +21,7 @@ from torch import nn
 
 from modeling_yan.experts_yan import choose_experts
 from modeling_yan.flow_matching_yan import interpolate, load_balance, mixture_nll, sample_times, solve_flow
-from modeling_yan.training import words_with_recipe
+from modeling_yan.training import expand_recipe
 
 NUM_MODES, SPREAD = 8, 0.15
 RADIUS = {2: 2.0, 16: 4.0}  # of the centres, about where the noise is
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--num_updates", type=int, default=800)
     parser.add_argument("--num_samples", type=int, default=2000)
     parser.add_argument("--output", type=Path, required=True, help="folder for NAME.json and NAME.png")
-    options = parser.parse_args(words_with_recipe(parser, arguments))
+    options = parser.parse_args(expand_recipe(parser, arguments))
     torch.set_num_threads(1)  # the networks are too small to share out
     results, sizes = [], (options.num_updates, options.num_samples)
     for dimension in options.dimensions:

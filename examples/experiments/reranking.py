@@ -35,7 +35,7 @@ from modeling_yan.evaluation import (
     rouge_scores,
 )
 from modeling_yan.flow_matching_yan import as_one_token, interpolate, token_nll
-from modeling_yan.training import words_with_recipe
+from modeling_yan.training import expand_recipe
 
 FIGURES = ("exact_match", "rougeL")
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for reranking.json and reranking.png")
-    options = parser.parse_args(words_with_recipe(parser, arguments))
+    options = parser.parse_args(expand_recipe(parser, arguments))
     if options.num_candidates < 2:
         parser.error(f"num_candidates={options.num_candidates}: must be at least 2")
     torch.set_num_threads(options.threads)

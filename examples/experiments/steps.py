@@ -23,7 +23,7 @@ from modeling_yan.evaluation import (
     paired_permutation_test,
     rouge_scores,
 )
-from modeling_yan.training import words_with_recipe
+from modeling_yan.training import expand_recipe
 
 FIGURES = ("exact_match", "rougeL")
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for steps.json and steps.png")
-    options = parser.parse_args(words_with_recipe(parser, arguments))
+    options = parser.parse_args(expand_recipe(parser, arguments))
     torch.set_num_threads(options.threads)
     rows = read_rows(options.data)[: options.num_rows]
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()

@@ -29,7 +29,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.baselines import INPUTS, count_parameters
+from modeling_yan.baselines import INPUT_ADAPTERS, count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import read_rows, train_tokenizer, write_rows
 from modeling_yan.evaluation import load_for_generation, self_bleu
@@ -297,7 +297,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         """So many texts for each source."""
         torch.manual_seed(0)
         own = {"top_k": 0}
-        if kind not in INPUTS:
+        if kind not in INPUT_ADAPTERS:
             own = {"num_flow_steps": num_flow_steps, "seed": 0, "expert_choice": "sample"}
         repeated = [source for source in task.sources for _ in range(number)]
         texts = write(repeated, do_sample=True, temperature=float(temperature), **own)
@@ -307,7 +307,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         return {"best": {"0": task.scores(write(num_flow_steps=0, use_transitions=False))}}  # it has learned none
     if kind == "masked_diffusion":
         return {"best": {str(steps): task.scores(write(num_diffusion_steps=steps)) for steps in recipe["steps"]}}
-    if kind in INPUTS:
+    if kind in INPUT_ADAPTERS:
         best = {"greedy": task.scores(write(do_sample=False, num_beams=1))}
     else:
         steps = [0, *recipe["steps"]] if model.config.num_answer_slots else recipe["steps"]
@@ -316,7 +316,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     figures, drawn = {"best": best}, {}
     if recipe.get("draws"):
         counts = [0] if kind == ONE_PASS_CHAIN else recipe["steps"]
-        steps = {"drawn": 1} if kind in INPUTS else {str(number): number for number in counts}
+        steps = {"drawn": 1} if kind in INPUT_ADAPTERS else {str(number): number for number in counts}
         figures["distribution"] = {
             name: task.distribution(draw(1.0, recipe["draws"], number)) for name, number in steps.items()
         }

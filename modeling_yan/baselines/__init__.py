@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from .convolution import ConvolvedDecoder, ConvolvedEncoderDecoder
-from .inputs import CONVOLVED, INPUTS, write_targets
+from .inputs import CONVOLVED, INPUT_ADAPTERS, write_targets
 from .masked_diffusion import MaskedDiffusion, MaskedDiffusionConfig
 
 _SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
@@ -12,7 +12,7 @@ _SIZES = ("BASELINES", "count_parameters", "make_baseline", "match_size")
 __all__ = [
     *_SIZES,
     "CONVOLVED",
-    "INPUTS",
+    "INPUT_ADAPTERS",
     "ConvolvedDecoder",
     "ConvolvedEncoderDecoder",
     "MaskedDiffusion",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from ..checks_yan import IGNORE_INDEX
 
 Batch = dict[str, Any]
 
@@ -20,13 +20,13 @@ def decoder_inputs(batch: Batch, pad_token_id: int) -> Batch:
     be NaN on a GPU.
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    is_target = labels != IGNORED
+    is_target = labels != IGNORE_INDEX
     mask = torch.cat([mask, is_target.to(mask.dtype)], dim=1)
     order = (1 - mask).argsort(dim=1, stable=True)
     return {
         "input_ids": torch.cat([ids, labels.masked_fill(~is_target, pad_token_id)], dim=1).gather(1, order),
         "attention_mask": mask.gather(1, order),
-        "labels": torch.cat([torch.full_like(ids, IGNORED), labels], dim=1).gather(1, order),
+        "labels": torch.cat([torch.full_like(ids, IGNORE_INDEX), labels], dim=1).gather(1, order),
         "use_cache": False,
     }
 
@@ -41,13 +41,14 @@ def masked_diffusion_inputs(batch: Batch, pad_token_id: int) -> Batch:
     return batch
 
 
-INPUTS: dict[str, Callable[[Batch, int], Batch]] = {
+INPUT_ADAPTERS: dict[str, Callable[[Batch, int], Batch]] = {
     "decoder": decoder_inputs,
     "encoder_decoder": encoder_decoder_inputs,
     "masked_diffusion": masked_diffusion_inputs,
 }
-CONVOLVED = {f"{kind}_conv": kind for kind in INPUTS}  # with YAN's short convolution, and what they are without it
-INPUTS |= {name: INPUTS[kind] for name, kind in CONVOLVED.items()}
+# With YAN's short convolution, and what they are without it.
+CONVOLVED = {f"{kind}_conv": kind for kind in INPUT_ADAPTERS}
+INPUT_ADAPTERS |= {name: INPUT_ADAPTERS[kind] for name, kind in CONVOLVED.items()}
 
 
 def pad_left(input_ids: torch.LongTensor, attention_mask: torch.LongTensor):

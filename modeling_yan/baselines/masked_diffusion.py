@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from ..checks_yan import IGNORE_INDEX
 from .convolution import ConvolvedLlama
 from .inputs import pad_left
 
-IGNORED = -100
 MIN_MASKED_SHARE = 1e-3  # the weight 1 / t of a token must stay finite
 # What a caller of token-by-token decoding hands in, and the only values that mean something here.
 NEUTRAL_OPTIONS = {
@@ -147,7 +147,7 @@ class MaskedDiffusion(PreTrainedModel):
         """Targets (B, Lt) as a canvas (B, L), with EOS behind them."""
         if labels.shape[1] > length:
             raise ValueError(f"labels of {labels.shape[1]} tokens: must be at most the canvas of {length}")
-        labels = labels.masked_fill(labels == IGNORED, self.config.eos_token_id)
+        labels = labels.masked_fill(labels == IGNORE_INDEX, self.config.eos_token_id)
         return nn.functional.pad(labels, (0, length - labels.shape[1]), value=self.config.eos_token_id)
 
     def _check_canvas(self, length: int) -> int:

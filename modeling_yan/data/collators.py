@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checks_yan import IGNORE_INDEX
 from .masking import (
     Ids,
     Ragged,
@@ -30,7 +31,6 @@ from .masking import (
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100  # the label that a loss leaves out
 
 Row = Mapping[str, Any]
 Batch = dict[str, LongTensor]
@@ -184,11 +184,11 @@ class AutoencoderCollator:
         ends = np.where(has_slot, slot_ends, ends)
 
         labels = pad_rows(text, width, eos_token_id, starts)
-        labels[~is_between(starts, ends, width)] = IGNORED
+        labels[~is_between(starts, ends, width)] = IGNORE_INDEX
         input_ids = pad_rows(source, width, eos_token_id)
         is_text = is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
         input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
-        labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORED
+        labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORE_INDEX
         return input_ids, labels
 
     def _find_clozes(self, sources: Sequence[Ids], text: Ragged) -> np.ndarray:
@@ -233,7 +233,7 @@ class FlowCollator:
     its end, where the question is, and is counted in `num_truncated`. An empty source becomes a single BOS. A target
     gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, because
     its text goes on in the next canvas, and is counted in `num_cut_targets`. The first row that is cut brings a
-    warning. An empty target is its EOS alone, which teaches to write nothing: `TaskMixture` leaves such rows out. Each
+    warning. An empty target is its EOS alone, which teaches to write nothing: `TaskSampler` leaves such rows out. Each
     worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
     `multiple_of`, at most the two limits.
 
@@ -301,7 +301,7 @@ class FlowCollator:
     def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
         target = flatten([ids[: self.canvas_length] for ids in targets])
         width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
-        labels = pad_rows(target, width, IGNORED)
+        labels = pad_rows(target, width, IGNORE_INDEX)
         has_end = target.lengths < self.canvas_length
         if not (self.num_cut_targets or has_end.all()):
             longest = max(map(len, targets))

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .collators import IGNORED, Batch, FlowCollator, Ids, check_rows
+from ..checks_yan import IGNORE_INDEX
+from .collators import Batch, FlowCollator, Ids, check_rows
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 
@@ -57,7 +58,7 @@ class CompletionCollator:
         """A pair for every run of labels."""
         if not {"input_ids", "labels"} <= row.keys() or len(row["input_ids"]) != len(row["labels"]):
             raise ValueError(f"a row has the keys {sorted(row)}, but input_ids and labels of one length are needed")
-        is_target = np.asarray(row["labels"]) != IGNORED
+        is_target = np.asarray(row["labels"]) != IGNORE_INDEX
         edges = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
         if not len(edges):
             raise ValueError(f"a row of {len(is_target)} tokens has no label: does max_length cut the completion off?")

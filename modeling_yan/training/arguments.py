@@ -11,9 +11,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from ..baselines import INPUTS
+from .stages import STAGES
 
-STAGE_NAMES = ("autoencoder", "flow", *INPUTS)
 SCHEDULES = ("constant_with_warmup", "cosine")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 AT_LEAST = {  # the smallest allowed value of every number
@@ -50,7 +49,7 @@ class PretrainingArguments:
     """
 
     stage: str = field(
-        metadata={"help": "autoencoder, then flow on its result; or a baseline", "choices": list(STAGE_NAMES)}
+        metadata={"help": "autoencoder, then flow on its result; or a baseline", "choices": list(STAGES)}
     )
     config: str = field(
         metadata={
@@ -130,7 +129,7 @@ class PretrainingArguments:
             if not isinstance(value, Real) or isinstance(value, bool) or not low <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a finite number of at least {low}")
         for name, allowed in {
-            "stage": STAGE_NAMES,
+            "stage": tuple(STAGES),
             "lr_scheduler_type": SCHEDULES,
             "mixed_precision": (None, *MIXED_PRECISIONS),
         }.items():
@@ -149,7 +148,7 @@ class PretrainingArguments:
             raise ValueError(f"tasks={self.tasks}: every entry must be TASK=WEIGHT") from None
 
 
-def words_with_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[str]:
+def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[str]:
     """The words of a command line, and before them those of its recipe, which they override.
 
     Adds `--recipe FILE` to the parser: a YAML file from names of options to values, a list for an option of several
@@ -195,5 +194,5 @@ def parse_arguments(words: Sequence[str], make_parser: Callable = HfArgumentPars
     `make_parser` makes the parser of a dataclass.
     """
     parser = make_parser(PretrainingArguments)
-    arguments, _ = parser.parse_args_into_dataclasses(words_with_recipe(parser, words))
+    arguments, _ = parser.parse_args_into_dataclasses(expand_recipe(parser, words))
     return arguments

@@ -1,7 +1,7 @@
 """The training loop of both stages and of the baselines, killed and resumed without a trace.
 
-Any number of processes work together through Accelerate. An update has G places, as many as there are processes times
-accumulation steps. The micro-batch at a place is a pure function of the seed, the update and the place: its rows, its
+Any number of processes work together through Accelerate. An update has G micro-batches: the number of processes times
+accumulation steps. Each of them is a pure function of the seed, the update and its index in the update: its rows, its
 noise and its number of solver steps. Each is weighed by its tokens. So the same G gives the same loss curve however it
 is made up of processes and accumulation, and a resumed run goes on exactly where its checkpoint was.
 """
@@ -25,14 +25,15 @@ from datasets import concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..baselines import INPUTS
+from ..checks_yan import IGNORE_INDEX
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
 from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
-from .mixture import TaskMixture
 from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
+from .sampler import TaskSampler
+from .stages import STAGES
 from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
 from .vocabulary import limit_prompts
@@ -41,7 +42,7 @@ SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log
 # A resumed run with another value of these would see other batches from its first update on.
 FIXED = (
     *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
-    *("per_device_train_batch_size", "max_words", "max_source_length", "num_places"),
+    *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches"),
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,23 +72,23 @@ def _pretrain(arguments, accelerator) -> None:
     )
     with accelerator.main_process_first():  # the others find what it downloaded and converted
         rows = load_training_rows(arguments, arguments.train_file, arguments.dataset)
-    num_places = count_places(accelerator)
-    is_baseline = arguments.stage in INPUTS
+    num_microbatches = count_microbatches(accelerator)
+    is_baseline = STAGES[arguments.stage].is_baseline
     config = load_config(arguments.config, arguments.config_overrides) if is_baseline else model.config
     names = ", ".join([*arguments.train_file, *arguments.dataset])
-    mixtures = [
-        make_mixture(arguments, rows, tokenizer, config, place, num_places, names)
-        for place in local_places(accelerator)
+    samplers = [
+        make_sampler(arguments, rows, tokenizer, config, index, num_microbatches, names)
+        for index in local_microbatches(accelerator)
     ]
     validation = None
     if arguments.validation_file:
         held_out = [row for path in arguments.validation_file for row in read_rows(path)]
         names = ", ".join(arguments.validation_file)
-        mixture = make_mixture(arguments, held_out, tokenizer, config, origin=names)
-        validation = Validation(arguments, mixture, tokenizer)
+        sampler = make_sampler(arguments, held_out, tokenizer, config, origin=names)
+        validation = Validation(arguments, sampler, tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    training = Training(arguments, accelerator, model, tokenizer, mixtures, validation)
+    training = Training(arguments, accelerator, model, tokenizer, samplers, validation)
     if checkpoint:
         training.restore(checkpoint)
     accelerator.wait_for_everyone()
@@ -133,7 +134,7 @@ def check_sharding(accelerator):
             )
 
 
-def count_places(accelerator) -> int:
+def count_microbatches(accelerator) -> int:
     """Micro-batches of one update, over all processes."""
     return accelerator.num_processes * accelerator.gradient_accumulation_steps
 
@@ -157,7 +158,8 @@ def find_checkpoint(arguments, accelerator) -> Path | None:
             f"{output_dir} holds {checkpoints[-1].name}: go on with --resume, or choose another folder"
         )
     before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
-    now = asdict(arguments) | {"num_places": count_places(accelerator)}
+    before.setdefault("num_microbatches", before.get("num_places"))  # its name in 0.2
+    now = asdict(arguments) | {"num_microbatches": count_microbatches(accelerator)}
     changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
     if changed:
         raise ValueError(f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}: the batches would be others")
@@ -181,11 +183,11 @@ def load_training_rows(arguments, files: list[str], names: list[str]):
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def make_mixture(
-    arguments, rows, tokenizer, config, place: int = 0, num_places: int = 1, origin: str = "the rows"
-) -> TaskMixture:
-    """The micro-batches of one place of every update; `origin` names the rows in errors."""
-    return TaskMixture(
+def make_sampler(
+    arguments, rows, tokenizer, config, microbatch_index: int = 0, num_microbatches: int = 1, origin: str = "the rows"
+) -> TaskSampler:
+    """The micro-batches of one index in every update; `origin` names the rows in errors."""
+    return TaskSampler(
         rows,
         tokenizer,
         config,
@@ -196,24 +198,24 @@ def make_mixture(
         weights=arguments.task_weights(),
         max_words=arguments.max_words,
         max_source_length=arguments.max_source_length,
-        process_index=place,
-        num_processes=num_places,
+        process_index=microbatch_index,
+        num_processes=num_microbatches,
         bucket_batches=arguments.bucket_batches,
         shuffle_buffer=arguments.shuffle_buffer,
         origin=origin,
     )
 
 
-def local_places(accelerator) -> range:
-    """The places of an update that this process works on."""
-    return range(accelerator.process_index, count_places(accelerator), accelerator.num_processes)
+def local_microbatches(accelerator) -> range:
+    """Indices of the micro-batches of an update that this process works on."""
+    return range(accelerator.process_index, count_microbatches(accelerator), accelerator.num_processes)
 
 
 def count_targets(batch) -> int:
     """Tokens that the loss of a batch is a mean over: the labels, or the whole canvas with its fill."""
     if "canvas_length" in batch:
         return len(batch["labels"]) * batch["canvas_length"]
-    return int((batch["labels"] != -100).sum())
+    return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 class Meter:
@@ -260,9 +262,10 @@ class Meter:
 class Training:
     """One run: model, optimizer and data, and the loop over them."""
 
-    def __init__(self, arguments, accelerator, model, tokenizer, mixtures: list[TaskMixture], validation=None):
+    def __init__(self, arguments, accelerator, model, tokenizer, samplers: list[TaskSampler], validation=None):
         self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
-        self.mixtures, self.validation, self.config = mixtures, validation, model.config
+        self.stage, self.samplers, self.validation = STAGES[arguments.stage], samplers, validation
+        self.config = model.config
         optimizer, self.scheduler = make_optimizer(arguments, model)
         # The scheduler stays unprepared: Accelerate would step it once per process and update.
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -314,17 +317,16 @@ class Training:
 
     def _updates(self) -> Iterator[tuple[dict, ...]]:
         """The micro-batches of this process, update by update."""
-        return zip(*(map(self._inputs, mixture.batches(self.step)) for mixture in self.mixtures))
+        return zip(*(map(self._inputs, sampler.batches(self.step)) for sampler in self.samplers))
 
     def _inputs(self, batch):
         """The batch in the layout that the model takes."""
-        stage = self.arguments.stage
-        return INPUTS[stage](batch, self.tokenizer.pad_token_id) if stage in INPUTS else batch
+        return self.stage.inputs(batch, self.tokenizer.pad_token_id)
 
     def _count_rows(self) -> dict[str, int]:
         """What the data did not fit since this process began: rows left out, sources and targets cut."""
         names = {"skipped_rows": "num_skipped", "cut_sources": "num_truncated", "cut_targets": "num_cut_targets"}
-        counts = {name: sum(getattr(mixture, field) for mixture in self.mixtures) for name, field in names.items()}
+        counts = {name: sum(getattr(sampler, field) for sampler in self.samplers) for name, field in names.items()}
         return {name: int(count) for name, count in counts.items() if count}
 
     def _update(self, batches):
@@ -332,10 +334,10 @@ class Training:
         counts = [count_targets(batch) for batch in batches]
         total = self.accelerator.reduce(torch.tensor(float(sum(counts)), device=self.accelerator.device), "sum")
         losses = []
-        for place, batch, count in zip(local_places(self.accelerator), batches, counts, strict=True):
+        for index, batch, count in zip(local_microbatches(self.accelerator), batches, counts, strict=True):
             with self.accelerator.accumulate(self.model):
                 # Accelerate takes the mean over accumulation steps and processes: together the mean over all tokens.
-                loss = self._forward(place, batch, count) * (count * count_places(self.accelerator) / total)
+                loss = self._forward(index, batch, count) * (count * count_microbatches(self.accelerator) / total)
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
@@ -346,13 +348,13 @@ class Training:
         if self.average:
             self.average.update()
 
-    def _forward(self, place, batch, count) -> torch.Tensor:
-        """Loss of the micro-batch at a place of this update, a pure function of weights, seed, update and place."""
+    def _forward(self, microbatch_index, batch, count) -> torch.Tensor:
+        """Loss of a micro-batch of this update, a pure function of weights, seed, update and index."""
         seed, settings = self.arguments.seed, {}
-        if self.arguments.stage == "flow":  # the same for all processes, or sharded weights would wait for each other
+        if self.stage.has_flow:  # the same for all processes, or sharded weights would wait for each other
             low, high = self.config.objective.min_train_flow_steps, self.config.objective.max_train_flow_steps
             settings["num_flow_steps"] = random.Random(f"{seed} steps {self.step}").randint(low, high)
-        torch.manual_seed(random.Random(f"{seed} noise {self.step} {place}").getrandbits(63))
+        torch.manual_seed(random.Random(f"{seed} noise {self.step} {microbatch_index}").getrandbits(63))
         outputs = self.model(**to_device(batch, self.accelerator.device), **settings)
         target_width = batch.get("canvas_length", 0)
         if self.accelerator.unwrap_model(self.model).config.is_encoder_decoder:
@@ -364,7 +366,7 @@ class Training:
 
     @functools.cache  # noqa: B019  one object for the whole run
     def _flops(self, *shape) -> int:
-        count = baseline_flops if self.arguments.stage in INPUTS else training_flops
+        count = baseline_flops if self.stage.is_baseline else training_flops
         return count(self.accelerator.unwrap_model(self.model), *shape)
 
     def _check_and_clip(self, loss):
@@ -427,8 +429,8 @@ class Training:
             return
         limit_prompts(self.tokenizer, model.config)
         self.tokenizer.save_pretrained(folder)
-        place = {"step": self.step, "seconds": self.seconds, "num_places": count_places(self.accelerator)}
-        settings = asdict(self.arguments) | place
+        state = {"step": self.step, "seconds": self.seconds, "num_microbatches": count_microbatches(self.accelerator)}
+        settings = asdict(self.arguments) | state
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def _is_sharded(self):

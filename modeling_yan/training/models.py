@@ -14,12 +14,13 @@ from transformers.utils import (
     cached_file,
 )
 
-from ..baselines import INPUTS, make_baseline
+from ..baselines import make_baseline
 from ..configuration_yan import YanConfig
 from ..modeling_yan import YanForAutoencoding, YanForFlowGeneration
+from .stages import find_stage
 from .vocabulary import ROLES, count_ids, fit_to_tokenizer
 
-STAGES = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
+MODELS = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -43,9 +44,10 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
             raise ValueError(f"the tokenizer has no {role}: call prepare_tokenizer first")
     special = {role: getattr(tokenizer, role) for role in ROLES}
     config = load_config(name, config_overrides)
-    if stage in INPUTS or not has_weights(name):
+    is_baseline = find_stage(stage).is_baseline
+    if is_baseline or not has_weights(name):
         config.update({"vocab_size": count_ids(tokenizer), **special})
-        return _make_baseline(stage, name, config) if stage in INPUTS else STAGES[stage](config)
+        return _make_baseline(stage, name, config) if is_baseline else MODELS[stage](config)
     differing = {role: value for role, value in special.items() if getattr(config, role) != value}
     if (count_ids(tokenizer) > config.vocab_size or differing) and not resize_embeddings:
         raise ValueError(
@@ -53,7 +55,7 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
             f"vocab_size={config.vocab_size} and { {role: getattr(config, role) for role in special} }; "
             "give the checkpoint's own tokenizer, or --resize_embeddings True to train it for another one"
         )
-    model = STAGES[stage].from_pretrained(name, config=config)
+    model = MODELS[stage].from_pretrained(name, config=config)
     fit_to_tokenizer(model, tokenizer)
     if stage == "flow" and model.generation_config.max_new_tokens == load_config(name).canvas_length:
         model.generation_config.max_new_tokens = config.canvas_length  # one canvas, however long it is now

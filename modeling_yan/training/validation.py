@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 
-from ..baselines import INPUTS, write_targets
+from ..baselines import write_targets
+from ..checks_yan import IGNORE_INDEX
+from .stages import STAGES
 
 CELL_WIDTH = 60  # characters of a text in the printed table
 
@@ -46,8 +48,9 @@ def _cell(text: str) -> str:
 class Validation:
     """The same held-out batches at every call, and the first rows of each task written out."""
 
-    def __init__(self, arguments, mixture, tokenizer):
-        self.arguments, self.mixture, self.tokenizer = arguments, mixture, tokenizer
+    def __init__(self, arguments, sampler, tokenizer):
+        self.arguments, self.sampler, self.tokenizer = arguments, sampler, tokenizer
+        self.stage = STAGES[arguments.stage]
 
     @torch.no_grad()
     def run(self, model, accelerator) -> tuple[dict[str, float], Samples]:
@@ -60,12 +63,12 @@ class Validation:
         torch.manual_seed(self.arguments.seed)  # an update seeds itself
         line, samples = {}, Samples()
         is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        for task in self.mixture.weights:
+        for task in self.sampler.weights:
             rng, scores = random.Random(f"validation {self.arguments.seed}"), []
             for index in range(self.arguments.validation_batches):
                 batch = {
                     name: value.to(accelerator.device) if torch.is_tensor(value) else value
-                    for name, value in self.mixture.batch(task, rng).items()
+                    for name, value in self.sampler.batch(task, rng).items()
                 }
                 loss, predictions = self._predict(model, accelerator.unwrap_model(model), batch, is_sharded)
                 scores.append(_scores(loss, predictions, batch["labels"]))
@@ -78,13 +81,12 @@ class Validation:
 
     def _predict(self, model, unwrapped, batch, is_sharded):
         """Loss, and the token ids (B, L) that are held against the labels."""
-        stage = self.arguments.stage
-        if stage not in INPUTS:
+        if not self.stage.is_baseline:
             outputs = model(**batch)
-            if stage == "flow" and not is_sharded:  # sharded weights are whole inside of forward alone
+            if self.stage.has_flow and not is_sharded:  # sharded weights are whole inside of forward alone
                 return outputs.loss, unwrapped.most_likely(outputs.logits, outputs.latents)
             return outputs.loss, outputs.logits.argmax(-1)
-        loss = model(**INPUTS[stage](batch, self.tokenizer.pad_token_id)).loss
+        loss = model(**self.stage.inputs(batch, self.tokenizer.pad_token_id)).loss
         return loss, write_targets(unwrapped, batch)
 
     def _samples(self, task, model, batch, predictions):
@@ -93,12 +95,12 @@ class Validation:
         labels, sources = batch["labels"], batch["input_ids"]
         if count == 0:
             return []
-        if self.arguments.stage == "flow":
+        if self.stage.has_flow:
             canvas_length = batch["canvas_length"]
             settings = {"max_new_tokens": canvas_length, "canvas_length": canvas_length, "return_prompt": False}
             predictions = model.generate(sources, attention_mask=batch["attention_mask"], do_sample=False, **settings)
         else:
-            predictions = torch.where(labels == -100, labels, predictions[:count])
+            predictions = torch.where(labels == IGNORE_INDEX, labels, predictions[:count])
         texts = zip(sources, labels, predictions, strict=True)
         return [Sample(task, self._text(source, True), self._text(y), self._text(y_hat)) for source, y, y_hat in texts]
 
@@ -109,7 +111,7 @@ class Validation:
 
 
 def _scores(loss, predictions, labels) -> list[float]:
-    is_target = labels != -100
+    is_target = labels != IGNORE_INDEX
     is_right = predictions == labels
     tokens = is_right[is_target].float().mean()
     return [float(loss), float(tokens), float((is_right | ~is_target).all(1).float().mean())]

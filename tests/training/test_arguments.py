@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_yan.training import PretrainingArguments, parse_arguments, words_with_recipe
+from modeling_yan.training import PretrainingArguments, expand_recipe, parse_arguments
 
 READY = sorted((Path(__file__).parents[2] / "configuration" / "recipes").glob("*.yaml"))
 REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_dir", "o"]
@@ -61,7 +61,7 @@ class TestRecipes:
         for switch in ("--fast", "--slow"):
             parser.add_argument(switch, action="store_true")
         path = recipe("steps: [1, 2]\nrate: 1e-3\nfast: true\nslow: false\n")
-        options = parser.parse_args(words_with_recipe(parser, ["x", "--recipe", path, "--steps", "3"]))
+        options = parser.parse_args(expand_recipe(parser, ["x", "--recipe", path, "--steps", "3"]))
         expected = {"name": "x", "steps": [3], "rate": 1e-3, "fast": True, "slow": False}
         assert vars(options) == {**expected, "recipe": path}
 

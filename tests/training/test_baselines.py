@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from modeling_yan import YanConfig
-from modeling_yan.baselines import INPUTS
+from modeling_yan.baselines import INPUT_ADAPTERS
 from modeling_yan.data import read_rows
 from modeling_yan.training import pretrain, pretrain_with_best_rate
-from modeling_yan.training.loop import make_mixture
+from modeling_yan.training.loop import make_sampler
 
 
 @pytest.fixture
@@ -33,17 +33,17 @@ def load(stage, folder):
     return auto.from_pretrained(folder).eval()
 
 
-@pytest.mark.parametrize("stage", INPUTS)
+@pytest.mark.parametrize("stage", INPUT_ADAPTERS)
 def test_all_models_get_the_same_rows_in_the_same_order(stage, of_pairs, data):
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     rows, config = read_rows(data / "pairs.jsonl"), YanConfig.from_pretrained(of_pairs().config)
-    flow, other = (make_mixture(of_pairs(stage=name), rows, tokenizer, config) for name in ("flow", stage))
+    flow, other = (make_sampler(of_pairs(stage=name), rows, tokenizer, config) for name in ("flow", stage))
     for batch, expected in zip(other, flow, strict=True):
         assert batch.keys() == expected.keys()
         assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])) for name in batch)
 
 
-@pytest.mark.parametrize("stage", INPUTS)
+@pytest.mark.parametrize("stage", INPUT_ADAPTERS)
 def test_a_baseline_is_trained_validated_saved_and_resumed_bit_for_bit(stage, of_pairs, runs, fresh, tmp_path):
     whole = of_pairs(stage=stage, output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2)
     pretrain(whole)
@@ -60,7 +60,7 @@ def test_a_baseline_is_trained_validated_saved_and_resumed_bit_for_bit(stage, of
     load(stage, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", INPUTS)
+@pytest.mark.parametrize("stage", INPUT_ADAPTERS)
 def test_a_baseline_learns_its_rows(stage, of_pairs, runs):
     settings = {"max_steps": 40, "save_steps": 40, "per_device_train_batch_size": 10, "learning_rate": 1e-2}
     pretrain(of_pairs(stage=stage, logging_steps=10, **settings))

@@ -44,7 +44,7 @@ def test_two_processes_have_the_loss_curve_of_one(arguments, runs, stage, launch
     double = replace(single, gradient_accumulation_steps=2, output_dir=str(tmp_path / "double"))
     runs.command(*LAUNCHERS[launcher].split(), SCRIPT, *command_line(double), home=tmp_path)
     settings = json.loads((tmp_path / "double" / "training_arguments.json").read_text())
-    assert settings["num_places"] == 4, "two processes with two accumulation steps each"
+    assert settings["num_microbatches"] == 4, "two processes with two accumulation steps each"
     curves = [[line["loss"] for line in runs.log(run.output_dir) if "loss" in line] for run in (single, double)]
     assert curves[1] == pytest.approx(curves[0], abs=TOLERANCE)
     weights = runs.weights(double.output_dir)

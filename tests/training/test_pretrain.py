@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, pipeline
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.data.rows import read_rows, write_rows
 from modeling_yan.training import pretrain
-from modeling_yan.training.loop import count_targets, make_mixture
+from modeling_yan.training.loop import count_targets, make_sampler
 from modeling_yan.training.models import load_model
 from modeling_yan.training.optimization import make_optimizer
 
@@ -120,7 +120,7 @@ class TestLearning:
         model = load_model(stage, settings.config, tokenizer).train()
         optimizer, _ = make_optimizer(settings, model)
         rows = read_rows(settings.train_file[0])
-        mixtures = [make_mixture(settings, rows, tokenizer, model.config, place, 3) for place in range(3)]
+        mixtures = [make_sampler(settings, rows, tokenizer, model.config, place, 3) for place in range(3)]
         steps = {"num_flow_steps": random.Random("0 steps 0").randint(1, 4)} if stage == "flow" else {}
         losses, counts = [], []
         for place, mixture in enumerate(mixtures):

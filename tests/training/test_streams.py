@@ -1,4 +1,4 @@
-"""TaskMixture at scale: buckets of like length, streams, Arrow data sets, and rows that are skipped."""
+"""TaskSampler at scale: buckets of like length, streams, Arrow data sets, and rows that are skipped."""
 
 import pickle
 import random
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from modeling_yan import YanConfig
 from modeling_yan.data import train_tokenizer
 from modeling_yan.training import mixture as mixture_module
-from modeling_yan.training.mixture import TaskMixture
+from modeling_yan.training.sampler import TaskSampler
 from modeling_yan.training.streams import TaskSchedule, kind_of
 
 WORDS = "cat dog hat mat sun man run sat ran big red old new see way day".split()
@@ -42,7 +42,7 @@ def make_mixture(tokenizer):
     config = YanConfig(vocab_size=len(tokenizer), canvas_length=40, max_position_embeddings=64)
     defaults = {"rows": make_pairs(60), "stage": "flow", "batch_size": 4, "length": 48, "seed": 0}
     defaults["shuffle_buffer"] = BUFFER
-    return lambda **overrides: TaskMixture(tokenizer=tokenizer, config=config, **{**defaults, **overrides})
+    return lambda **overrides: TaskSampler(tokenizer=tokenizer, config=config, **{**defaults, **overrides})
 
 
 def stream_of(rows, pulled=None, num_shards=1):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.baselines import INPUTS, make_baseline
+from modeling_yan.baselines import INPUT_ADAPTERS, make_baseline
 from modeling_yan.training.throughput import baseline_flops, measure_peak, training_flops
 
 # wide enough that what grows with the width outweighs the rest
@@ -71,11 +71,11 @@ def test_autoencoder(make_model):
     assert training_flops(model, 8, 32) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", INPUT_ADAPTERS)
 def test_baselines(make_config, kind):
     model = make_baseline(kind, make_config(**SIZES, attention_conv_kernel=9)).train()
     ids, labels = torch.randint(4, 500, (8, 32)), torch.randint(4, 500, (8, 16))
-    inputs = INPUTS[kind]({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, 0)
+    inputs = INPUT_ADAPTERS[kind]({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, 0)
     shape = (48, 0) if kind.startswith("decoder") else (32, 16)
     # the scores of attention are left out
     assert baseline_flops(model, 8, *shape) == pytest.approx(counted(model, **inputs), rel=0.15)

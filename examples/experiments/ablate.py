@@ -1,6 +1,6 @@
 """Train several YANs that differ in one thing, and evaluate them side by side.
 
-    python examples/experiments/arms.py configuration/recipes/experiments/experts.yaml \
+    python examples/experiments/ablate.py configuration/recipes/experiments/experts.yaml \
         --tokenizer TOKENIZER --train_file pairs.jsonl.gz --validation_file held-out.jsonl.gz --output_dir experts
 
 A recipe has `config`, a preset; `autoencoder` and `flow`, settings of the two stages; and `arms`, from a name to the

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..baselines import INPUTS
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
 from ..data.collators import encode_rows
+from .stages import find_stage
 from .streams import PAIRS, TEXT, DrawnRows, Row, Rows, TaskSchedule, cut, split_kinds
 
 CANVAS_MULTIPLE = 8
@@ -24,7 +24,7 @@ MAX_TRIES = 1000
 Batch = dict[str, Any]
 
 
-class TaskMixture(Dataset):
+class TaskSampler(Dataset):
     """Batches of the tasks that the rows and the stage allow, each task with its weight.
 
     Rows with source and target are the task "pairs". Rows with text are the task "text" in the autoencoder stage, and
@@ -73,14 +73,12 @@ class TaskMixture(Dataset):
         shuffle_buffer: int = 10_000,
         origin: str = "the rows",
     ):
-        if stage not in STAGE_TASKS:
-            raise ValueError(f"stage={stage!r}: must be one of {', '.join(STAGE_TASKS)}")
         _check_sizes(batch_size=batch_size, bucket_batches=bucket_batches, shuffle_buffer=shuffle_buffer)
-        self.tokenizer, self.config, self.stage = tokenizer, config, stage
+        self.tokenizer, self.config, self.stage = tokenizer, config, find_stage(stage)
         self.batch_size, self.length, self.seed, self.process_index = batch_size, length, seed, process_index
         self.max_words, self.bucket_batches, self.num_skipped = max_words, bucket_batches, 0
         kinds = split_kinds(rows, process_index, num_processes, shuffle_buffer)
-        self._rows = {task: kinds[kind] for kind in kinds for task in STAGE_TASKS[stage][kind]}
+        self._rows = {task: kinds[kind] for kind in kinds for task in self.stage.tasks(kind)}
         self.weights = _check_weights(weights, list(self._rows), f"{origin} and stage={stage!r}")
         self._schedule = TaskSchedule(self.weights, seed)
         self._groups = {
@@ -175,26 +173,20 @@ class TaskMixture(Dataset):
 
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
-        if self.stage == "autoencoder":
+        if self.stage.corrupts:
             options = {name: getattr(config.objective, name) for name in ("mask_ratio", "max_span_len")}
             longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
             return AutoencoderCollator(self.tokenizer, longest, num_answer_slots=config.num_answer_slots, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:
-        if self.stage == "autoencoder":
+        if self.stage.corrupts:
             return self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60)))
         batch = self._collator(rows)
         batch["canvas_length"] = width = batch["labels"].shape[1]
         if rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
         return batch
-
-
-STAGE_TASKS = {
-    "autoencoder": {PAIRS: [PAIRS], TEXT: [TEXT]},
-    **{stage: {PAIRS: [PAIRS], TEXT: list(TEXT_TASKS)} for stage in ("flow", *INPUTS)},
-}
 
 
 def _is_usable_pair(row: Row) -> bool:

@@ -1,6 +1,6 @@
 """One table of models that were evaluated apart, on the same rows, with paired tests.
 
-    python examples/experiments/join.py results/yan results/decoder --baseline results/decoder \\
+    python examples/experiments/merge_reports.py results/yan results/decoder --baseline results/decoder \\
         --data held-out.jsonl.gz --output results/table
 
 The folders are those that evaluate_task.py or compare.py wrote; table.json and table.md go into the output folder.

@@ -1,4 +1,4 @@
-"""TaskMixture: batch number i is a pure function of seed, i and process; tasks come as often as their weights say."""
+"""TaskSampler: batch number i is a pure function of seed, i and process; tasks come as often as their weights say."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import torch
 
 from modeling_yan import YanConfig
 from modeling_yan.data import TEXT_TASKS, train_tokenizer
-from modeling_yan.training.mixture import TaskMixture
+from modeling_yan.training.sampler import TaskSampler
 
 TEXTS = [
     {"text": "The cat sat on the mat. Then it ran to the garden. Nobody saw it again."},
@@ -27,7 +27,7 @@ def make_mixture(tokenizer):
     """Function from overrides to a mixture of all rows, for the flow stage."""
     config = YanConfig(vocab_size=len(tokenizer), canvas_length=40, max_position_embeddings=48)
     defaults = {"rows": TEXTS + PAIRS, "stage": "flow", "batch_size": 4, "length": 200, "seed": 0}
-    return lambda **overrides: TaskMixture(tokenizer=tokenizer, config=config, **{**defaults, **overrides})
+    return lambda **overrides: TaskSampler(tokenizer=tokenizer, config=config, **{**defaults, **overrides})
 
 
 def same(first, second) -> bool:
