@@ -1,12 +1,13 @@
 """What `generate` does while it writes: streamers get drafts and tokens, and criteria stop it."""
 
+import asyncio
 import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
-from transformers import StoppingCriteria, TextStreamer
+from transformers import AsyncTextIteratorStreamer, StoppingCriteria, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer, TextDiffusionStreamer
 
 from modeling_yan import YanForFlowGeneration, canvas_yan
@@ -152,6 +153,24 @@ class TestStreamer:
         assert drafts.count(DRAFT) == (3 if streamer_class is TextDiffusionStreamer else 0)
         new_text = tokenizer.decode(output[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
         assert printed.removeprefix(drafts).removeprefix(CLEAR).strip() == new_text.strip() != ""
+
+    @pytest.mark.parametrize("streamer_class", [TextIteratorStreamer, AsyncTextIteratorStreamer])
+    def test_transformers_iterators_give_the_text(self, make_lively_model, tokenizer, streamer_class):
+        model, prompt = make_lively_model(vocab_size=len(tokenizer)), tokenizer("The cat", return_tensors="pt")
+
+        async def collect():
+            streamer = streamer_class(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+            call = asyncio.to_thread(model.generate, **prompt, streamer=streamer, max_new_tokens=20)
+            if streamer_class is AsyncTextIteratorStreamer:
+                task = asyncio.create_task(call)
+                return "".join([piece async for piece in streamer]), await task
+            output = await call
+            return "".join(streamer), output
+
+        text, output = asyncio.run(collect())
+        new = output[0, prompt.input_ids.shape[1] :]
+        assert len(new) == 20  # of three canvases
+        assert text == tokenizer.decode(new, skip_special_tokens=True) != ""
 
 
 class StopBehind(StoppingCriteria):
