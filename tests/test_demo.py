@@ -161,12 +161,13 @@ def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(spac
     assert [url for url in asked if not url.startswith((space, "data:", "blob:"))] == []
 
 
-def test_the_command_serves_its_models_where_it_is_told(monkeypatch):
+def test_the_command_serves_its_models_where_it_is_told(monkeypatch, capsys):
     page, launched = pytest.importorskip("modeling_yan.demo.page"), []
     monkeypatch.setattr(page, "build_demo", list)
     monkeypatch.setattr(page, "launch", lambda names, **options: launched.append((names, options)))
     assert main(["demo", bundled_models()[0], "--host", "127.0.0.2", "--port", "7861"]) == 0
     assert launched == [(["yan-transformer-tiny"], {"server_name": "127.0.0.2", "server_port": 7861})]
+    assert capsys.readouterr().err == f"yan demo: loads {bundled_models()[0]}\n"
 
 
 def test_what_the_command_lacks_is_named(monkeypatch, tmp_path, capsys):

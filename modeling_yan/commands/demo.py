@@ -1,5 +1,6 @@
 """`yan demo`: a page in the browser that writes texts and shows how they come about."""
 
+import sys
 from pathlib import Path
 
 from .loading import load_model, load_tokenizer, prepare_library
@@ -25,6 +26,7 @@ def demo(options):
     """Serve the page until Ctrl-C."""
     names = options.models or bundled_models()
     prepare_library(is_quiet=not options.debug)
+    print(f"yan demo: loads {', '.join(names)}", file=sys.stderr, flush=True)
     try:
         from ..demo.page import build_demo, launch
     except ImportError as error:
