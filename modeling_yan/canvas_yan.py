@@ -273,8 +273,8 @@ class YanCanvasMixin:
         """The experts (B, L) that are the most probable together with the text that they lead to.
 
         The gate alone does not know: of sixteen experts that are about as probable, some lead to far better texts. Of
-        one expert a token that is the gate's choice. With one for a text it is the expert whose best text, and the
-        expert itself, have the highest log-probability over the text's length to the power `length_penalty`.
+        one expert a token that is the gate's choice. With one for a text, expert and best text together have the
+        highest log-probability, divided by the text's length to the power `length_penalty`.
 
         Args:
             ends: What every expert's head predicts, (B, L, K, D). prior: A `YanExpertPrior`. plan: A `CanvasPlan`.

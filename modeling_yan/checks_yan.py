@@ -69,7 +69,7 @@ def check_mask(mask: Any, shape: tuple[int, int]):
 
 
 def check_positions(position_ids: Any, shape: tuple[int, int], config):
-    """Raise ValueError unless these are places (B, S), or (1, S) for all rows, that the model has embeddings for."""
+    """Raise ValueError unless these are positions (B, S), or (1, S) for all rows, with embeddings in the model."""
     allowed = f"a tensor {tuple(shape)} or {(1, shape[1])} of integers"
     check_tensor(position_ids, "position_ids", allowed, 2)
     if position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):

@@ -64,7 +64,7 @@ class YanTokenOutput(ModelOutput):
 
 
 def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTensor) -> YanTokenOutput:
-    """Scores of the decoded tokens, logits (B, L, V), against the labels (B, L) in their places."""
+    """Scores of the decoded tokens, logits (B, L, V), against the labels (B, L) in their positions."""
     mask = labels != IGNORE_INDEX
     log_probs = logits.detach().float().log_softmax(-1)
     return YanTokenOutput(
@@ -85,7 +85,7 @@ def refuse_cache(kwargs):
 def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_id: int | None):
     """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
 
-    A model that sees what it is to write learns to copy it. One row alone may be a pair whose target is its source: if
+    A model that sees its target learns to copy it. One row alone may be a pair whose target is its source: if
     all its tokens are labels, EOS behind them, it passes.
     """
     if input_ids is None or input_ids.shape != labels.shape or torch.compiler.is_compiling():

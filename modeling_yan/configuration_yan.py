@@ -1,4 +1,4 @@
-"""Configuration of YAN, a language model that writes a whole text in a few flow-matching steps (arXiv 2604.15009)."""
+"""Configuration of YAN, a language model that generates a whole text in a few steps of flow matching."""
 
 import math
 import sys
@@ -79,16 +79,16 @@ class YanConfig(PreTrainedConfig):
         num_experts: Number K of velocity experts; at least 1, 4. K = 1 is ordinary flow matching (section 3).
         share_expert_head: Whether all experts are one head of `moe_intermediate_size` that a learned embedding of the
             expert conditions. K experts then cost as much as one, in parameters and in the time of a text; False.
-        expert_scope: Whether every `"token"`, the default, has an expert of its own, as in the paper, or a
-            `"sequence"` has one for all its tokens, which then agree on one of several possible texts. In a `"chain"`
-            each token's expert depends on the expert of the token before it: a hidden Markov model with K^L paths.
+        expert_scope: What has an expert of its own: every `"token"`, the default and as in the paper; or a
+            `"sequence"`, whose tokens then agree on one of several possible texts. In a `"chain"` each token's expert
+            depends on the expert of the token before it: a hidden Markov model with K^L paths.
         gate_temperature: The gate's logits are divided by it (section 3); above 0, 1.0.
         gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`; at least
             1, 64.
         init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, 1.0.
         num_answer_slots: Mask tokens that the model puts before every prompt by itself. The encoder's latents in their
-            positions are a first draft of the answer, which can be decoded without a flow if there are
-            `canvas_length` of them; below `max_position_embeddings`, 0.
+            positions are a first draft of the answer. With `canvas_length` of them it can be decoded without a flow;
+            below `max_position_embeddings`, 0.
         canvas_length: Tokens L generated at once. A target that ends earlier is filled with EOS up to here; at most
             `max_position_embeddings`, 128.
         num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots
@@ -97,8 +97,8 @@ class YanConfig(PreTrainedConfig):
             the default, to decode every token by itself.
         crf_candidates: Likeliest tokens of each position that take part in the chain; at least 1, 16.
         train_expert_choice: Which distribution the model is. It decides the loss, and how texts are drawn and compared
-            in generation. The solver of the training objective picks an expert as a `"sample"` from the gate, the
-            default and as in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's
+            in generation. The solver of the objective picks an expert as a `"sample"` from the gate, the default
+            and as in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's
             tokens, summed over all experts (`text_loss`), and goes on with experts drawn from their posterior: the
             experts share the possible targets out among them. A model with `expert_scope="chain"` needs it. The
             velocity's likelihood and the gate's own losses (`nll_weight`, `gate_entropy_weight`,

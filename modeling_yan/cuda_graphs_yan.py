@@ -17,7 +17,7 @@ MAX_RECORDINGS = 32  # of a model; then the one that has not been asked for the 
 class ModelFingerprint:
     """The modules, weights and hooks that a model has, and whether they are still the same.
 
-    A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does, but
+    A recording reads the weights where they were. It follows whatever changes them in place, as an optimizer does. It
     knows nothing of hooks, of modules in another mode, or of weights that were replaced or moved. The memory of the
     weights as they were is kept until a comparison has found that out.
     """

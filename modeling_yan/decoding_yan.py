@@ -1,9 +1,9 @@
 """From logits to token ids: every token by itself or all of them as a chain, and nothing but EOS behind the end.
 
 A text generated at once mixes what it may say: each token is the likeliest in its own position, and two names become
-one that is none. A linear-chain conditional random field over the decoder's logits, with scores of low rank for pairs
-of neighbours, chooses all tokens together (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends on the
-latent of the first of the two. Only the likeliest candidates of a position have such scores.
+one that is none. A linear-chain conditional random field (CRF) chooses all tokens together. It adds scores of low rank
+for pairs of neighbours to the decoder's logits (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends
+on the latent of the first of the two. Only the likeliest candidates of a position have such scores.
 
 Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
 """

@@ -35,7 +35,7 @@ class YanGate(nn.Module):
 
 
 class YanGateTransitions(nn.Module):
-    """How well the experts of neighbouring tokens go together, from what each of them would write."""
+    """How well the experts of neighbouring tokens go together, from the text that each of them would lead to."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,7 +126,7 @@ class YanExpertPrior:
         raise ValueError(f"expert_choice={choice!r}: must be argmax, sample or mixture with expert_scope='chain'")
 
     def best_chain(self, tokens, fill=None, length_penalty: float = 1.0) -> torch.LongTensor:
-        """The experts (B, L) of a chain that are the most probable together with what they write.
+        """The experts (B, L) of a chain that are the most probable together with the text that they lead to.
 
         Args:
             tokens: Log-probability (B, L, K) of each expert's best token. fill: The same of its best EOS, if there is
@@ -158,8 +158,8 @@ class YanExpertChoice:
     Args:
         name: "argmax", "sample", "mixture" or "ranked", of the gate. uniform, ranks: As in `choose_experts`.
         temperature: At which they are drawn.
-        judge: Instead of the gate's choice, a function of what every expert predicts (B, L, K, D) and of the
-            `YanExpertPrior` to the experts (B, L).
+        judge: A function that chooses in the gate's place: from what every expert predicts (B, L, K, D) and from
+            their `YanExpertPrior`, to the experts (B, L).
     """
 
     name: str = "argmax"
@@ -231,8 +231,8 @@ grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 def static_grouped_linear(tokens, sizes, weights, biases) -> torch.Tensor:
     """The same for CUDA graphs, in which no size may depend on the data: every token meets all K layers."""
-    place = torch.arange(tokens.shape[0], device=tokens.device)
-    expert = torch.searchsorted(sizes.cumsum(0), place, right=True)
+    position = torch.arange(tokens.shape[0], device=tokens.device)
+    expert = torch.searchsorted(sizes.cumsum(0), position, right=True)
     products = torch.stack([F.linear(tokens, *layer) for layer in zip(weights, biases, strict=True)])
     index = expert.view(1, -1, 1).expand(1, -1, products.shape[-1])
     return products.gather(0, index).squeeze(0)
@@ -265,11 +265,11 @@ class YanTokenGroups:
 
     Args:
         order: Flat indices (B L,) of the tokens, those of the first expert first.
-        place: Each token's place (B L,) in that order. sizes: Number of tokens (K,) of each expert.
+        position: Each token's position (B L,) in that order. sizes: Number of tokens (K,) of each expert.
     """
 
     order: torch.Tensor
-    place: torch.Tensor
+    position: torch.Tensor
     sizes: torch.Tensor
 
 
@@ -304,12 +304,12 @@ class YanExperts(nn.Module):
         if len(self.heads) == 1:
             return None
         chosen = chosen.flatten()
-        # sorted by counting: a token's place is the number of those of earlier experts, and of earlier ones of its own
+        # sorted by counting: a token's position is the number of those of earlier experts and earlier ones of its own
         counts = (torch.arange(len(self.heads), device=chosen.device).unsqueeze(-1) == chosen).cumsum(1)
         sizes = counts[:, -1]
-        place = (counts + (sizes.cumsum(0) - sizes).unsqueeze(-1)).gather(0, chosen.unsqueeze(0)).squeeze(0) - 1
-        order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
-        return YanTokenGroups(order, place, sizes)
+        position = (counts + (sizes.cumsum(0) - sizes).unsqueeze(-1)).gather(0, chosen.unsqueeze(0)).squeeze(0) - 1
+        order = torch.empty_like(position).scatter_(0, position, torch.arange(len(position), device=position.device))
+        return YanTokenGroups(order, position, sizes)
 
     def combine(self, states, groups: YanTokenGroups | torch.Tensor | None):
         """Output (B, L, D) of each token's own expert.
@@ -339,7 +339,7 @@ class YanExperts(nn.Module):
             product = static_grouped_linear if is_recordable else grouped_linear
             hidden = self.heads[0].act_fn(product(tokens, groups.sizes, *weights[:2]))
             outputs = product(hidden, groups.sizes, *weights[2:])
-        return select_rows(outputs, groups.place).view_as(states).to(states.dtype)  # autocast narrows heads
+        return select_rows(outputs, groups.position).view_as(states).to(states.dtype)  # autocast narrows heads
 
     def _weights(self):
         """Weights and biases of the heads' first layers and of their second; None if a layer is more than these."""

@@ -33,9 +33,9 @@ class YanFillingMixin:
     def fill(
         self, tokenizer, text: str, max_gap_tokens: int = MAX_GAP_TOKENS, num_flow_steps: int | None = None
     ) -> YanFilling:
-        """Put words in the place of every mask token of a text.
+        """Put words where the mask tokens of a text are.
 
-        A gap may need more than one token. So candidates with 1 to `max_gap_tokens` masks in a gap are written, all
+        A gap may need more than one token. So candidates with 1 to `max_gap_tokens` masks in a gap are generated, all
         of them as one batch. The one is taken whose gaps are the most probable in the mean over their tokens; the
         text around them counts a tenth. With several gaps they are widened in turn. The result is the same for the
         same text.
@@ -113,5 +113,5 @@ def _with_gaps(parts: list[str], widths: tuple[int, ...], mask_token: str) -> st
 def _log_prob_of_end(log_probs, length, eos_token_id):
     """Log-probability of EOS behind each text, 0 where the canvas ends there."""
     is_inside = length < log_probs.shape[1]
-    place = length.clamp(max=log_probs.shape[1] - 1).unsqueeze(1)
-    return log_probs[..., eos_token_id].gather(1, place).squeeze(1) * is_inside
+    position = length.clamp(max=log_probs.shape[1] - 1).unsqueeze(1)
+    return log_probs[..., eos_token_id].gather(1, position).squeeze(1) * is_inside

@@ -27,9 +27,9 @@ def hashed_uniform(
 ) -> torch.Tensor:
     """Uniform numbers in (0, 1), float32, that are a pure function of the seed and of each element's index.
 
-    An element depends neither on the shape around it nor on device or library version, so a row's noise is the same
-    in every batch. Each axis is folded in by one round of a 32-bit integer hash. `rows`, integers in the place of the
-    first axis' indices, make it a function of what they stand for, wherever in the batch that is.
+    An element depends neither on the shape around it nor on device or library version: a row's noise is the same in
+    every batch. Each axis is folded in by one round of a 32-bit integer hash. Integers `rows`, instead of the first
+    axis' indices, make it a function of what they stand for, wherever in the batch that is.
     """
     compute = _hash_operator if use_custom_ops() else _hash_indices
     return compute(seed, list(shape), device, rows)
@@ -46,9 +46,9 @@ def _hash_indices(
     return ((state >> 9).float() + 0.5) / 2**23
 
 
-def hash_tokens(ids: torch.LongTensor, places: torch.LongTensor, is_valid: torch.Tensor) -> torch.LongTensor:
-    """A 32-bit number (B,) for the valid ones of the token ids (B, L) at their places (B or 1, L) of a text."""
-    numbers = _hash32((places.long() * 0x9E3779B1 + ids) & 0xFFFFFFFF)
+def hash_tokens(ids: torch.LongTensor, positions: torch.LongTensor, is_valid: torch.Tensor) -> torch.LongTensor:
+    """A 32-bit number (B,) for the valid ones of the token ids (B, L) at their positions (B or 1, L) of a text."""
+    numbers = _hash32((positions.long() * 0x9E3779B1 + ids) & 0xFFFFFFFF)
     return numbers.masked_fill(~is_valid, 0).sum(1) & 0xFFFFFFFF
 
 

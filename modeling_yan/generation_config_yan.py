@@ -42,7 +42,7 @@ HONOURED_OPTIONS = (
     *("do_sample", "temperature", "num_return_sequences", "length_penalty", "return_dict_in_generate"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "compile_config", "disable_compile"),
 )
-NOT_OF_THE_TEXT = ("use_cache", "transformers_version")  # set everywhere, and of no influence on what is written
+NOT_OF_THE_TEXT = ("use_cache", "transformers_version")  # set everywhere, and of no influence on what is generated
 # what stock generate takes besides the fields of its config
 STOCK_ARGUMENTS = (
     *("logits_processor", "prefix_allowed_tokens_fn", "assistant_model", "assistant_tokenizer", "custom_generate"),
@@ -67,20 +67,20 @@ class YanGenerationConfig(GenerationConfig):
     `use_cache` changes nothing. All other options raise an error in `generate`.
 
     Args:
-        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 reads off the encoder's draft in its
+        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 decodes the encoder's draft in its
             answer slots (`num_answer_slots`), one pass without a flow.
         solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
         expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
-            "ranked", the most probable one for the first of `num_return_sequences`, the next for the second and so on,
-            which writes different texts without `do_sample` (their number is then a keyword of `generate`: a config
-            has to be one of transformers', too). If None "argmax", but with `do_sample` "sample" for a model with
+            "ranked". That is the most probable one for the first of `num_return_sequences`, the next for the second
+            and so on: different texts without `do_sample`. Their number is then a keyword of `generate`, because a
+            config has to be one of transformers', too. If None "argmax"; with `do_sample` "sample" for a model with
             `train_expert_choice="posterior"`.
-        canvas_length: Tokens written at once; the model's if None.
-        eos_strategy: Where a text ends: "likeliest" takes the length for which the tokens and the EOS in all places
-            behind them are the most probable together, "first" the first EOS among tokens that are chosen without
-            regard to it; "likeliest" if None.
-        crf_decoding: Of a model with `crf_rank`: whether a canvas is read off as the best chain of tokens,
-            and not every token by itself; True if None.
+        canvas_length: Tokens generated at once; the model's if None.
+        eos_strategy: Where a text ends; "likeliest" if None. It takes the length for which the tokens and the EOS in
+            all positions behind them are the most probable together. "first" takes the first EOS among tokens that
+            are chosen without regard to it.
+        crf_decoding: Of a model with `crf_rank`: whether a canvas is decoded as the best chain of tokens, and not
+            every token by itself; True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
@@ -93,8 +93,15 @@ class YanGenerationConfig(GenerationConfig):
         temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
             and of the chain of tokens. At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
-            `do_sample`: of the best texts of all lengths the one is written whose log-probability, divided by its
-            length to this power, is the highest; 1 if None.
+            `do_sample`: of the best texts of all lengths the one is taken whose log-probability, divided by its length
+            to this power, is the highest; 1 if None.
+
+    Example:
+
+        >>> from modeling_yan import YanGenerationConfig
+        >>> options = YanGenerationConfig(num_flow_steps=2, max_new_tokens=16)
+        >>> options.num_flow_steps, options.solver  # what is left open is up to the model
+        (2, None)
     """
 
     def __init__(self, **kwargs):
@@ -188,8 +195,8 @@ class YanOptionsMixin:
     def _options_of_call(self, generation_config, kwargs):
         """Options, who asked for what (as `length_limits` wants it), and the prompt among the keywords.
 
-        A call that asks for what the last one did gets its options without work, which would take longer than a GPU
-        takes for a solver step.
+        A call that asks for what the last one did gets its options without work: it would take longer than a solver
+        step of a GPU.
         """
         prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
         if not kwargs.keys().isdisjoint(RENAMED):

@@ -1,4 +1,4 @@
-"""Text generation with YAN: canvases of tokens, each written at once by a few solver steps (arXiv 2604.15009).
+"""Text generation with YAN: canvases of tokens, each generated at once by a few solver steps (arXiv 2604.15009).
 
 Letters of the shape comments: B prompts, R sequences per prompt, S prompt length, L canvas length, D hidden size,
 K experts, N solver steps.
@@ -47,6 +47,16 @@ class YanGenerationOutput(ModelOutput):
         num_trunk_passes: Passes through the flow's trunk in this call: N a canvas with "euler".
         trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
         experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanForFlowGeneration
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+        >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes)).eval()
+        >>> output = model.generate(torch.tensor([[5, 6, 7]]), num_flow_steps=2, return_dict_in_generate=True)
+        >>> output.num_trunk_passes, output.trajectory[0].shape
+        (2, torch.Size([1, 3, 8, 32]))
     """
 
     sequences: torch.LongTensor
@@ -76,8 +86,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
     ) -> torch.LongTensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
 
-        Every canvas of `canvas_length` tokens is written at once in `num_flow_steps` steps. Tokens up to the EOS
-        are kept; without one the next canvas follows, conditioned on the prompt and the canvases before it (on their
+        Every canvas of `canvas_length` tokens is generated at once in `num_flow_steps` steps. Tokens up to the EOS
+        are kept. Without one the next canvas follows, conditioned on the prompt and the canvases before it (on their
         last `max_prompt_length` tokens), until `max_new_tokens` is reached. With `do_sample=False` the result
         for a prompt does not depend on the rest of the batch or on the side of its padding.
 
@@ -87,8 +97,8 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             streamer: Gets the prompt, then each canvas; if it has `put_draft`, also the draft (B R, L) after every
                 solver step.
             generator: Draws the seed, if `seed` is None and `do_sample` is set.
-            stopping_criteria: Asked about the prompt and the new tokens up to each one, in order, as if they had been
-                written one by one, with None for the scores; what follows the token where one says stop is padding.
+            stopping_criteria: Asked about the prompt and the new tokens up to each one, as if they came one by one;
+                scores are None. What follows the token where one says stop is padding.
             tokenizer: The model's, for `stop_strings`, which end a text like a criterion; not asked without them.
             kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
 
@@ -98,7 +108,18 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
             TypeError: A generation config, streamer or generator that is none.
-            FloatingPointError: The model's numbers are not finite, so that there is no text to be read off.
+            FloatingPointError: The model's numbers are not finite, so that there is no text to decode.
+
+        Example:
+
+            >>> import torch
+            >>> from modeling_yan import YanConfig, YanForFlowGeneration
+            >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+            >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes)).eval()
+            >>> prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+            >>> tokens = model.generate(prompts, num_flow_steps=2, min_new_tokens=4, max_new_tokens=4)
+            >>> tokens.shape  # the prompts, and four new tokens for each of them
+            torch.Size([2, 7])
         """
         check_helpers(generation_config, streamer, generator)
         refuse_prompt_learning(getattr(self.prepare_inputs_for_generation, "__self__", self))  # PEFT puts its own here
@@ -244,7 +265,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         return Canvas(**self._cuda_graphs.call(self, solve, tensors, (plan, repr(compile_config))))
 
     def _check_written(self, tokens):
-        """Raise FloatingPointError for tokens of -1, which were read off numbers that are none."""
+        """Raise FloatingPointError for tokens of -1, which come from numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
             found = not_finite_weights(self) or "all weights are finite"
             raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")

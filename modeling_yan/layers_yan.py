@@ -22,7 +22,7 @@ from .mamba_yan import YanBidirectionalMamba, mask_padding
 
 SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
 WIDE_LOGIT = 0.25  # almost none: a token sees the whole text
-CROSS_LOGIT = 26.0  # sharp: a place of the canvas sees the same place of the prompt
+CROSS_LOGIT = 26.0  # sharp: a position of the canvas sees the same one of the prompt
 
 
 class YanEmbedding(nn.Embedding):
@@ -100,45 +100,45 @@ def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def places_from_start(valid: torch.Tensor) -> torch.LongTensor:
-    """Where each place (B, L) of a row goes if the valid ones are moved to the start, in order, the others behind."""
+def positions_from_start(valid: torch.Tensor) -> torch.LongTensor:
+    """Where each position (B, L) of a row goes if the valid ones move to the start, in order, the others behind."""
     valid = valid.bool()
     behind = valid.sum(1, keepdim=True) + (~valid).cumsum(1)
     return torch.where(valid, valid.cumsum(1), behind) - 1
 
 
-def select_places(states: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:
-    """The states (B, W, D) at the given places (B, W) of states (B, L, D)."""
+def select_positions(states: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """The states (B, W, D) at the given positions (B, W) of states (B, L, D)."""
     first = states.shape[1] * torch.arange(len(states), device=states.device).unsqueeze(1)
-    return select_rows(states.flatten(0, 1), first + places)
+    return select_rows(states.flatten(0, 1), first + positions)
 
 
 def with_valid_first(attention_mask: torch.Tensor, *sequences: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The mask (B, S) and sequences (B or 1, S, ...), if there, with every row's valid tokens moved to its start."""
-    places = places_from_start(attention_mask)
+    positions = positions_from_start(attention_mask)
 
     def move(sequence):
         if sequence is None:
             return None
-        sequence = sequence.expand(len(places), *sequence.shape[1:])
-        index = places.view(*places.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
+        sequence = sequence.expand(len(positions), *sequence.shape[1:])
+        index = positions.view(*positions.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
         return torch.zeros_like(sequence).scatter(1, index, sequence)
 
     return [move(sequence) for sequence in (attention_mask, *sequences)]
 
 
-def sinusoid_angles(places: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:
-    """Angles (N, F) of places (N,), with F frequencies from 1 down to almost 1 / longest_period, geometrically."""
-    exponents = torch.arange(num_frequencies, device=places.device, dtype=torch.float32) / num_frequencies
-    return places.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
+def sinusoid_angles(positions: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:
+    """Angles (N, F) of positions (N,), with F frequencies from 1 down to almost 1 / longest_period, geometrically."""
+    exponents = torch.arange(num_frequencies, device=positions.device, dtype=torch.float32) / num_frequencies
+    return positions.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
 
 
 class YanMimeticLinear(nn.Linear):
     """A linear layer whose weights start as a fixed function of their shape and a seed: two of them start equal.
 
-    As queries and keys they make a state attend first to what is like it, in token and in place. `logit` is the
-    attention logit of a state of unit variance with itself, one number for all heads or the first and the second half
-    of them. (Mimetic initialisation, arXiv 2305.09828.)
+    As queries and keys they make a state attend first to what is like it, in token and in position. `logit` is the
+    attention logit of a state of unit variance with itself: one number for all heads, or one for each half of them.
+    (Mimetic initialisation, arXiv 2305.09828.)
     """
 
     def __init__(
@@ -178,8 +178,8 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
 def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:
     """Each layer's output for the same states (B, L, D).
 
-    Where the products are joined, so are the weights in every generation, which costs less than it saves and leaves
-    them where adapters, optimizers and checkpoints look for them.
+    Where the products are joined, so are the weights, anew in every generation. That costs less than it saves, and
+    leaves them where adapters, optimizers and checkpoints look for them.
     """
     if not joins_products(layers, states):
         return [layer(states) for layer in layers]
@@ -248,7 +248,7 @@ class YanIdentityLinear(nn.Linear):
 
 
 class YanCrossAttention(YanAttention):
-    """Attention of the canvas to the prompt, which starts as a copy of it, place by place.
+    """Attention of the canvas to the prompt, which starts as a copy of it, position by position.
 
     Queries and keys see positions and start with equal weights, so that a canvas position first looks at the same
     position of the prompt; values are handed on as they are, because prompt and answer live in one latent space.

@@ -170,8 +170,8 @@ def _scan_time_major(*inputs):
 def doubling_scan(x, dt, a_matrix, b, c):
     """The same scan as log2 L rounds over all steps at once, in torch's own operators; arguments as in `_scan`.
 
-    In round r every state takes up the one 2^r steps before it. Slower than the recurrence on a CPU and of memory L
-    times the state's, but a program of few operations, which is what an exported one has to be.
+    In round r every state takes up the one 2^r steps before it. It is slower than the recurrence on a CPU and needs L
+    times the state's memory. But it is a program of few operations, as an exported one has to be.
     """
     decay = torch.exp(dt.unsqueeze(-2) * a_matrix.unsqueeze(1))
     states = b.unsqueeze(-1) * (dt * x).unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""YAN: an encoder, a mixture-of-experts flow and a decoder that together write a text at once (arXiv 2604.15009).
+"""YAN: an encoder, a mixture-of-experts flow and a decoder that together generate a text at once (arXiv 2604.15009).
 
 Letters of the shape comments: B batch, S prompt length, L canvas length, D hidden size, K experts, V vocabulary.
 """
@@ -38,8 +38,8 @@ from .layers_yan import (
     ZeroInitLinear,
     attention_mask_for,
     count_positions,
-    places_from_start,
-    select_places,
+    positions_from_start,
+    select_positions,
     with_valid_first,
 )
 from .mamba_yan import YanMamba
@@ -64,6 +64,15 @@ AUTO_MAP = {
 
 
 class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
+    """What all YAN models have in common: loading, saving, initial weights.
+
+    Example:
+
+        >>> from modeling_yan import YanModel, YanPreTrainedModel
+        >>> issubclass(YanModel, YanPreTrainedModel)
+        True
+    """
+
     config_class = YanConfig
     config: YanConfig
     base_model_prefix = "model"
@@ -113,8 +122,9 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            place = pretrained_model_name_or_path
-            raise OSError(f"{place}: the file of weights is cut off or damaged ({error})") from error
+            raise OSError(
+                f"{pretrained_model_name_or_path}: the file of weights is cut off or damaged ({error})"
+            ) from error
         if found := not_finite_weights(loaded[0] if isinstance(loaded, tuple) else loaded):
             raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
         return loaded
@@ -143,7 +153,16 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
 
 
 class YanModel(YanPreTrainedModel):
-    """Embeddings and bidirectional encoder, its own or a pretrained one: token ids to one latent vector per token."""
+    """Embeddings and bidirectional encoder, its own or a pretrained one: token ids to one latent vector per token.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanModel
+        >>> model = YanModel(YanConfig(vocab_size=100, hidden_size=32, num_attention_heads=4, num_encoder_layers=1))
+        >>> model(torch.tensor([[5, 6, 7]]), torch.ones(1, 3)).last_hidden_state.shape
+        torch.Size([1, 3, 32])
+    """
 
     _keys_to_ignore_on_load_unexpected = {r"^(flow|decoder|lm_head|transitions)\."}  # of the classes with a head
 
@@ -232,7 +251,18 @@ class YanDecoder(nn.Module):
 
 
 class YanForAutoencoding(YanPreTrainedModel):
-    """Stage one: encoder and decoder, trained to restore a text from its infilling corruption."""
+    """Stage one: encoder and decoder, trained to restore a text from its infilling corruption.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanForAutoencoding
+        >>> config = YanConfig(vocab_size=100, hidden_size=32, num_attention_heads=4, num_encoder_layers=1)
+        >>> corrupted, text = torch.tensor([[5, config.mask_token_id, 7]]), torch.tensor([[5, 6, 7]])
+        >>> output = YanForAutoencoding(config)(corrupted, torch.ones(1, 3), labels=text)
+        >>> output.logits.shape, output.loss.dim()
+        (torch.Size([1, 3, 100]), 0)
+    """
 
     _keys_to_ignore_on_load_unexpected = {r"^(flow|transitions)\."}  # of stage two
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
@@ -259,8 +289,8 @@ class YanForAutoencoding(YanPreTrainedModel):
     ) -> YanAutoencodingOutput:
         """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
 
-        Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is
-        added to the latents, so that the decoder forgives what the flow will miss. The loss is a mean over labels; of
+        Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is added
+        to the latents: the decoder learns to forgive what the flow will miss. The loss is a mean over labels; of
         a batch that is a part of one of `num_items_in_batch` labels it is the share in that one's.
 
         Raises:
@@ -307,7 +337,20 @@ class YanForFlowGeneration(
     YanFillingMixin,
     YanGenerationMixin,
 ):
-    """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it."""
+    """Stage two: encoder, mixture-of-experts flow and decoder; trains the flow and generates text with it.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanForFlowGeneration
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+        >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes))
+        >>> prompt, target = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])
+        >>> model(prompt, torch.ones(1, 3), labels=target).loss.dim()  # the objective
+        0
+        >>> model.eval().generate(prompt, min_new_tokens=8, max_new_tokens=8).shape
+        torch.Size([1, 11])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
 
@@ -387,8 +430,8 @@ class YanForFlowGeneration(
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
-        In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target, and
-        the loss of a batch is the mean of those that its rows have alone.
+        In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target. The
+        loss of a batch is the mean of those that its rows have alone.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`; its padding may be
@@ -397,7 +440,7 @@ class YanForFlowGeneration(
                 start of the canvas and followed by EOS up to its end, and the fill is trained on.
             canvas_length: Width of the canvas, `config.canvas_length` if None.
             num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
-                labels it may be 0: the encoder's draft in the answer slots, read off without a flow.
+                labels it may be 0: the encoder's draft in the answer slots, without a flow.
             encoder_outputs: Of the prompt, from `encoder_states`: a frozen pretrained encoder is not asked again.
 
         Raises:
@@ -426,8 +469,8 @@ class YanForFlowGeneration(
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
             terms = self._objective(canvas, prompt, num_flow_steps)
-            positions = places_from_start(labels != IGNORE_INDEX)
-            terms |= {name: select_places(terms[name], positions) for name in ("logits", "latents")}
+            positions = positions_from_start(labels != IGNORE_INDEX)
+            terms |= {name: select_positions(terms[name], positions) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=prompt.hidden_states, attentions=prompt.attentions)
 
     def _logits_of_canvas(self, prompt, canvas_length, num_flow_steps) -> dict[str, torch.Tensor]:

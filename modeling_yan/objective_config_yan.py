@@ -26,8 +26,8 @@ class YanObjectiveConfig(PreTrainedConfig):
     Args:
         mask_ratio: Share of the tokens that text infilling masks in the autoencoder stage; in [0, 1), 0.15.
         max_span_len: Longest span that it masks, in tokens; at least 1, 3.
-        latent_noise: Upper end of the uniform level of noise that is added to the encoder's latents, per sequence, so
-            that the decoder forgives what the flow misses; at least 0, 0.0.
+        latent_noise: Upper end of the uniform level of noise that is added to the encoder's latents, per sequence; at
+            least 0, 0.0. The decoder learns to forgive what the flow will miss.
         freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are; True.
             `apply_freeze_switches` has to be called after a change.
         freeze_flow: The same of the flow; False. With all four, the transitions of a finished model are trained.

@@ -69,7 +69,7 @@ class YanObjectiveMixin:
     def _number_rows(self, canvas, input_ids, attention_mask) -> torch.LongTensor | None:
         """A number (B,) for the prompt and the target of each row, which decide what evaluation draws for it.
 
-        So a row's loss depends neither on its place in the batch nor on its padding. None in training.
+        So a row's loss depends neither on its position in the batch nor on its padding. None in training.
         """
         if self.training:
             return None
@@ -145,7 +145,7 @@ class YanObjectiveMixin:
         Where would each expert lead, and how probable does that make the target's tokens? The gate learns to make the
         sum as large as it can be (`text_loss`). Each step of the solver learns to lead to the target (`ce_loss`), with
         experts drawn from their posterior. For that posterior the gate is flattened: an expert that is a little ahead
-        would otherwise get every text, and the others would never learn to write one.
+        would otherwise get every text, and the others would never learn to generate one.
         """
         config, objective, terms = self.config, self.config.objective, {}
         if num_flow_steps == 0:
@@ -213,9 +213,9 @@ class YanObjectiveMixin:
                 f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
             )
         valid = labels != IGNORE_INDEX
-        place = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
+        position = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
         canvas = labels.new_full((len(labels), canvas_length + 1), self.config.eos_token_id)
-        return canvas.scatter(1, place, labels)[:, :canvas_length]
+        return canvas.scatter(1, position, labels)[:, :canvas_length]
 
     def _draw_num_steps(self) -> int:
         if not self.training:

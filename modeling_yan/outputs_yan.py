@@ -55,7 +55,7 @@ class YanFlowOutput(ModelOutput):
         expert_information: What the target says of its experts, nats per text: KL of their posterior from the gate,
             with `train_expert_choice="posterior"` and several experts. It is 0 where all experts generate the same.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
-        logits: (B, L, V) of the canvas; if there are labels, those of every label in its place, and where there is
+        logits: (B, L, V) of the canvas; if there are labels, those of every label in its position, and where there is
             none those of the fill behind the target.
         latents: The solved latents (B, L, D) that they are decoded from.
         hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.

@@ -221,20 +221,20 @@ class YanPretrainedMixin:
         The encoder sees the valid tokens of a row side by side, whatever is between or before them, so that padding
         shifts no positions.
         """
-        names, place = ("output_hidden_states", "output_attentions"), None
+        names, position = ("output_hidden_states", "output_attentions"), None
         asked = {name: kwargs.get(name, getattr(self.config, name)) for name in names}
         if attention_mask is not None:
             order = (attention_mask == 0).int().argsort(dim=1, stable=True)
-            place = order.argsort(dim=1)
+            position = order.argsort(dim=1)
             attention_mask = attention_mask.gather(1, order)
             input_ids, inputs_embeds = _take(input_ids, order), _take(inputs_embeds, order)
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         outputs = self.encoder(**given, attention_mask=attention_mask, return_dict=True, **asked)
         hidden_states, attentions = outputs.get("hidden_states"), outputs.get("attentions")
         return BaseModelOutput(
-            last_hidden_state=self.latents(_take(outputs.last_hidden_state, place)),
-            hidden_states=hidden_states and tuple(_take(each, place) for each in hidden_states),
-            attentions=attentions and tuple(_take(_take(each, place, 2), place, 3) for each in attentions),
+            last_hidden_state=self.latents(_take(outputs.last_hidden_state, position)),
+            hidden_states=hidden_states and tuple(_take(each, position) for each in hidden_states),
+            attentions=attentions and tuple(_take(_take(each, position, 2), position, 3) for each in attentions),
         )
 
     @property
@@ -275,7 +275,7 @@ class YanPretrainedMixin:
     def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]):
         """Normalise the latents by their mean and deviation over batches of texts, in every dimension by itself.
 
-        The decoder goes on writing what it wrote. Call it before training: the flow has to learn the new latents.
+        The decoder goes on decoding what it decoded. Call it before training: the flow has to learn the new latents.
 
         Args:
             batches: With `input_ids` (B, S) and, where there is padding, `attention_mask`; other entries are ignored.
@@ -329,7 +329,7 @@ def _default_fields(encoder, tokenizer, fields: dict) -> dict:
     defaults = DEFAULTS | {"hidden_size": encoder.hidden_size, "num_encoder_layers": encoder.num_hidden_layers}
     defaults["max_position_embeddings"] = int(min(longest, MAX_POSITIONS))
     for name, sources in SPECIAL_TOKENS.items():
-        ids = [getattr(place, source, None) for place in (tokenizer, encoder) for source in sources]
+        ids = [getattr(position, source, None) for position in (tokenizer, encoder) for source in sources]
         defaults[name] = next((token for token in ids if token is not None), None)
     fields = {**defaults, "vocab_size": encoder.vocab_size, "encoder": encoder, **flatten_objective(fields)}
     size = fields["hidden_size"]

@@ -2,14 +2,14 @@
 
 Letters: L length, K chunks of time, G scans run together, B batch, E inner width, N state size, C channels a program.
 
-A program owns C channels of one row of one scan. It takes one step after the other, which is the least arithmetic,
-with all entries of the states (N, C) in registers and the next steps on their way from memory. Unless the rows alone
+A program owns C channels of one row of one scan. It takes one step after the other, which is the least arithmetic. All
+entries of the states (N, C) are in registers, and the next steps on their way from memory. Unless the rows alone
 fill the GPU, every chunk of time is a program of its own, in three kernels: the states with which chunks end if they
 begin with a state of zero; from these, one chunk after the other, the states before the chunks, called borders; and
 the outputs of each chunk from its border.
 
-The borders are all that is kept. The backward pass has the same three kernels, as a chunk's share of the gradient of
-the state before it is such a recurrence in reverse. The last of them needs a chunk's states in reverse order: it notes
+The borders are all that is kept. The backward pass has the same three kernels: a chunk's share of the gradient of the
+state before it is such a recurrence in reverse. The last of them needs a chunk's states in reverse order: it notes
 down those before groups of a few steps, and computes one group's states at a time again.
 """
 

@@ -33,11 +33,11 @@ class RunningMeans:
 class YanTrainerCallback(TrainerCallback):
     """Adds the means of the model's `loss_terms` to every log of a Trainer; models without such terms are left alone.
 
-    A training log gets the means over all forward passes since the last one, an evaluation log and the metrics of
-    `evaluate` and `predict` those over their rows, under their prefix. A Trainer of a YAN model has one by itself
+    A training log gets the means over all forward passes since the last one. An evaluation log and the metrics of
+    `evaluate` and `predict` get those over their rows, under their prefix. A Trainer of a YAN model has one by itself
     (`watch_trainers`), before its trackers, which therefore see the terms. It also takes back what Seq2SeqTrainer
-    writes into the model's generation config, tells a collator that draws at random which epoch it is, and refuses
-    what a Trainer can't train.
+    sets in the model's generation config, and tells a collator that draws at random which epoch it is. It refuses what
+    a Trainer can't train.
     """
 
     def __init__(self):

@@ -46,7 +46,7 @@ def with_grouped(experts, states, chosen):
         tokens = states.flatten(0, 1)[groups.order]
         hidden = F.gelu(F.grouped_mm(tokens, up.transpose(1, 2), offs=ends) + up_bias[expert])
         outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends) + down_bias[expert]
-        return outputs[groups.place].view_as(states)
+        return outputs[groups.position].view_as(states)
 
     return call
 
