@@ -304,7 +304,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         return [texts[start : start + number] for start in range(0, len(texts), number)]
 
     if kind == ONE_PASS:
-        return {"best": {"0": task.scores(write(num_flow_steps=0, use_transitions=False))}}  # it has learned none
+        return {"best": {"0": task.scores(write(num_flow_steps=0, crf_decoding=False))}}  # it has learned none
     if kind == "masked_diffusion":
         return {"best": {str(steps): task.scores(write(num_diffusion_steps=steps)) for steps in recipe["steps"]}}
     if kind in INPUT_ADAPTERS:

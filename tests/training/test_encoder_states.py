@@ -28,7 +28,7 @@ ROWS = [
     for place in ("kitchen", "garden", "the kitchen")
 ]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-FIELDS = {"freeze_encoder": True, "num_flow_layers": 1, "canvas_length": 4, "transition_rank": 4}
+FIELDS = {"freeze_encoder": True, "num_flow_layers": 1, "canvas_length": 4, "crf_rank": 4}
 
 
 @pytest.fixture(scope="module")
