@@ -115,11 +115,11 @@ def test_the_best_model_is_kept_where_each_is_saved_that_is_measured():
 def test_a_pretrained_encoder_learns_at_a_rate_of_its_own():
     words = ["--train_file", "x", "--output_dir", "out", "--use_cpu"]
     given, training = parse_finetuning(["--encoder", "e", *words])
-    assert (training.learning_rate, given.encoder_learning_rate) == (1e-3, 1e-4)
+    assert (training.learning_rate, given.encoder_learning_rate) == (3e-4, 1e-4)
     given, training = parse_finetuning(["--model", "m", *words])
     assert (training.learning_rate, given.encoder_learning_rate) == (1e-4, None)
     given, training = parse_finetuning(["--encoder", "e", *words, "--encoder_learning_rate", "2e-5"])
-    assert (training.learning_rate, given.encoder_learning_rate) == (1e-3, 2e-5)
+    assert (training.learning_rate, given.encoder_learning_rate) == (3e-4, 2e-5)
 
 
 @pytest.mark.parametrize(("num_rows", "epochs"), [(100, 20), (6920, 10), (100_000, 3)])

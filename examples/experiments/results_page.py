@@ -38,7 +38,10 @@ METRICS = {  # name, scale, digits
     "unknown": ("share of texts that are the answer of no row, %", 100, 1),
 }
 README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2"}
-README_ARMS = ("YAN, one expert", "one pass", "one pass as a chain", "AR decoder", "AR encoder-decoder")
+README_ARMS = (
+    *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder", "AR encoder-decoder"),
+    *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
+)
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
 
@@ -181,14 +184,14 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
 
 
 def readme_table(paths: dict[str, Path]) -> list[str]:
-    """The arms that most tasks have, with a column for each task: at three steps, or as the arm generates."""
+    """The mean of the arms that most tasks have, with a column a task: at three steps, or as the arm generates."""
     tables = {name: json.loads(path.read_text()) for name, path in paths.items()}
     metrics = {name: table["recipe"].get("metric", "bleu") for name, table in tables.items()}
     heads = [f"{README_TASKS[name]}, {METRICS[metrics[name]][0]}" for name in tables]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in README_ARMS:
         figures = [final_figures(table["runs"], arm, metrics[name]) for name, table in tables.items()]
-        cells = [mean_with_interval(values, 1) if values else "" for values in figures]
+        cells = [f"{np.mean(values):.1f}" if values else "" for values in figures]
         lines += [f"| {arm} | " + " | ".join(cells) + " |"] if any(cells) else []
     return lines
 
