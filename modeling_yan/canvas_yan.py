@@ -112,9 +112,8 @@ class YanPrompt:
         def repeated(tensor):
             return None if tensor is None else tensor.repeat_interleave(number, 0)
 
-        positions = self.position_ids
-        if self.attention_mask is not None:  # else all rows have them in common
-            positions = repeated(positions)
+        is_common = self.position_ids is not None and self.position_ids.shape[0] == 1
+        positions = self.position_ids if is_common else repeated(self.position_ids)
         return YanPrompt(repeated(self.latents), repeated(self.attention_mask), positions)
 
 
@@ -166,8 +165,8 @@ def encode_and_solve(
 ) -> Canvas:
     """One canvas for prompts (B, S): what is compiled, recorded and exported as a whole.
 
-    Their valid tokens come first in every row, but in an exported program; the mask may be None if all are valid. The
-    other arguments are those of `CanvasNoise` and `solve_canvas`.
+    Their valid tokens come first in every row; the mask may be None if all are valid. The other arguments are those of
+    `CanvasNoise` and `solve_canvas`.
     """
     prompt = model.encode_prompt(input_ids, attention_mask, count_positions(input_ids, attention_mask))
     return solve_canvas(model, prompt, CanvasNoise(x_0, expert_uniform, expert_ranks, token_uniform), plan, on_draft)

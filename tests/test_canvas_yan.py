@@ -9,7 +9,7 @@ from torch import nn
 
 import modeling_yan
 from modeling_yan import canvas_yan, generation_yan
-from modeling_yan.canvas_yan import CanvasPlan
+from modeling_yan.canvas_yan import CanvasPlan, YanPrompt
 from modeling_yan.export.program import YanCanvasProgram
 from modeling_yan.flow_matching_yan import token_log_likelihood
 
@@ -98,3 +98,19 @@ def test_the_velocity_is_told_everything_when_it_is_made(make_model):
     """Nobody sets an attribute of it from outside: the words `velocity.name =` stand nowhere."""
     files = Path(modeling_yan.__file__).parent.glob("*_yan.py")
     assert not [path.name for path in files if re.search(r"\bvelocity\.\w+ = ", path.read_text())]
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_prompt_is_repeated_with_all_that_is_its_own(num_rows, has_mask):
+    latents, mask = torch.randn(num_rows, 3, 4), torch.ones(num_rows, 3).cumsum(0)
+    for positions in (None, torch.arange(3)[None], torch.arange(3 * num_rows).view(num_rows, 3)):
+        repeated = YanPrompt(latents, mask if has_mask else None, positions).repeat(2)
+        assert torch.equal(repeated.latents[::2], latents)
+        assert torch.equal(repeated.latents[1::2], latents)
+        assert torch.equal(repeated.attention_mask[1::2], mask) if has_mask else repeated.attention_mask is None
+        if positions is None:
+            assert repeated.position_ids is None
+        else:
+            expected = positions.expand(num_rows, -1)
+            assert torch.equal(repeated.position_ids.expand(2 * num_rows, -1)[1::2], expected)
