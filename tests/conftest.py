@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from modeling_yan import YanConfig, YanForFlowGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 
 TINY = {
     "vocab_size": 64,
@@ -55,6 +58,41 @@ def make_model(make_config):
         return model_class(make_config(**overrides)).eval()
 
     return make
+
+
+@pytest.fixture
+def make_lively_model(make_model):
+    """Function from overrides to a model whose tokens depend on prompt, noise and time, and that generates no EOS."""
+
+    def make(**overrides):
+        model = make_model(**{"initializer_range": 0.3, **overrides})
+        nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
+        model.lm_head.bias.data[[model.config.pad_token_id, model.config.eos_token_id]] = -1e4
+        return model
+
+    return make
+
+
+@pytest.fixture
+def lively_model(make_model):
+    """Like `make_model`, with weights so large that every part of the network matters."""
+
+    def make(model_class=YanForFlowGeneration, **overrides):
+        model = make_model(model_class, initializer_range=0.2, **overrides)
+        for name, parameter in model.named_parameters():
+            if "flow.modulation.proj" in name or (name.endswith("bias") and "dt_proj" not in name):
+                nn.init.normal_(parameter, std=0.1)
+            if "flow.gate" in name and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def prompts() -> torch.LongTensor:
+    """Six prompts of seven tokens, without special ones."""
+    return torch.randint(4, TINY["vocab_size"], (6, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

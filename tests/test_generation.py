@@ -1,9 +1,8 @@
 """What `generate` promises: what it costs, what it returns, and what its result depends on."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from generating import new_tokens, num_calls, recorded_calls
 from torch import nn
 from transformers import GenerationConfig
 
@@ -15,45 +14,8 @@ PAD, EOS = 0, 2
 
 
 @pytest.fixture
-def make_lively_model(make_model):
-    """Function from overrides to a model whose tokens depend on prompt, noise and time, and that writes no EOS."""
-
-    def make(**overrides):
-        model = make_model(**{"initializer_range": 0.3, **overrides})
-        nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
-        model.lm_head.bias.data[[PAD, EOS]] = -1e4
-        return model
-
-    return make
-
-
-@pytest.fixture
 def model(make_lively_model) -> YanForFlowGeneration:
     return make_lively_model()
-
-
-@pytest.fixture
-def prompts() -> torch.LongTensor:
-    """Six prompts of seven tokens, without special ones."""
-    return torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(1))
-
-
-@contextmanager
-def recorded_calls(*modules):
-    """A list that gets (module, positional inputs) at every call of the modules."""
-    calls = []
-    hooks = [module.register_forward_pre_hook(lambda module, args: calls.append((module, args))) for module in modules]
-    yield calls
-    for hook in hooks:
-        hook.remove()
-
-
-def num_calls(calls, module) -> int:
-    return sum(called is module for called, _ in calls)
-
-
-def new_tokens(model, prompt, **options) -> torch.LongTensor:
-    return model.generate(prompt, return_prompt=False, **options)
 
 
 def write_eos_at(model, *places):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from torch import nn
+from generating import new_tokens
 from transformers import GenerationConfig
 
 from modeling_yan import YanForFlowGeneration, YanGenerationConfig
@@ -13,31 +13,8 @@ PAD, EOS = 0, 2
 
 
 @pytest.fixture
-def make_lively_model(make_model):
-    """Function from overrides to a model whose tokens depend on prompt, noise and time, and that writes no EOS."""
-
-    def make(**overrides):
-        model = make_model(**{"initializer_range": 0.3, **overrides})
-        nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
-        model.lm_head.bias.data[[PAD, EOS]] = -1e4
-        return model
-
-    return make
-
-
-@pytest.fixture
 def model(make_lively_model) -> YanForFlowGeneration:
     return make_lively_model()
-
-
-@pytest.fixture
-def prompts() -> torch.LongTensor:
-    """Six prompts of seven tokens, without special ones."""
-    return torch.randint(4, VOCABULARY, (6, 7), generator=torch.Generator().manual_seed(1))
-
-
-def new_tokens(model, prompt, **options) -> torch.LongTensor:
-    return model.generate(prompt, return_prompt=False, **options)
 
 
 class TestOptions:

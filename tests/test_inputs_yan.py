@@ -4,39 +4,10 @@ import logging
 
 import pytest
 import torch
-from torch import nn
+from generating import pad, random_ids
 from transformers.utils import logging as transformers_logging
 
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel
-
-
-@pytest.fixture
-def lively_model(make_model):
-    """Like `make_model`, with weights so large that every part of the network matters."""
-
-    def make(model_class=YanForFlowGeneration, **overrides):
-        model = make_model(model_class, initializer_range=0.2, **overrides)
-        for name, parameter in model.named_parameters():
-            if "flow.modulation.proj" in name or (name.endswith("bias") and "dt_proj" not in name):
-                nn.init.normal_(parameter, std=0.1)
-            if "flow.gate" in name and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.5)
-        return model
-
-    return make
-
-
-def random_ids(batch=3, length=6):
-    return torch.randint(4, 64, (batch, length))
-
-
-def pad(ids, side, width=4):
-    """Ids and mask with `width` columns of padding on the left or on the right."""
-    padding = torch.zeros(len(ids), width, dtype=torch.long)
-    masks = [padding, torch.ones_like(ids)]
-    order = 1 if side == "left" else -1
-    return torch.cat([padding, ids][::order], 1), torch.cat(masks[::order], 1)
-
 
 # --- invariances
 
