@@ -1,6 +1,7 @@
 """The objective of a config: given flat or nested it is the same, it is saved nested, and generation ignores it."""
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -43,8 +44,8 @@ def test_about_forty_fields_describe_the_model_and_the_others_are_of_the_objecti
 
 @pytest.mark.parametrize("config_class", [YanConfig, YanObjectiveConfig])
 def test_the_docstring_tells_of_every_field(config_class):
-    arguments = config_class.__doc__.split("Args:")[1].split("Raises:")[0]
-    described = set(re.findall(r"\w+", " ".join(re.findall(r"^ {8}([a-z_, ]+):", arguments, re.MULTILINE))))
+    arguments = inspect.cleandoc(config_class.__doc__).split("Args:")[1].split("Raises:")[0]
+    described = set(re.findall(r"\w+", " ".join(re.findall(r"^ {4}([a-z][a-z_, ]*):", arguments, re.MULTILINE))))
     assert described == own_fields(config_class)
 
 
