@@ -39,7 +39,7 @@ METRICS = {  # name, scale, digits
 }
 README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2"}
 README_ARMS = (
-    *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder", "AR encoder-decoder"),
+    *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder"),
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
 )
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -128,6 +128,12 @@ def distribution_tables(runs: dict) -> list[str]:
     return lines + make_table(runs, heads, [("distribution", step, "total_variation") for step in steps], 3)
 
 
+def title_of(metric: str) -> str:
+    """The name of a metric as the first word of a sentence."""
+    name = METRICS[metric][0]
+    return name if name == "chrF" else name[0].upper() + name[1:]
+
+
 def best_table(runs: dict, metric: str = "bleu") -> list[str]:
     """The best texts by number of steps, in one of the METRICS."""
     steps = sorted(columns_of(runs, "best"), key=lambda step: (not step.isdigit(), int(step) if step.isdigit() else 0))
@@ -164,16 +170,16 @@ def comparison_table(runs: dict, metric: str) -> list[str]:
     if not lines:
         return []
     heads = " | ".join(f"minus {rival} | p" for rival in rivals)
-    title = f"{METRICS[metric][0]} at three steps against the rivals, p of Welch's t-test over training seeds:"
+    title = f"{title_of(metric)} at three steps against the rivals, p of Welch's t-test over training seeds:"
     return [title, "", f"| arm | {heads} |", "|---" * (2 * len(rivals) + 1) + "|", *lines, ""]
 
 
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
-    lines = [f"{METRICS[metric][0]} of the best text, by number of steps:", ""]
+    lines = [f"{title_of(metric)} of the best text, by number of steps:", ""]
     lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
     others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
     if others.get(metric) in columns_of(runs, "best", columns_of(runs, "best")[0]):
-        lines += [f"{METRICS[others[metric]][0]} of the same texts:", "", *best_table(runs, others[metric])]
+        lines += [f"{title_of(others[metric])} of the same texts:", "", *best_table(runs, others[metric])]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
