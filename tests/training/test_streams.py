@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from modeling_yan import YanConfig
 from modeling_yan.data import train_tokenizer
-from modeling_yan.training import mixture as mixture_module
+from modeling_yan.training import sampler as sampler_module
 from modeling_yan.training.sampler import TaskSampler
 from modeling_yan.training.streams import TaskSchedule, kind_of
 
@@ -166,8 +166,8 @@ class TestBuckets:
         assert [sorted(epoch) for epoch in epochs] == [list(range(48))] * 2
 
     def test_drawn_groups_use_every_drawn_row_once(self, make_mixture, monkeypatch, tokenizer):
-        encoded, encode_rows = [], mixture_module.encode_rows
-        monkeypatch.setattr(mixture_module, "encode_rows", lambda *args: encoded.append(args[1]) or encode_rows(*args))
+        encoded, encode_rows = [], sampler_module.encode_rows
+        monkeypatch.setattr(sampler_module, "encode_rows", lambda *args: encoded.append(args[1]) or encode_rows(*args))
         batches = list(make_mixture(bucket_batches=6, length=6))
         assert [len(rows) for rows in encoded] == [24]  # tokenised once
         assert sorted(int(row["target"]) for row in encoded[0]) == sorted(numbers(tokenizer, batches))
