@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .loading import load_model, load_tokenizer, prepare_library
+from .loading import load_config, load_model, load_tokenizer, prepare_library
 from .parsing import add_command, add_device, whole_number
 
 EXAMPLES = """  yan demo
@@ -26,6 +26,8 @@ def demo(options):
     """Serve the page until Ctrl-C."""
     names = options.models or bundled_models()
     prepare_library(is_quiet=not options.debug)
+    for name in names:  # before anything slow
+        load_config(name)
     print(f"yan demo: loads {', '.join(names)}", file=sys.stderr, flush=True)
     try:
         from ..demo.page import build_demo, launch
