@@ -1,8 +1,9 @@
-"""One process for long: generations of changing shapes, training steps, several threads on one model; and its memory.
+"""One process for long: generations of changing shapes, training steps, threads on one and two models; and its memory.
 
     nice -n 10 python examples/reliability/long_run.py --output docs/reliability/long-run.json
 
-Memory is the resident set of the process, after a warm-up and at the end of each part.
+Memory is the resident set of the process, after a warm-up and at the end of each part. `--mixers mamba` measures one
+kind of model anew and keeps what the file says of the other.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from modeling_yan import YanConfig, YanForFlowGeneration
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
 SIZES |= {"num_decoder_layers": 1, "max_position_embeddings": 96, "canvas_length": 8, "state_size": 4}
 FREE = {"freeze_encoder": False, "freeze_decoder": False, "freeze_embeddings": False}
+MIXERS = ("attention", "mamba")
 WARM_UP = 0.25  # of each part: caches of torch and the allocator fill up
 KIB_PER_MIB = 1024
 
@@ -72,22 +74,23 @@ def measure(step, times: int) -> dict:
     return {"times": times, **{name: round(value, 1) for name, value in figures.items()}}
 
 
-def run_threads(model, num_threads: int, times: int) -> dict:
-    """Several threads on one model: whether each writes what it writes alone."""
+def run_threads(models: list, num_threads: int, times: int) -> dict:
+    """Several threads that take turns in the models: whether each generates what it generates alone."""
 
-    def write(number):
+    def generate(number):
         rng = random.Random(number)
-        return [generate_once(model, rng) for _ in range(times)]
+        return [generate_once(models[number % len(models)], rng) for _ in range(times)]
 
     with ThreadPoolExecutor(num_threads) as pool:
-        together = list(pool.map(write, range(num_threads)))
-    pairs = [pair for number in range(num_threads) for pair in zip(write(number), together[number], strict=True)]
+        together = list(pool.map(generate, range(num_threads)))
+    pairs = [pair for number in range(num_threads) for pair in zip(generate(number), together[number], strict=True)]
     return {"threads": num_threads, "times": len(pairs), "equal_to_alone": sum(one == two for one, two in pairs)}
 
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=2000, help="of each part")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": f"{os.cpu_count()} CPU cores, shared with other work",
-        "runs": {},
+        "runs": json.loads(options.output.read_text())["runs"] if options.output.exists() else {},
     }
 
     def record(mixer, name, figures):
@@ -107,10 +110,13 @@ def main(arguments: list[str] | None = None):
         options.output.write_text(json.dumps(results, indent=1) + "\n")
         print(mixer, name, figures, flush=True)
 
-    for mixer in ("attention", "mamba"):
+    num_rounds = max(1, options.times // 80)
+    for mixer in options.mixers:
         model, rng = make_model(mixer), random.Random(0)
         record(mixer, "generations", measure(lambda: generate_once(model, rng), options.times))  # noqa: B023
-        record(mixer, "threads on one model", run_threads(model, 4, max(1, options.times // 80)))
+        record(mixer, "threads on one model", run_threads([model], 4, num_rounds))
+        both = [make_model(kind) for kind in MIXERS]
+        record(mixer, "threads on two models", run_threads(both, 4, num_rounds))
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
         record(mixer, "training steps", measure(lambda: train_once(model, optimizer, rng), options.times))  # noqa: B023
 
