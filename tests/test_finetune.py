@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer, EvalPrediction
 
+from modeling_yan import YanForFlowGeneration
 from modeling_yan.cards_yan import YanModelCard
 from modeling_yan.data import generate_stories, write_rows
 from modeling_yan.training.finetuning import (
@@ -18,6 +19,7 @@ from modeling_yan.training.finetuning import (
     FinetuningArguments,
     choose_epochs,
     fill_card,
+    finetune,
     load_pairs,
     next_command,
     parse_finetuning,
@@ -58,6 +60,15 @@ def test_finetuning_improves_the_loss_and_saves_what_it_trained(tmp_path, name, 
     assert scores["eval_loss"] == pytest.approx(float(after), abs=1e-4)
     assert (output / ("adapter_model.safetensors" if options else "model.safetensors")).exists()
     assert (output / "tokenizer.json").exists()
+
+
+def save_encoder(folder, texts: str):
+    """A small BERT that knows the words of the texts, and its tokenizer."""
+    words = sorted({word.strip(".?,") for word in texts.split()})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", ",", ":", *words]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=96, **sizes)).save_pretrained(folder)
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(folder)
 
 
 def options(*words) -> FinetuningArguments:
@@ -167,11 +178,7 @@ def test_a_new_model_on_a_pretrained_encoder(tmp_path, is_frozen):
     ]
     write_rows(train_file, rows)
     texts = " ".join(row["source"] + " " + row["target"] for row in rows).lower()
-    words = sorted({word.strip(".?,") for word in texts.split()})
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", ",", ":", *words]
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=96, **sizes)).save_pretrained(encoder)
-    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(encoder)
+    save_encoder(encoder, texts)
     command = ["--train_file", train_file, "--validation_file", train_file, "--encoder", encoder]
     command += ["--output_dir", output, "--num_train_epochs", "6", "--learning_rate", "3e-3", "--warmup_steps", "0"]
     fields = json.dumps({"num_flow_layers": 1, "freeze_encoder": is_frozen})
@@ -183,3 +190,21 @@ def test_a_new_model_on_a_pretrained_encoder(tmp_path, is_frozen):
     tokens = model.generate(**tokenizer(rows[0]["source"], return_tensors="pt"), return_prompt=False)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert len(list(output.rglob("_states/**/*.arrow"))) == is_frozen
+
+
+def test_an_adapter_of_the_encoder_is_merged_into_the_model(tmp_path):
+    pytest.importorskip("peft")
+    rows = [{"source": f"where is {name}?", "target": f"in {name}"} for name in "abcdefgh"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    save_encoder(tmp_path / "encoder", " ".join(row["source"] + " " + row["target"] for row in rows))
+    words = ["--train_file", tmp_path / "rows.jsonl", "--validation_file", tmp_path / "rows.jsonl", "--lora"]
+    words += ["--encoder", tmp_path / "encoder", "--output_dir", tmp_path / "model", "--num_train_epochs", 2]
+    words += ["--fields", '{"num_flow_layers": 1}', "--learning_rate", 1e-2, "--warmup_steps", 0, "--use_cpu"]
+    finetune(*parse_finetuning([*map(str, words), "--report_to", "none"]))
+    weights = YanForFlowGeneration.from_pretrained(tmp_path / "model").model.encoder.state_dict()
+    assert not any("lora" in name for name in weights)
+    for name, before in BertModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False).state_dict().items():
+        is_linear = before.dim() == 2 and "embeddings" not in name
+        assert weights[name].equal(before) != is_linear, name
+    with pytest.raises(ValueError, match="--lora: adapts the encoder, which freeze_encoder in --fields keeps"):
+        FinetuningArguments(train_file="x", encoder="x", lora=True, fields='{"freeze_encoder": true}')

@@ -52,8 +52,9 @@ def generate_once(model, rng: random.Random) -> list:
 
 def train_once(model, optimizer, rng: random.Random):
     """One step of AdamW on a batch of a shape that is drawn."""
-    size = rng.randint(1, 6)
-    prompts, labels = (torch.randint(4, SIZES["vocab_size"], (size, rng.randint(1, most))) for most in (40, 8))
+    shapes = [(rng.randint(1, 6), rng.randint(9, 40))]  # longer than the labels: never the same, which is refused
+    shapes.append((shapes[0][0], rng.randint(1, 8)))
+    prompts, labels = (torch.randint(4, SIZES["vocab_size"], shape) for shape in shapes)
     loss = model(prompts, labels=labels).loss
     loss.backward()
     optimizer.step()

@@ -78,7 +78,12 @@ class FinetuningArguments:
         default=None,
         metadata={"help": f"of a pretrained encoder; with --encoder {LEARNING_RATE}, else that of the others"},
     )
-    lora: bool = field(default=False, metadata={"help": "train a LoRA adapter of the flow (needs peft)"})
+    lora: bool = field(
+        default=False,
+        metadata={
+            "help": "train a LoRA adapter of the flow; with --encoder of the encoder, merged at the end (needs peft)"
+        },
+    )
     lora_rank: int = 8
     cache_latents: bool = field(
         default=True,
@@ -90,9 +95,9 @@ class FinetuningArguments:
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"--{one}, or --{other}: must be given, and not both")
         self.new_fields()
-        if self.encoder is not None and self.lora:
-            raise ValueError("--lora: is for a trained flow, with --encoder there is none")
-        if self.encoder is not None and self.encoder_learning_rate is None:
+        if self.encoder is not None and self.lora and self.new_fields().get("freeze_encoder"):
+            raise ValueError("--lora: adapts the encoder, which freeze_encoder in --fields keeps as it is")
+        if self.encoder is not None and self.encoder_learning_rate is None and not self.lora:
             self.encoder_learning_rate = LEARNING_RATE
         if self.dataset is None and self.validation_split is not None:
             raise ValueError("--validation_split: is for --dataset, with --train_file give --validation_file")
@@ -152,7 +157,11 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     collator = FlowCollator(tokenizer, model=model)
-    trained = _with_lora(model, options.lora_rank) if options.lora else model
+    trained, adapter = model, None
+    if options.lora and options.encoder is not None:
+        adapter = adapt_encoder(model, options.lora_rank)
+    elif options.lora:
+        trained = _with_lora(model, options.lora_rank)
     if options.cache_latents and model.keeps_states:
         with training.main_process_first():
             rows = RowsWithStates(rows, model.to(training.device), collator, Path(training.output_dir, STATES))
@@ -169,9 +178,11 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     )
     before = trainer.evaluate()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if adapter is not None:
+        adapter.merge_and_unload()
     after = trainer.evaluate()
     command = next_command(training.output_dir, held_out)
-    if not options.lora:  # an adapter has peft's card
+    if trained is model:  # an adapter has peft's card
         fill_card(model.model_card, options, command, len(rows), after, len(held_out))
     trainer.save_model()
     trainer.save_metrics("eval", after)
@@ -231,6 +242,21 @@ def choose_epochs(num_rows, training) -> int:
     """Epochs that make about `UPDATES` updates, over which the learning rate falls."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     return min(max(math.ceil(UPDATES / math.ceil(num_rows / batch)), MIN_EPOCHS), MAX_EPOCHS)
+
+
+def adapt_encoder(model: YanForFlowGeneration, rank: int):
+    """Freeze a pretrained encoder and give each of its linear layers a LoRA adapter (arXiv 2106.09685).
+
+    Flow and decoder are trained as before. `merge_and_unload` of what comes back leaves a model without adapters,
+    which is saved and loaded as any other.
+
+    Returns:
+        peft's `LoraModel` around the encoder, which is changed in place.
+    """
+    from peft import LoraConfig, LoraModel
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return LoraModel(model.base_model.encoder, config, "default")
 
 
 def _with_lora(model, rank):
