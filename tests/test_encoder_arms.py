@@ -17,6 +17,7 @@ FIELDS = {"num_flow_layers": 1, "canvas_length": 4, "crf_rank": 4, "crf_candidat
 ARMS = {
     "YAN": {},
     "YAN on it": {"encoder": True},
+    "YAN on it, LoRA": {"encoder": True, "lora": 2},
     "one pass on it": {"encoder": True, "kind": "one pass, chain"},
     "AR encoder-decoder on it": {"encoder": True, "kind": "encoder_decoder"},
     "head": {"encoder": True, "kind": "classifier"},
@@ -76,6 +77,7 @@ def test_arms_on_an_encoder_are_trained_and_measured(load_script, recipe, encode
     assert figures["exact"] == pytest.approx(sum(figures["by_task"].values()) / 2)
     sizes = {arm: seeds["0"]["parameters"] for arm, seeds in runs.items()}
     assert sizes["one pass on it"] == pytest.approx(sizes["YAN on it"], rel=0.03)
+    assert sizes["YAN on it, LoRA"] == sizes["YAN on it"]
     own_words = len(WORDS) * 16
     assert sizes["AR encoder-decoder on it"] - own_words == pytest.approx(sizes["YAN on it"], rel=0.05)
 

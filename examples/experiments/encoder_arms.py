@@ -20,7 +20,8 @@ from transformers import (
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import count_parameters
 from modeling_yan.baselines.sizes import fit_width
-from modeling_yan.data import prepare_tokenizer, read_rows
+from modeling_yan.data import FlowCollator, prepare_tokenizer, read_rows
+from modeling_yan.training.finetuning import adapt_encoder
 
 ONE_PASS_CHAIN, CLASSIFIER = "one pass, chain", "classifier"
 MEASURED_ROWS = 1024
@@ -79,21 +80,42 @@ def train_classifier(encoder: str, train_file: str, recipe: dict, settings: dict
     length = recipe["training"]["max_source_length"]
     sources = tokenizer([row["source"] for row in rows], truncation=True, max_length=length)["input_ids"]
     data = [{"input_ids": ids, "label": labels[row["target"]]} for ids, row in zip(sources, rows, strict=True)]
-    arguments = TrainingArguments(
+    arguments = trainer_arguments(recipe, settings, seed, folder)
+    trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+
+
+def train_adapter(start: Path, train_file: str, recipe: dict, settings: dict, rank: int, seed: int, folder: Path):
+    """Train the YAN of a folder with a LoRA adapter of its encoder, and leave it merged in another folder."""
+    if (folder / "model.safetensors").exists():
+        return
+    torch.manual_seed(seed)
+    model, tokenizer = YanForFlowGeneration.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    adapter = adapt_encoder(model, rank)
+    collator = FlowCollator(tokenizer, model=model, max_source_length=recipe["training"]["max_source_length"])
+    arguments = trainer_arguments(recipe, settings, seed, folder)
+    trainer = Trainer(model, arguments, collator, read_rows(train_file), processing_class=tokenizer)
+    trainer.train()
+    adapter.merge_and_unload()
+    trainer.save_model()
+
+
+def trainer_arguments(recipe: dict, settings: dict, seed: int, folder: Path) -> TrainingArguments:
+    """The recipe's updates for transformers' Trainer."""
+    return TrainingArguments(
         str(folder),
         max_steps=recipe["updates"],
         per_device_train_batch_size=recipe["batch_size"],
         learning_rate=settings["learning_rate"],
         warmup_steps=recipe["training"]["warmup_steps"],
         bf16=recipe["training"].get("mixed_precision") == "bf16",
+        remove_unused_columns=False,
         save_strategy="no",
         report_to="none",
         seed=seed,
         use_cpu=True,
     )
-    trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), data, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model()
 
 
 @torch.no_grad()

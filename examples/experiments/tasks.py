@@ -239,6 +239,10 @@ def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -
     fields = {**recipe["encoder_fields"], **arm.get("fields", {})}
     encoder_arms.start_model(encoder, fields, kind, read_rows(task.files["train"]), home / "start")
     YanConfig.from_pretrained(home / "start").save_pretrained(home / "preset")
+    if "lora" in arm:
+        own = recipe, settings, arm["lora"], options.seed, home / "model"
+        encoder_arms.train_adapter(home / "start", task.files["train"], *own)
+        return home / "model"
     stage = "flow" if kind in ("yan", ONE_PASS_CHAIN) else kind
     run = (recipe["updates"], task.files["train"], task, recipe, options, settings)
     train_stage(stage, home / "start", home / "model", *run, tokenizer=home / "start")
