@@ -3,13 +3,19 @@
 N: latents or tokens; D: their dimension; K: experts. Sums are taken in float64.
 """
 
-import math
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-MIN_VARIANCE = 1e-6  # of a component's dimension, or a repeated point would have an infinite likelihood
+Labels = Sequence[int] | Sequence[str] | npt.NDArray[Any]
+MIN_VARIANCE = 1e-6  # of the largest one's: components with less are left out
+SMALLEST_SPREAD = 1e-3  # added to variances of 1: a component on a few points must not win by being narrow
 
 
 def mean_cosine(latents: torch.Tensor) -> float:
@@ -47,11 +53,12 @@ def mixture_likelihoods(
 ) -> dict[int, float]:
     """How multimodal latents (N, D) are: held-out log-likelihood of Gaussian mixtures, nats per row and dimension.
 
-    The latents are put on their first principal components, each scaled to variance 1, and cut into two random halves;
-    mixtures with diagonal covariances are fitted to one half by expectation-maximisation and measured on the other.
+    The latents are put on their first principal components, each scaled to variance 1, and cut into two random halves.
+    scikit-learn's mixtures with diagonal covariances start from random rows of one half, and the other measures them.
     What more components add over one is what no single Gaussian can say.
 
     Raises:
+        ImportError: scikit-learn is not installed.
         ValueError: Fewer than four rows for each component, or a number below 1.
     """
     latents = _checked(latents)
@@ -60,16 +67,26 @@ def mixture_likelihoods(
     if len(latents) < 4 * max(component_counts):
         fewest, most = 4 * max(component_counts), max(component_counts)
         raise ValueError(f"{len(latents)} latents: must be at least {fewest} for {most} components")
-    generator = torch.Generator().manual_seed(seed)
-    points = _whitened(latents, num_dimensions)
-    fitted, held_out = points[torch.randperm(len(points), generator=generator)].tensor_split(2)
-    return {
-        count: float(_log_density(held_out, *_fit(fitted, count, num_iterations, generator)).mean() / points.shape[1])
-        for count in component_counts
-    }
+    points = np.random.default_rng(seed).permutation(_whitened(latents, num_dimensions))
+    fitted, held_out = np.array_split(points, 2)
+    scores = {}
+    for count in component_counts:
+        mixture = import_sklearn("mixture").GaussianMixture(
+            count,
+            covariance_type="diag",
+            init_params="random_from_data",
+            reg_covar=SMALLEST_SPREAD,
+            max_iter=num_iterations,
+            random_state=seed,
+        )
+        with warnings.catch_warnings():  # the iterations may end before the fit does
+            warnings.simplefilter("ignore", import_sklearn("exceptions").ConvergenceWarning)
+            mixture.fit(fitted)
+        scores[count] = float(mixture.score(held_out)) / points.shape[1]
+    return scores
 
 
-def usage_by_class(experts: Sequence[int], classes: Sequence[str], num_experts: int) -> dict[str, list[float]]:
+def usage_by_class(experts: Labels, classes: Labels, num_experts: int) -> dict[str, list[float]]:
     """For each class of tokens the share (K,) that each expert moves. `experts`, `classes`: (N,).
 
     Raises:
@@ -83,68 +100,49 @@ def usage_by_class(experts: Sequence[int], classes: Sequence[str], num_experts: 
     return shares
 
 
-def usage_information(experts: Sequence[int], classes: Sequence[str], num_experts: int) -> float:
-    """Mutual information between a token's class and its expert, in nats: 0 where the class says nothing of it."""
+def usage_information(experts: Labels, classes: Labels, num_experts: int) -> float:
+    """Mutual information between a token's class and its expert, in nats: 0 where the class says nothing of it.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: As for `usage_by_class`.
+    """
     experts, classes = _checked_usage(experts, classes, num_experts)
-    overall = np.bincount(experts, minlength=num_experts) / len(experts)
-    total = 0.0
-    for name, shares in usage_by_class(experts, classes, num_experts).items():
-        shares, weight = np.array(shares), np.mean(classes == name)
-        used = shares > 0
-        total += weight * float((shares[used] * np.log(shares[used] / overall[used])).sum())
-    return total
+    return float(import_sklearn("metrics").mutual_info_score(classes, experts))
 
 
-def _component_variances(latents):
+def import_sklearn(name: str) -> ModuleType:
+    """A module of scikit-learn; raises ImportError, saying what to install, where it is missing."""
+    try:
+        return import_module(f"sklearn.{name}")
+    except ImportError as error:
+        raise ImportError("mixtures and mutual information need scikit-learn: pip install scikit-learn") from error
+
+
+def _component_variances(latents: torch.Tensor) -> torch.Tensor:
     """Variances (D,) along the principal components, largest first."""
     centred = latents - latents.mean(0)
-    variances = torch.linalg.eigvalsh(centred.T @ centred / len(latents)).flip(0).clamp(min=0)
+    variances: torch.Tensor = torch.linalg.eigvalsh(centred.T @ centred / len(latents)).flip(0).clamp(min=0)
     if variances.sum() == 0:
         raise ValueError("the latents are all equal: must vary")
     return variances
 
 
-def _whitened(latents, num_dimensions):
+def _whitened(latents: torch.Tensor, num_dimensions: int) -> npt.NDArray[np.float64]:
     """Coordinates (N, d) on the first principal components that vary, each with variance 1."""
-    centred = latents - latents.mean(0)
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(latents))
-    variances, axes = variances.flip(0)[:num_dimensions], axes.flip(1)[:, :num_dimensions]
-    varies = variances > MIN_VARIANCE * variances[0]
-    return centred @ axes[:, varies] / variances[varies].sqrt()
+    components = import_sklearn("decomposition").PCA(min(num_dimensions, *latents.shape), svd_solver="full")
+    coordinates: npt.NDArray[np.float64] = components.fit_transform(latents.numpy(force=True))
+    varies = components.explained_variance_ > MIN_VARIANCE * components.explained_variance_[0]
+    return coordinates[:, varies] / coordinates[:, varies].std(0)
 
 
-def _fit(points, num_components, num_iterations, generator):
-    """Log weights (K,), means and variances (K, d) of a mixture, from random points and the overall variances."""
-    means = points[torch.randperm(len(points), generator=generator)[:num_components]].clone()
-    variances = points.var(0, correction=0).expand_as(means).clone()
-    log_weights = torch.full((num_components,), -math.log(num_components), dtype=points.dtype)
-    for _ in range(num_iterations):
-        shares = _log_joint(points, log_weights, means, variances).softmax(-1)
-        totals = shares.sum(0).clamp(min=1e-9)
-        log_weights = (totals / totals.sum()).log()
-        means = shares.T @ points / totals[:, None]
-        variances = (shares.T @ points.square() / totals[:, None] - means.square()).clamp(min=MIN_VARIANCE)
-        variances = variances + 1e-3  # of variance 1: a component on a few points must not win by being narrow
-    return log_weights, means, variances
-
-
-def _log_joint(points, log_weights, means, variances):
-    """log weight + log density (N, K) of every point under every component."""
-    distances = (points[:, None] - means).square() / variances + variances.log() + math.log(2 * math.pi)
-    return log_weights - 0.5 * distances.sum(-1)
-
-
-def _log_density(points, *mixture):
-    return _log_joint(points, *mixture).logsumexp(-1)
-
-
-def _checked(latents):
+def _checked(latents: torch.Tensor) -> torch.Tensor:
     if latents.dim() != 2 or len(latents) < 2:
         raise ValueError(f"latents of shape {tuple(latents.shape)}: must be (N, D), N at least 2")
     return latents.double()
 
 
-def _checked_usage(experts, classes, num_experts):
+def _checked_usage(experts: Labels, classes: Labels, num_experts: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     experts, classes = np.asarray(experts), np.asarray(classes)
     if len(experts) != len(classes) or not len(experts):
         raise ValueError(f"{len(experts)} experts and {len(classes)} classes: must be equally many, at least one")

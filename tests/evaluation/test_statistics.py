@@ -58,6 +58,12 @@ def test_the_interval_depends_on_the_seed_alone_and_not_on_how_much_fits_into_me
     assert first == pytest.approx(mean_with_interval(scores, seed=3))
 
 
+def test_the_interval_of_a_seed_is_that_of_numpys_draws(scores):
+    """Published intervals come again: version 0.2 drew and cut them off like this."""
+    drawn = scores[np.random.default_rng(3).integers(len(scores), size=(1000, len(scores)))].mean(1)
+    assert mean_with_interval(scores, seed=3)[1:] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=1e-12)
+
+
 def test_one_score_is_its_own_interval():
     assert mean_with_interval([0.25]) == (0.25, 0.25, 0.25)
 
@@ -118,6 +124,7 @@ def test_a_difference_in_every_row_has_the_smallest_p_value_there_is():
         ([3, 0], [0, 1], 1.0),  # |±3 ± 1| >= 2 in all four cases
         ([3, 2, 0], [0, 0, 1], 4 / 8),  # 3 + 2 - 1 = 4; of the eight sums 6, 4, 2, 0 and their negatives four reach it
         ([0.1, 0.2, 0.3], [0.0, 0.0, 0.0], 2 / 8),
+        ([0.1, 0.2, 0, 0], [0, 0, 0.1, 0.2], 1.0),  # its 0 is 6e-17, and that of other signs is 0
         ([1, 5, 5], [0, 5, 5], 1.0),
         ([2, 2], [2, 2], 1.0),
     ],
