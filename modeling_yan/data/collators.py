@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks_yan import IGNORE_INDEX
+from .encoding import EncodedRow, Row, check_rows, encode_rows, entry
 from .masking import (
     Ids,
     Ragged,
@@ -31,8 +32,6 @@ from .masking import (
 
 logger = logging.get_logger(__name__)
 
-
-Row = Mapping[str, Any]
 Batch = dict[str, LongTensor]
 
 
@@ -75,8 +74,9 @@ def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:
     """A number that depends on the ids of the rows, and on their order."""
     digest = hashlib.blake2b(salt.encode(), digest_size=7)
     for row in rows:
-        for name, ids in sorted(row.items()):
-            digest.update(f"{name} {len(ids)}".encode() + np.asarray(ids, np.int64).tobytes())
+        for name in ("input_ids", "source", "target"):
+            if name in row:
+                digest.update(f"{name} {len(row[name])}".encode() + np.asarray(row[name], np.int64).tobytes())
     return int.from_bytes(digest.digest(), "big")
 
 
@@ -85,14 +85,13 @@ class AutoencoderCollator:
 
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. A source that begins with mask tokens, at least as many as the target has tokens, has its
-    answer slot there (a BOS before it does not matter): the target, filled up with EOS, is learned in its place. A
-    source that is its target but for mask tokens is a cloze: what they hide is learned in their places. Of another
-    pair only the target and one EOS are learned, the rest is -100: copying the source would drown the few tokens of
-    the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of more than `max_length`
-    tokens a window is taken at random; a source keeps the end that fits, or the start if its answer slot is there;
-    `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with one EOS,
-    rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+    answer from the source. The row says where (see `modeling_yan.data.encoding`). Into an answer slot of the source
+    goes the target, filled up with EOS, if it fits. Of a target in its source's place the tokens of the loss mask are
+    learned. Of another pair only the target and one EOS are learned, the rest is -100: copying the source would drown
+    the few tokens of the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of more
+    than `max_length` tokens a window is taken at random; a source keeps the end that fits, or the start if its answer
+    slot is there; `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with
+    one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
 
     `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
 
@@ -140,8 +139,7 @@ class AutoencoderCollator:
         spans = draw_spans(text.lengths, mask_ratio, self.max_span_len, generator)
         shown = hide_spans(text, *spans, self.tokenizer.mask_token_id)
         if is_pair.any():
-            sources = [row.get("source", []) for row in rows]
-            input_ids, labels = self._add_sources(sources, text, shown)
+            input_ids, labels = self._add_sources(rows, text, shown)
         else:
             width, eos_token_id = self._width(int(text.lengths.max())), self.tokenizer.eos_token_id
             input_ids, labels = pad_rows(shown, width, eos_token_id), pad_rows(text, width, eos_token_id)
@@ -152,14 +150,15 @@ class AutoencoderCollator:
         """Let the draws be a function of the seed, the epoch and the batch alone."""
         self.draws.epoch = epoch
 
-    def _with_slots(self, row: dict[str, Ids]) -> dict[str, Ids]:
-        """The row with the model's own answer slots before its source, and a target no longer than they are."""
+    def _with_slots(self, row: EncodedRow) -> EncodedRow:
+        """The row with the model's own answer slot before its source, and a target no longer than that is."""
         number = self.num_answer_slots
         if not number or "target" not in row:
             return row
         self.num_truncated += len(row["target"]) > number
         slots = [self.tokenizer.mask_token_id] * number
-        return {"source": slots + list(row["source"]), "target": row["target"][:number]}
+        source, target = slots + list(row["source"]), row["target"][:number]
+        return {"source": source, "target": target, "answer_span": (0, number)}
 
     def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
         """At most `max_length` tokens of every text, from a random place."""
@@ -170,14 +169,15 @@ class AutoencoderCollator:
         starts = torch.rand(len(texts), generator=generator, dtype=torch.float64).numpy() * (excess + 1)
         return [ids[start : start + self.max_length] for ids, start in zip(texts, starts.astype(np.int64).tolist())]
 
-    def _add_sources(self, sources: Sequence[Ids], text: Ragged, shown: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    def _add_sources(self, rows: Sequence[EncodedRow], text: Ragged, shown: Ragged) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels` of a batch with pairs: its sources, its texts, and what is shown of those."""
         eos_token_id, lengths = self.tokenizer.eos_token_id, text.lengths
-        slot_starts, slot_ends = self._find_slots(sources, lengths)
-        is_cloze = self._find_clozes(sources, text)
-        slot_starts, slot_ends = np.where(is_cloze, 0, slot_starts), np.where(is_cloze, lengths, slot_ends)
+        slot_starts, slot_ends = self._slots(rows, lengths)
+        loss_masks = [row.get("loss_mask", ()) for row in rows]
+        is_in_place = (lengths_of(loss_masks) == lengths) & (lengths > 0)
+        slot_starts, slot_ends = np.where(is_in_place, 0, slot_starts), np.where(is_in_place, lengths, slot_ends)
         has_slot = slot_ends > slot_starts
-        source = flatten(self._cut_sources(sources, lengths, has_slot))
+        source = flatten(self._cut_sources([row.get("source", []) for row in rows], lengths, has_slot))
         width = self._width(int((source.lengths + lengths * ~has_slot).max()))
         starts = np.where(has_slot, slot_starts, source.lengths)
         ends = np.where(source.lengths > 0, starts + lengths + 1, width)  # with one EOS, or with all of the fill
@@ -188,29 +188,15 @@ class AutoencoderCollator:
         input_ids = pad_rows(source, width, eos_token_id)
         is_text = is_between(starts, starts + shown.lengths, width) & ~has_slot[:, None]
         input_ids[is_text] = shown.tokens[np.repeat(~has_slot, shown.lengths)]
-        labels[is_cloze[:, None] & (input_ids != self.tokenizer.mask_token_id)] = IGNORE_INDEX
+        if is_in_place.any():
+            loss_mask = flatten([mask for mask, placed in zip(loss_masks, is_in_place.tolist()) if placed])
+            labels[is_in_place] = np.where(pad_rows(loss_mask, width, 0), labels[is_in_place], IGNORE_INDEX)
         return input_ids, labels
 
-    def _find_clozes(self, sources: Sequence[Ids], text: Ragged) -> np.ndarray:
-        """(B,) whether a source is its text with some of its tokens, not all, hidden by mask tokens."""
-        is_cloze = (lengths_of(sources) == text.lengths) & (text.lengths > 0)
-        candidates = flatten([ids for ids, is_candidate in zip(sources, is_cloze.tolist()) if is_candidate])
-        is_hidden = candidates.tokens == self.tokenizer.mask_token_id
-        is_equal = is_hidden | (candidates.tokens == text.tokens[np.repeat(is_cloze, text.lengths)])
-        starts = candidates.lengths.cumsum() - candidates.lengths
-        if len(starts):
-            num_hidden = np.add.reduceat(is_hidden, starts)
-            is_partly_hidden = (num_hidden > 0) & (num_hidden < candidates.lengths)
-            is_cloze[is_cloze] = np.logical_and.reduceat(is_equal, starts) & is_partly_hidden
-        return is_cloze
-
-    def _find_slots(self, sources: Sequence[Ids], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) start and end of the mask tokens that begin a source; equal if too few for the text."""
-        heads = flatten([ids[: self.max_length] for ids in sources])
-        heads = pad_rows(heads, max(1, int(heads.lengths.max())), self.tokenizer.eos_token_id)
-        starts, ends = _find_slots(heads, self.tokenizer)
-        if self.num_answer_slots:  # what masks a prompt begins with is its own
-            ends = np.minimum(ends, self.num_answer_slots)
+    def _slots(self, rows: Sequence[EncodedRow], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) start and end of every row's answer slot; equal if it has none, or too small a one for the text."""
+        starts, ends = np.array([row.get("answer_span", (0, 0)) for row in rows]).T
+        ends = np.minimum(ends, self.max_length)
         return starts, np.where(ends - starts >= lengths, ends, starts)
 
     def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
@@ -269,8 +255,10 @@ class FlowCollator:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         check_rows(rows)
-        rows = encode_rows(self.tokenizer, [{key: _entry(row, key) for key in ("source", "target")} for row in rows])
-        source = flatten([self._cut_source(row["source"]) for row in rows])
+        for row in rows:
+            entry(row, "source"), entry(row, "target")
+        rows = encode_rows(self.tokenizer, rows)
+        source = flatten([self._cut_source(row["source"], row["answer_span"]) for row in rows])
         source_width = _bucket(int(source.lengths.max()), self.multiple_of, self.max_source_length)
         starts = (
             source_width - source.lengths if self.tokenizer.padding_side == "left" else np.zeros_like(source.lengths)
@@ -282,7 +270,7 @@ class FlowCollator:
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _cut_source(self, ids: Ids) -> Ids:
+    def _cut_source(self, ids: Ids, answer_span: tuple[int, int]) -> Ids:
         if not len(ids) and self.tokenizer.bos_token_id is None:
             raise ValueError("a source is empty and the tokenizer has no BOS to stand for it: see prepare_tokenizer")
         if not len(ids):
@@ -293,10 +281,9 @@ class FlowCollator:
         if not self.num_truncated:
             _warn_of_cut(f"a source of {len(ids)} tokens to max_source_length={limit}", "num_truncated")
         self.num_truncated += 1
-        head = flatten([ids[:limit]]).tokens
-        begin, end = (int(place[0]) for place in _find_slots(head[None], self.tokenizer))
-        start = end if end > begin else 0  # a slot stays, and with it what stands before it
-        return np.concatenate([head[:start], flatten([ids[start + excess :]]).tokens])
+        start, stop = answer_span
+        stop = min(stop, limit) if stop > start else 0  # a slot stays, and with it what stands before it
+        return flatten([[*ids[:stop], *ids[stop + excess :]]]).tokens
 
     def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
         target = flatten([ids[: self.canvas_length] for ids in targets])
@@ -310,69 +297,6 @@ class FlowCollator:
         self.num_cut_targets += np.count_nonzero(~has_end)
         labels[has_end, target.lengths[has_end]] = self.tokenizer.eos_token_id
         return labels
-
-
-def check_rows(rows: Sequence[Row]) -> None:
-    """Raise ValueError unless there is at least one row, and each is a mapping."""
-    if isinstance(rows, str | Mapping) or not isinstance(rows, Sequence) or not rows:
-        raise ValueError(f"rows={rows!r:.60}: must be a list of at least one row")
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {row!r:.60}: must be a mapping from names to texts or token ids")
-
-
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[dict[str, Ids]]:
-    """Rows as token ids: `source` and `target` of a pair, else the `input_ids`; ids that are there already stay.
-
-    A source gets the special tokens that the tokenizer adds to a prompt, because the prompt of `generate` has them;
-    what the model writes has none. A column that is None counts as missing.
-
-    Raises:
-        ValueError: a row has neither text nor target, or a target without source.
-    """
-    check_rows(rows)
-    is_pair = [row.get("target") is not None for row in rows]
-    learned = iter(_encode(tokenizer, [_learned_text(row) for row in rows], add_special_tokens=False))
-    sources = [_entry(row, "source") for row, pair in zip(rows, is_pair) if pair]
-    sources = iter(_encode(tokenizer, sources, add_special_tokens=True))
-    return [
-        {"source": next(sources), "target": next(learned)} if pair else {"input_ids": next(learned)}
-        for pair in is_pair
-    ]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Ids], add_special_tokens: bool) -> list[Ids]:
-    """Encode the strings, in one call because that is faster; leave token ids as they are."""
-    strings = [text for text in texts if isinstance(text, str)]
-    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False}
-    encoded = iter(tokenizer(strings, **options)["input_ids"] if strings else [])
-    return [next(encoded) if isinstance(text, str) else text for text in texts]
-
-
-def _learned_text(row: Row) -> str | Ids:
-    """What the autoencoder learns to restore: the target of a pair, or the text."""
-    for name in ("target", "input_ids"):
-        if row.get(name) is not None:
-            return _entry(row, name)
-    return _entry(row, "text")
-
-
-def _entry(row: Row, key: str) -> str | Ids:
-    if row.get(key) is None:
-        found = sorted(name for name, value in row.items() if value is not None)
-        raise ValueError(f'a row has the keys {found}, but "{key}" is needed')
-    if not isinstance(row[key], str | Sequence | np.ndarray | torch.Tensor) or isinstance(row[key], bytes):
-        raise ValueError(f'"{key}" of a row is {row[key]!r:.60}: must be a string or token ids')
-    return row[key]
-
-
-def _find_slots(heads: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) start and end of the mask tokens that ids (B, N) begin with; a BOS may stand before them."""
-    begins = [token for token in (tokenizer.bos_token_id, tokenizer.cls_token_id) if token is not None]
-    starts = np.isin(heads[:, 0], begins)
-    is_slot = heads == tokenizer.mask_token_id
-    is_slot[:, 0] |= starts
-    return starts.astype(np.int64), np.logical_and.accumulate(is_slot, axis=1).sum(1)
 
 
 def _fit_to_model(limits: dict[str, int | None], config) -> dict[str, int]:

@@ -7,7 +7,9 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks_yan import IGNORE_INDEX
-from .collators import Batch, FlowCollator, Ids, check_rows
+from .collators import Batch, FlowCollator
+from .encoding import check_rows
+from .masking import Ids
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 

@@ -105,7 +105,7 @@ class DatasetSpec:
         if not made.get("target", made.get("text")).strip():
             raise SkippedRow("empty target" if "target" in made else "empty text")
         if options.answer_slot and "source" in made and task != "infilling":
-            made = {**made, "source": options.answer_slot + made["source"]}
+            made |= {"source": options.answer_slot + made["source"], "answer_slot": options.answer_slot}
         return made
 
     def choose_task(self, options: FormatOptions) -> str | None:
@@ -124,8 +124,10 @@ class DatasetSpec:
         task = self.choose_task(options)
         if task == TEXT:
             return ("text",)
-        extra = ("task", *(("masked",) if task == "infilling" else ())) if task else self.extra
-        return ("source", "target", *extra)
+        if task == "infilling":
+            return ("source", "target", "task", "masked", "answer_slot")
+        extra = ("task",) if task else self.extra
+        return ("source", "target", *extra, *(("answer_slot",) if options.answer_slot else ()))
 
     def look_up(self, row: Any, column: str) -> Any:
         """The value of a column, or of a field inside it if the name has dots."""

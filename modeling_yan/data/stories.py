@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from .rows import Row, read_rows, write_rows
+from .tasks import slot_field
 
 PEOPLE = ("Anna", "Clara", "Henry", "John", "Lucy", "Mary", "Peter", "Simon")
 PLACES = ("attic", "cellar", "garden", "kitchen", "library", "market", "office", "stable")
@@ -112,8 +113,8 @@ def generate_stories(
 ) -> list[Row]:
     """Make `num_rows` pairs (`source`, `target`, `kind`) with sources that are all different and not in `exclude`.
 
-    `answer_slot` begins every source, such as "<mask><mask> " for a model that fills in masks. `varied_wording` is as
-    in `generate_story`.
+    `answer_slot` begins every source, such as "<mask><mask> " for a model that fills in masks, and is a field of the
+    rows then. `varied_wording` is as in `generate_story`.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows is {num_rows}, but must be 0 or more")
@@ -124,7 +125,8 @@ def generate_stories(
         story = generate_story(rng, max_sentences, varied_wording)
         source = answer_slot + story.source
         if source not in excluded:
-            rows.setdefault(source, {"source": source, "target": story.target, "kind": story.kind})
+            row = {"source": source, "target": story.target, "kind": story.kind, **slot_field(answer_slot)}
+            rows.setdefault(source, row)
     return list(rows.values())
 
 
@@ -156,7 +158,7 @@ def generate_clozes(
         facts = rng.sample(facts, min(max_facts, len(facts)))
         source = " ".join([fact.replace(hidden, mask_token) for fact, hidden in facts] + sentences)
         target = " ".join([fact for fact, _ in facts] + sentences)
-        rows.setdefault(source, {"source": source, "target": target, "kind": "cloze"})
+        rows.setdefault(source, {"source": source, "target": target, "kind": "cloze", "in_place": True})
     return list(rows.values())
 
 

@@ -45,8 +45,9 @@ def infilling(
     """Hide about `mask_ratio` of the words, at least one, in spans of 1 to `max_span_words`; restore the whole text.
 
     Each span becomes one mask token or, given `count_tokens`, as many as it has tokens; at least one word stays
-    between two spans. The pair's `masked` lists the words of every span, in order. White space is reduced to single
-    spaces. None if the text has fewer than two words. Raises ValueError for a `mask_ratio` that is not from 0 to 0.5.
+    between two spans. The pair's `masked` lists the words of every span, in order. Its `answer_slot` is empty: a mask
+    token that begins the source is none. White space is reduced to single spaces. None if the text has fewer than two
+    words. Raises ValueError for a `mask_ratio` that is not from 0 to 0.5.
     """
     if not 0 <= mask_ratio <= 0.5:
         raise ValueError(f"mask_ratio={mask_ratio}: must be from 0 to 0.5")
@@ -65,6 +66,7 @@ def infilling(
         "target": " ".join(words),
         "task": "infilling",
         "masked": masked,
+        "answer_slot": "",
     }
 
 
@@ -83,6 +85,7 @@ def last_word(text: str, rng: random.Random, mask_token: str, answer_slot: str =
         "source": f"{answer_slot}Last word: {match['head']}{mask_token}{match['end']}",
         "target": match["word"],
         "task": "last_word",
+        **slot_field(answer_slot),
     }
 
 
@@ -101,7 +104,13 @@ def continuation(text: str, rng: random.Random, mask_token: str) -> Row | None:
 
 def classification(text: str, label: str, answer_slot: str = "") -> Row:
     """The text's label in words as the target; `answer_slot` as in `last_word`."""
-    return {"source": f"{answer_slot}Kind: {' '.join(text.split())}", "target": label, "task": CLASSIFICATION}
+    source = f"{answer_slot}Kind: {' '.join(text.split())}"
+    return {"source": source, "target": label, "task": CLASSIFICATION, **slot_field(answer_slot)}
+
+
+def slot_field(answer_slot: str) -> dict[str, str]:
+    """What a pair says of the mask tokens that its source begins with; nothing where there are none."""
+    return {"answer_slot": answer_slot} if answer_slot else {}
 
 
 TEXT_TASKS: dict[str, TextTask] = {"infilling": infilling, "last_word": last_word, "continuation": continuation}

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
-from ..data.collators import encode_rows
+from ..data.encoding import encode_rows, pair_fields
 from .stages import find_stage
 from .streams import PAIRS, TEXT, DrawnRows, Row, Rows, TaskSchedule, cut, split_kinds
 
@@ -136,7 +136,7 @@ class TaskSampler(Dataset):
         if self._current.get(task, (None,))[0] != group:
             self._current.pop(task, None)  # never two groups in memory
             rows = encode_rows(self.tokenizer, self._groups[task](group))
-            rows.sort(key=lambda row: sum(map(len, row.values())))
+            rows.sort(key=_num_tokens)
             batches = cut(rows, self.batch_size)
             # Without the process: all of them have their long batches at the same time.
             random.Random(f"{self.seed} {task} {group} order").shuffle(batches)
@@ -162,14 +162,14 @@ class TaskSampler(Dataset):
     def _make_row(self, task: str, row: Row, rng: random.Random) -> Row | None:
         """The row's source and target, or its text, for the task; None if that can't use it."""
         if task == PAIRS:
-            return {key: row[key] for key in ("source", "target")} if _is_usable_pair(row) else None
+            return pair_fields(row) if _is_usable_pair(row) else None
         text = crop_sentences(row.get("text") or "", self.max_words, rng)
         return text and ({"text": text} if task == TEXT else self._make_pair(task, text, rng))
 
     def _make_pair(self, task: str, text: str, rng: random.Random) -> Row | None:
         details = {"count_tokens": lambda span: len(self.tokenizer.tokenize(span))} if task == "infilling" else {}
         pair = TEXT_TASKS[task](text, rng, self.tokenizer.mask_token, **details)
-        return pair and {key: pair[key] for key in ("source", "target")}
+        return pair and pair_fields(pair)
 
     def _make_collator(self, longest: int) -> Callable:
         config = self.config
@@ -187,6 +187,10 @@ class TaskSampler(Dataset):
         if rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
         return batch
+
+
+def _num_tokens(row: Row) -> int:
+    return sum(len(row[name]) for name in ("input_ids", "source", "target") if name in row)
 
 
 def _is_usable_pair(row: Row) -> bool:

@@ -130,7 +130,7 @@ def test_an_answer_slot_begins_all_sources_but_those_of_infilling():
     for name in RAW:
         plain, slotted = format_row(name), format_row(name, answer_slot="<mask><mask> ")
         slot = "" if plain.get("task") == "infilling" else "<mask><mask> "
-        assert slotted == {**plain, "source": slot + plain["source"]}
+        assert slotted == {**plain, "source": slot + plain["source"], "answer_slot": slot}
 
 
 @pytest.mark.parametrize("name", LABELS)
