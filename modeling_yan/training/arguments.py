@@ -29,6 +29,7 @@ AT_LEAST = {  # the smallest allowed value of every number
     "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
+    "dataloader_num_workers": 0,
     "max_words": 2,
     "dataset_rows": 0,
     "shuffle_buffer": 1,
@@ -74,6 +75,9 @@ class PretrainingArguments:
     dataset_rows: int = field(default=0, metadata={"help": "at most so many rows of each data set; 0 for all"})
     streaming: bool = field(default=False, metadata={"help": "read the rows as they are needed, from file or hub"})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "rows that the shuffle of a stream holds"})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "processes that draw and tokenise rows; 0 for the main one alone"}
+    )
     bucket_batches: int = field(default=1, metadata={"help": "batches drawn together and sorted by length"})
     validation_file: list[str] = field(default_factory=list, metadata={"help": ".jsonl or .jsonl.gz"})
     max_steps: int = field(default=10_000, metadata={"help": "updates"})

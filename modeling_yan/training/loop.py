@@ -30,6 +30,7 @@ from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES
 from .arguments import PretrainingArguments
 from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
+from .loading import load_updates
 from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .sampler import TaskSampler
@@ -272,6 +273,7 @@ class Training:
         self.average = MovingAverage(self.model, arguments.ema_decay) if arguments.ema_decay else None
         accelerator.register_for_checkpointing(self.scheduler)
         self.step, self.seconds, self.meter = 0, 0.0, Meter(accelerator)
+        self._unread: list[torch.Tensor] = []  # loss and norm of the gradient, on the device, of each update since
 
     def run(self, output_dir: Path):
         """Train to `max_steps`, with a log line, a validation and a checkpoint every so often; export the result."""
@@ -291,12 +293,15 @@ class Training:
             self.step += 1
             self.progress.update()
             is_last = self.step == arguments.max_steps
-            if self.step % arguments.logging_steps == 0 or is_last:
+            is_logged, is_saved = self.step % arguments.logging_steps == 0, self.step % arguments.save_steps == 0
+            if is_logged or is_saved or is_last:
+                self._read_losses()
+            if is_logged or is_last:
                 self.seconds = time.perf_counter() - started
                 rate = self.scheduler.get_last_lr()[0]
                 counts = self._count_rows()
                 self._log({"seconds": self.seconds, "learning_rate": rate, **self.meter.means(self.peak), **counts})
-            if self.step % arguments.save_steps == 0 or is_last:
+            if is_saved or is_last:
                 self._validate()
                 self._save(output_dir)
                 self.meter.reset()
@@ -317,7 +322,8 @@ class Training:
 
     def _updates(self) -> Iterator[tuple[dict, ...]]:
         """The micro-batches of this process, update by update."""
-        return zip(*(map(self._inputs, sampler.batches(self.step)) for sampler in self.samplers))
+        updates = load_updates(self.samplers, self.step, self.arguments.dataloader_num_workers)
+        return (tuple(map(self._inputs, batches)) for batches in updates)
 
     def _inputs(self, batch):
         """The batch in the layout that the model takes."""
@@ -341,7 +347,7 @@ class Training:
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
-                    self._check_and_clip(sum(losses))
+                    self._clip(sum(losses))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.scheduler.step()
@@ -369,17 +375,29 @@ class Training:
         count = baseline_flops if self.stage.is_baseline else training_flops
         return count(self.accelerator.unwrap_model(self.model), *shape)
 
-    def _check_and_clip(self, loss):
+    def _clip(self, loss: torch.Tensor) -> None:
+        """Clip the gradient; what it and the loss were stays on the device, or every update would wait for it."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        loss, norm = float(loss), 0.0 if norm is None else float(norm)
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=loss.device)
+        self._unread.append(torch.stack([loss.float(), norm.float()]))
+
+    def _read_losses(self) -> None:
+        """Take in the updates since the last look. Nothing was logged or saved of them yet.
+
+        Raises:
+            FloatingPointError: The loss of one of them is not finite, or its gradient.
+        """
         may_overflow = self.accelerator.scaler is not None  # then the scaler leaves the update out
-        if not (math.isfinite(loss) and (may_overflow or math.isfinite(norm))):
-            raise FloatingPointError(
-                f"update {self.step + 1}: the loss is {loss}, the norm of its gradient {norm}; "
-                "nothing was saved since the last checkpoint, which is the last good state"
-            )
-        self.meter.note("grad_norm", norm)
+        first = self.step - len(self._unread) + 1
+        for step, (loss, norm) in enumerate(torch.stack(self._unread).tolist(), start=first):
+            if not (math.isfinite(loss) and (may_overflow or math.isfinite(norm))):
+                raise FloatingPointError(
+                    f"update {step}: the loss is {loss}, the norm of its gradient {norm}; "
+                    "nothing was saved since the last checkpoint, which is the last good state"
+                )
+            self.meter.note("grad_norm", norm)
+        self._unread.clear()
 
     def _averaged(self):
         return self.average.applied() if self.average else contextlib.nullcontext()

@@ -6,7 +6,7 @@ So there is no state to save: a run that stopped goes on at the same place in th
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -24,6 +24,13 @@ MAX_TRIES = 1000
 Batch = dict[str, Any]
 
 
+class Group(NamedTuple):
+    """Batches that were drawn together: the rows of each as token ids, and how many rows gave nothing."""
+
+    batches: list[list[Row]]
+    num_skipped: int
+
+
 class TaskSampler(Dataset):
     """Batches of the tasks that the rows and the stage allow, each task with its weight.
 
@@ -38,7 +45,8 @@ class TaskSampler(Dataset):
     one such group for each task, and the buffer of a stream.
 
     A row that a task can't use (no sentence of `max_words` or fewer, an empty target) is skipped and counted in
-    `num_skipped`; `num_truncated` and `num_cut_targets` are those of the collators. They count what this object did.
+    `num_skipped`; `num_truncated` and `num_cut_targets` are those of the collators. They count the groups and batches
+    that this object gave.
 
     Args:
         rows: Rows as `read_rows` gives them, or a `datasets.Dataset` or `IterableDataset` with columns "text", or
@@ -95,10 +103,13 @@ class TaskSampler(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         # All processes work on one task at a time, so that they take about as long.
-        task, number = self._schedule[index]
-        group, place = divmod(number, self.bucket_batches)
+        task, group = self.group_of(index)
+        if not self.has_group(task, group):
+            self._current.pop(task, None)  # never two groups in memory
+            self.take_group(task, group, self.make_group(task, group))
+        place = self._schedule[index][1] % self.bucket_batches
         rng = random.Random(f"{self.seed} {index} {self.process_index}")
-        return self._collate(self._batches_of(task, group)[place], rng)
+        return self._collate(self._current[task][1][place], rng)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` on, as the iteration over all of them gives them.
@@ -114,11 +125,36 @@ class TaskSampler(Dataset):
         """The task of batch number `index`, the same in every process."""
         return self._schedule[index][0]
 
+    def group_of(self, index: int) -> tuple[str, int]:
+        """Task and number of the group that batch number `index` is of."""
+        task, number = self._schedule[index]
+        return task, number // self.bucket_batches
+
+    def make_group(self, task: str, group: int) -> Group:
+        """Draw and tokenise the rows of a group: what takes the time, in this process or a worker."""
+        rows, num_skipped = self._groups[task](group)
+        rows = encode_rows(self.tokenizer, rows)
+        rows.sort(key=_num_tokens)
+        batches = cut(rows, self.batch_size)
+        # Without the process: all of them have their long batches at the same time.
+        random.Random(f"{self.seed} {task} {group} order").shuffle(batches)
+        return Group(batches, num_skipped)
+
+    def has_group(self, task: str, group: int) -> bool:
+        """Whether it is the one that is kept, the last of its task."""
+        return self._current.get(task, (None,))[0] == group
+
+    def take_group(self, task: str, group: int, made: Group) -> None:
+        """Keep a group, in the place of the one of its task before it."""
+        self._current[task] = group, made.batches
+        self.num_skipped += made.num_skipped
+
     def batch(self, task: str, rng: random.Random) -> Batch:
         """One batch of `task` drawn with `rng`. Raises ValueError if the rows are a stream."""
         if not isinstance(self._rows[task], DrawnRows):
             raise ValueError("single batches can't be drawn from a stream: give a list or a map-style data set")
-        rows = self._fill(task, self._rows[task].draw(rng), rng, self.batch_size)
+        rows, num_skipped = self._fill(task, self._rows[task].draw(rng), rng, self.batch_size)
+        self.num_skipped += num_skipped
         return self._collate(encode_rows(self.tokenizer, rows), rng)
 
     @property
@@ -131,25 +167,15 @@ class TaskSampler(Dataset):
         """Targets that did not fit into a canvas with their EOS."""
         return getattr(self._collator, "num_cut_targets", 0)
 
-    def _batches_of(self, task: str, group: int) -> list[list[Row]]:
-        """The rows of each batch of a group, as token ids; the last group of every task is kept."""
-        if self._current.get(task, (None,))[0] != group:
-            self._current.pop(task, None)  # never two groups in memory
-            rows = encode_rows(self.tokenizer, self._groups[task](group))
-            rows.sort(key=_num_tokens)
-            batches = cut(rows, self.batch_size)
-            # Without the process: all of them have their long batches at the same time.
-            random.Random(f"{self.seed} {task} {group} order").shuffle(batches)
-            self._current[task] = group, batches
-        return self._current[task][1]
-
-    def _fill(self, task: str, rows: Iterator[Row], rng: random.Random, size: int | None = None) -> list[Row]:
-        """Rows made for the task, as many as a group has, out of the next rows that it can use."""
-        size, made, tries = size or self.batch_size * self.bucket_batches, [], 0
+    def _fill(
+        self, task: str, rows: Iterator[Row], rng: random.Random, size: int | None = None
+    ) -> tuple[list[Row], int]:
+        """As many rows as a group has, made for the task of the next that it can use, and how many it could not."""
+        size, made, tries, num_skipped = size or self.batch_size * self.bucket_batches, [], 0, 0
         for row in rows:
             made_row = self._make_row(task, row, rng)
             tries = 0 if made_row else tries + 1
-            self.num_skipped += not made_row
+            num_skipped += not made_row
             if made_row:
                 made.append(made_row)
             if len(made) == size:
@@ -157,7 +183,7 @@ class TaskSampler(Dataset):
             if tries == MAX_TRIES:
                 lack = "target" if task == PAIRS else f"sentence of max_words={self.max_words} or fewer words to use"
                 raise ValueError(f"{MAX_TRIES} rows in a row have no {lack} for task {task}")
-        return made
+        return made, num_skipped
 
     def _make_row(self, task: str, row: Row, rng: random.Random) -> Row | None:
         """The row's source and target, or its text, for the task; None if that can't use it."""

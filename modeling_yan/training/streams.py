@@ -1,6 +1,6 @@
 """Where the rows of a task come from: drawn at random from rows that can be looked up, or read from a stream in order.
 
-Both kinds give groups: lists of a fixed number of rows, where group number g is a pure function of the seed and of g.
+Both kinds give groups: a fixed number of rows each, where group number g is a pure function of the seed and of g.
 """
 
 import os
@@ -15,7 +15,8 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 Row = dict[str, Any]
-Fill = Callable[[Iterator[Row], random.Random], list[Row]]  # takes rows until it has made a group of them
+Filled = tuple[list[Row], int]  # the rows of a group, and how many rows gave nothing for it
+Fill = Callable[[Iterator[Row], random.Random], Filled]  # takes rows until it has made a group of them
 Rows = Sequence[Row] | Dataset | IterableDataset
 
 PAIRS, TEXT = "pairs", "text"  # the kinds of rows
@@ -54,7 +55,7 @@ class DrawnGroups:
     fill: Fill
     seed: str
 
-    def __call__(self, number: int) -> list[Row]:
+    def __call__(self, number: int) -> Filled:
         rng = random.Random(f"{self.seed} {number}")
         return self.fill(self.draw(rng), rng)
 
@@ -100,7 +101,7 @@ class StreamedGroups:
         self.open_stream, self.fill, self.seed, self.process_index = open_stream, fill, seed, process_index
         self._stream, self._next, self._reader = None, 0, None
 
-    def __call__(self, number: int) -> list[Row]:
+    def __call__(self, number: int) -> Filled:
         # A forked worker of a data loader may not read on in the files of its parent.
         if self._stream is None or number < self._next or self._reader != os.getpid():
             self._stream, self._next, self._reader = self.open_stream(self.seed), 0, os.getpid()
