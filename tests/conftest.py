@@ -113,6 +113,26 @@ def _seeded():
 
 
 @pytest.fixture
+def drawings(monkeypatch) -> dict[str, list]:
+    """What the pictures show that a test saves, by the name of the file: numbers of lines and bars in each panel."""
+    figure, shown = pytest.importorskip("matplotlib.figure").Figure, {}
+    save = figure.savefig
+
+    def keep(self, path, **options):
+        save(self, path, **options)
+        shown[Path(path).name] = [_numbers_of(axis) for axis in self.axes]
+
+    monkeypatch.setattr(figure, "savefig", keep)
+    return shown
+
+
+def _numbers_of(axis) -> list[list[float]]:
+    lines = [line.get_ydata() for line in axis.lines if line.get_linestyle() != "None"]  # other ones end an interval
+    bars = [bars.datavalues for bars in axis.containers if hasattr(bars, "datavalues")]
+    return [[float(number) for number in numbers] for numbers in [*lines, *bars]]
+
+
+@pytest.fixture
 def load_script(monkeypatch):
     """Function from the name of an experiment to its module."""
     loaded = []

@@ -146,6 +146,16 @@ def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     check_recorded(copy.deepcopy(model), prompts)
 
 
+def test_a_model_is_compared_while_its_recording_is_replayed(model, prompts, monkeypatch):
+    model, prompts, calls = model.cuda(), prompts.cuda(), []
+    check_recorded(model, prompts)
+    for owner, name in ((cuda_graphs_yan.Recording, "__call__"), (cuda_graphs_yan.ModelFingerprint, "matches")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: calls.append(name) or call(*args))
+    check_recorded(model, prompts)
+    assert calls == ["__call__", "matches"]  # and not the other way round
+
+
 def test_a_model_that_leaves_the_gpu_leaves_no_memory_there(model, prompts):
     before = torch.cuda.memory_allocated()
     check_recorded(model.cuda(), prompts.cuda())

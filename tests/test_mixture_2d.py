@@ -62,11 +62,12 @@ def test_the_metrics_of_known_distances(example):
     assert example.share_astray(torch.tensor([[2.0, 0.0], [0.0, -2.4], [0.0, -2.5], [0.0, 0.0]])) == 0.5
 
 
-def test_the_script_prints_its_table_and_draws_its_figure(example, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_the_script_prints_its_table_and_draws_its_figure(example, tmp_path, capsys, drawings):
     figure = tmp_path / "figures" / "mixture.png"
     example.main(["--output", str(figure), "--num_seeds", "1", "--num_updates", "2", "--num_samples", "100"])
     printed = capsys.readouterr().out
     for text in ("K = 1: ", "K = 8: ", "sliced 2-Wasserstein distance", "energy distance", "belong to no Gaussian"):
         assert text in printed
-    assert figure.read_bytes().startswith(b"\x89PNG")
+    shares, perfect = drawings["mixture.png"][-1][:2], drawings["mixture.png"][-1][-1]
+    assert [len(line) for line in shares] == [len(example.STEPS)] * 2
+    assert all(0 <= share <= 1 for line in [*shares, perfect] for share in line)

@@ -194,10 +194,6 @@ def test_target_latents_are_regularised_only_where_the_encoder_learns_through_th
         assert model.model.layers[0].feed_forward.up_proj.weight.grad.abs().sum() > 0
 
 
-def test_the_auto_regressive_shift_and_the_loss_scaling_of_the_trainer_are_declined(make_model):
-    assert make_model().accepts_loss_kwargs is False  # or Trainer takes the mean for a sum over the batches
-
-
 # --- labels
 
 

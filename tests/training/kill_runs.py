@@ -2,8 +2,8 @@
 
     python kill_runs.py SETTINGS.json NUM_KILLS
 
-Every life is a forked process, so that imports are paid once. Prints one JSON object: steps of the newest checkpoint
-at each kill, and how many kills hit a checkpoint half written.
+Every life is a forked process, so that imports are paid once. Every other one ends within a save, the rest whenever it
+may be. Prints one JSON object: steps of the newest checkpoint at each kill, and how many kills hit one half written.
 """
 
 import json
@@ -20,6 +20,7 @@ from modeling_yan.training import PretrainingArguments, pretrain
 from modeling_yan.training.checkpoints import ASIDE, list_checkpoints
 
 LONGEST_WAIT = 120.0  # seconds for a checkpoint to begin
+LONGEST_NAP = 0.2  # seconds of what comes after one: of a start, or of some updates
 
 
 def live(settings) -> int:
@@ -48,27 +49,24 @@ def newest_step(output_dir: Path) -> int:
     return int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0
 
 
-def wait_until(condition, seconds: float = LONGEST_WAIT) -> float:
-    """Sleep until the condition holds or the time is over; returns the seconds that it took."""
-    start = time.monotonic()
-    while time.monotonic() < start + seconds and not condition():
+def wait_until(condition):
+    """Sleep until the condition holds or the time is over."""
+    end = time.monotonic() + LONGEST_WAIT
+    while time.monotonic() < end and not condition():
         time.sleep(0.0005)
-    return time.monotonic() - start
 
 
 def main(settings: dict, num_kills: int):
     output_dir, rng = Path(settings["output_dir"]), random.Random(0)
-    steps, num_in_save, birth = [], 0, 0.0
+    steps, num_in_save = [], 0
     for number in range(num_kills):
         child = live(settings)
-        if number == 0:  # as long as it takes from the start to the first checkpoint, on this machine and now
-            birth = wait_until(lambda: list_checkpoints(output_dir))
-        elif number % 2:
-            wait_until(lambda: False, rng.uniform(0, 2 * birth))
-        else:  # in the middle of the next save, or of one of the three after it
-            step = newest_step(output_dir) + settings["save_steps"] * rng.randint(0, 3)
-            wait_until(lambda: newest_step(output_dir) >= step and is_saving(output_dir))  # noqa: B023
-            time.sleep(rng.uniform(0, 0.03) if number % 4 else 0)  # every other one at once: the save is short
+        step = newest_step(output_dir) + settings["save_steps"] * rng.randint(0, 1)
+        wait_until(lambda: newest_step(output_dir) >= step)  # noqa: B023
+        if number % 2:
+            wait_until(lambda: is_saving(output_dir))
+        else:
+            time.sleep(rng.uniform(0, LONGEST_NAP))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):

@@ -38,7 +38,7 @@ def test_a_run_that_is_killed_twenty_times(arguments, runs, stage, tmp_path):
     result = runs.command(script, tmp_path / "settings.json", NUM_KILLS, home=tmp_path)
     kills = json.loads(result.stdout)
     assert len(kills["steps"]) == NUM_KILLS
-    assert len(set(kills["steps"])) >= 5  # all over the run
+    assert kills["steps"] == sorted(kills["steps"])  # nothing that was saved is ever lost
     assert kills["num_in_save"] >= 3
     assert runs.equal(runs.weights(unbroken.output_dir), runs.weights(killed.output_dir))
     torch.testing.assert_close(state_of(unbroken.output_dir), state_of(killed.output_dir), rtol=0, atol=0)
