@@ -8,7 +8,7 @@
 processor, takes minutes to make and runs with `torch._inductor.aoti_load_package("yan-native.pt2")(ids, mask)`. `onnx`
 needs the packages of the extra "onnx" to be made and runs without torch, with
 `onnxruntime.InferenceSession("yan.onnx").run(None, {"input_ids": ids, "attention_mask": mask})`. Ids and mask are
-int64, of the exported shape.
+int64, of the exported shape; `--batch_size any --prompt_length any` leave it open.
 """
 
 import argparse

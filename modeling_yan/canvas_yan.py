@@ -130,7 +130,7 @@ def solve_canvas(
     if plan.num_flow_steps == 0:
         return _decoded(model, model.draft(prompt.latents, length), noise, plan)
     condition = model.condition(prompt.latents, prompt.attention_mask, length, prompt.position_ids)
-    x_0 = noise.x_0.to(condition.mean.dtype).expand(len(condition.mean), -1, -1)
+    x_0 = noise.x_0.to(condition.mean.dtype).expand(condition.mean.shape[0], -1, -1)
     choice = model.expert_choice(plan, noise)
     velocity = model.velocity_field(condition, length, plan.num_flow_steps, plan.solver, choice)
     path = [x_0]
@@ -201,11 +201,11 @@ class YanCanvasMixin:
             input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
         if number and inputs_embeds is not None:
             slots = self._slot_embeddings(inputs_embeds.device).to(inputs_embeds.dtype)
-            inputs_embeds = torch.cat([slots.expand(len(inputs_embeds), -1, -1), inputs_embeds], dim=1)
+            inputs_embeds = torch.cat([slots.expand(inputs_embeds.shape[0], -1, -1), inputs_embeds], dim=1)
         if number and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (number, 0), value=1)
         if number and position_ids is not None:
-            slots = torch.arange(number, device=position_ids.device).expand(len(position_ids), -1)
+            slots = torch.arange(number, device=position_ids.device).expand(position_ids.shape[0], -1)
             position_ids = torch.cat([slots, position_ids + number], dim=1)
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))

@@ -145,7 +145,7 @@ def _segments(emissions, transitions):
     segments = torch.cat([segments[:, :1] + emissions[:, 0, None, :, None], segments[:, 1:]], dim=1)
     missing = 2 ** (segments.shape[1] - 1).bit_length() - segments.shape[1]
     stay = IMPOSSIBLE * (1 - torch.eye(emissions.shape[-1], device=emissions.device))
-    return torch.cat([segments, stay.expand(len(segments), missing, -1, -1)], dim=1)
+    return torch.cat([segments, stay.expand(segments.shape[0], missing, -1, -1)], dim=1)
 
 
 def _join(segments, combine: Callable):

@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
-from .compilation_yan import select_rows, use_custom_ops
-from .flow_matching_yan import token_log_likelihood
+from .compilation_yan import is_exporting, select_rows, use_custom_ops
 from .layers_yan import ZeroInitLinear
 
 EOS_STRATEGIES = ("likeliest", "first")
@@ -96,7 +95,7 @@ class YanTransitions(nn.Module):
 
     def _project(self, projection, embedding, candidates):
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
-        if candidates.numel() < embedding.num_embeddings:
+        if is_exporting() or candidates.numel() < embedding.num_embeddings:
             states = self.norm(embedding(candidates))
             # layers that others have quantized may want two dimensions
             return projection(states.flatten(0, 2)).unflatten(0, states.shape[:3])
@@ -229,11 +228,12 @@ class YanDecodingMixin:
         """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""
         logits = self.allowed_logits(latents, plan)
         text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
-        length = text.new_full((len(text),), text.shape[1])
+        length = text.new_full((text.shape[0],), text.shape[1])
         for token in plan.end_ids:
-            length = length.minimum((text != token).cumprod(-1).sum(-1) + 1)
+            length = length.minimum(((text == token).cumsum(-1) == 0).sum(-1) + 1)
         if self.transitions is None or not plan.crf_decoding:
-            return token_log_likelihood(logits, text).sum(-1), length
+            chosen = logits.float().log_softmax(-1).gather(-1, text.unsqueeze(-1))  # cross_entropy is no ONNX yet
+            return chosen.squeeze(-1).sum(-1), length
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
 
     def allowed_logits(self, latents, plan) -> torch.Tensor:
@@ -248,6 +248,8 @@ class YanDecodingMixin:
 
     def split_rows(self, latents) -> Sequence[torch.Tensor]:
         """The latents (B, L, D) in parts whose logits fit into memory together."""
+        if is_exporting():  # for any number of rows
+            return [latents]
         chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
         per_token = max(self.config.vocab_size, chains)
         return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))

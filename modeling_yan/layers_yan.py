@@ -120,7 +120,7 @@ def with_valid_first(attention_mask: torch.Tensor, *sequences: torch.Tensor | No
     def move(sequence):
         if sequence is None:
             return None
-        sequence = sequence.expand(len(positions), *sequence.shape[1:])
+        sequence = sequence.expand(positions.shape[0], *sequence.shape[1:])
         index = positions.view(*positions.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
         return torch.zeros_like(sequence).scatter(1, index, sequence)
 

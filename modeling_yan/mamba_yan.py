@@ -171,17 +171,24 @@ def doubling_scan(x, dt, a_matrix, b, c):
     """The same scan as log2 L rounds over all steps at once, in torch's own operators; arguments as in `_scan`.
 
     In round r every state takes up the one 2^r steps before it. It is slower than the recurrence on a CPU and needs L
-    times the state's memory. But it is a program of few operations, as an exported one has to be.
+    times the state's memory. But it is a program of few operations, as an exported one has to be. Where L is left open
+    there are rounds for the longest one that the program takes.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
     decay = torch.exp(dt.unsqueeze(-2) * a_matrix.unsqueeze(1))
     states = b.unsqueeze(-1) * (dt * x).unsqueeze(-2)
     shift = 1
-    while shift < states.shape[0]:
-        later = states[shift:] + decay[shift:] * states[:-shift]
-        states = torch.cat([states[:shift], later])
-        decay = torch.cat([decay[:shift], decay[shift:] * decay[:-shift]])
+    while not statically_known_true(shift >= x.shape[0]):
+        states = states + decay * _steps_before(states, shift)
+        decay = decay * _steps_before(decay, shift)
         shift *= 2
     return torch.matmul(c.unsqueeze(-2), states).squeeze(-2)
+
+
+def _steps_before(tensor, number: int):
+    """What stands `number` steps earlier in a tensor (L, G, B, N, E), and zero where there is nothing."""
+    return F.pad(tensor, (0, 0) * 4 + (number, 0))[: tensor.shape[0]]
 
 
 def _kernel_scan(x, dt, a_matrix, b, c):

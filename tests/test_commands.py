@@ -364,11 +364,12 @@ def test_benchmark_prints_a_table_and_writes_json_of_an_untrained_preset_too(yan
 
 
 def test_export_writes_a_program(yan, folder, tmp_path):
-    file = tmp_path / "yan.pt2"
-    code, (line,), _ = yan("export", folder, "--output", file, "--prompt_length", 8, "--num_flow_steps", 1)
+    file, words = tmp_path / "yan.pt2", ["--batch_size", "any", "--prompt_length", "8", "--num_flow_steps", "1"]
+    code, (line,), _ = yan("export", folder, "--output", file, *words)
     assert (code, line.split(":")[0]) == (0, str(file))
-    ids = torch.full((1, 8), 5)
-    assert torch.export.load(file).module()(ids, torch.ones_like(ids)).shape == (1, 8)
+    program = torch.export.load(file).module()
+    for ids in (torch.full((1, 8), 5), torch.full((3, 8), 5)):
+        assert program(ids, torch.ones_like(ids)).shape == (len(ids), 8)
 
 
 def test_train_and_finetune_go_through_to_an_adapter_that_writes(yan, folder, tmp_path):

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from modeling_yan.export import export_generation
+from modeling_yan.export import export_generation, save_program
 
+DRAFTED = {"train_expert_choice": "posterior", "num_answer_slots": 8, "attention_conv_kernel": 3}
 LOAD = {
     "graph": "torch.export.load(sys.argv[1]).module()",
     "native": "torch._inductor.aoti_load_package(sys.argv[1])",
@@ -61,12 +62,28 @@ def run_alone(path, inputs, folder, kind):
     return torch.load(folder / "tokens.pt")
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_an_exported_program_writes_what_generate_writes(lively_model, inputs, steps):
-    program = export_generation(lively_model, 2, 7, num_flow_steps=steps, min_new_tokens=8).module()
-    assert torch.equal(program(*inputs), generated(lively_model, *inputs, steps))
+def of_other_shapes(longest: int = 48):
+    """Prompts and masks: one short, one longest, one of a single token, and several of which one is padded."""
+    for shape in ((1, 5), (1, longest), (3, 1), (4, 11)):
+        ids, mask = torch.randint(4, 64, shape), torch.ones(shape, dtype=torch.long)
+        mask[-1, : shape[1] // 2] = 0
+        yield ids, mask
+
+
+def test_an_exported_program_writes_what_generate_writes(lively_model, inputs):
+    program = export_generation(lively_model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()
+    assert torch.equal(program(*inputs), generated(lively_model, *inputs, 3))
     other = torch.randint(4, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
-    assert torch.equal(program(*other), generated(lively_model, *other, steps))
+    assert torch.equal(program(*other), generated(lively_model, *other, 3))
+
+
+def test_a_program_takes_any_number_of_prompts_of_any_length(lively_model):
+    program = export_generation(lively_model, None, None, num_flow_steps=1, min_new_tokens=8).module()
+    for other in of_other_shapes():
+        assert torch.equal(program(*other), generated(lively_model, *other, 1))
+    too_long = torch.ones(1, 49, dtype=torch.long)
+    with pytest.raises(AssertionError, match=r"input_ids.*48"):
+        program(too_long, too_long)
 
 
 def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively_model, inputs):
@@ -98,22 +115,25 @@ def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 4], ids=["tokens", "chains"])
-def test_it_runs_as_onnx(make_lively_model, inputs, tmp_path, rank):
-    lively_model = make_lively_model(crf_rank=rank)
+@pytest.mark.parametrize(
+    "fields", [{}, {"crf_rank": 4}, {"expert_scope": "sequence", **DRAFTED}], ids=["tokens", "chains", "one expert"]
+)
+def test_it_runs_as_onnx_in_any_shape(make_lively_model, tmp_path, fields):
+    lively_model = make_lively_model(**fields)
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "yan.onnx"
-    program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)
-    torch.onnx.export(program, f=path, external_data=False, verbose=False)
-    ids, mask = (tensor.numpy() for tensor in inputs)
-    (tokens,) = onnxruntime.InferenceSession(path).run(None, {"input_ids": ids, "attention_mask": mask})
-    assert tokens.tolist() == generated(lively_model, *inputs, 2).tolist()
+    save_program(export_generation(lively_model, None, None, num_flow_steps=2, min_new_tokens=8), path, "onnx")
+    session = onnxruntime.InferenceSession(path)
+    for ids, mask in of_other_shapes(lively_model.config.max_prompt_length):
+        (tokens,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        assert tokens.tolist() == generated(lively_model, ids, mask, 2).tolist()
 
 
 @pytest.mark.compiler
-def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_path):
+@pytest.mark.parametrize("shape", [(2, 7), (None, None)], ids=["its shape", "any shape"])
+def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_path, shape):
     path = tmp_path / "yan.pt2"
-    program = export_generation(lively_model, 2, 7, num_flow_steps=2, min_new_tokens=8)
+    program = export_generation(lively_model, *shape, num_flow_steps=2, min_new_tokens=8)
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     expected = generated(lively_model, *inputs, 2)
     assert torch.equal(run_alone(path, inputs, tmp_path, "native"), expected)

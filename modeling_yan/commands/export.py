@@ -7,7 +7,7 @@ from .parsing import add_command, add_model, whole_number
 
 EXAMPLES = """  yan export MODEL --output yan.pt2
   yan export MODEL --format native --output yan-native.pt2
-  yan export MODEL --format onnx --output yan.onnx --batch_size 8"""
+  yan export MODEL --format onnx --output yan.onnx --batch_size any --prompt_length any"""
 
 
 def add_to(commands):
@@ -22,10 +22,14 @@ def add_export_options(parser):
     """Add all options but the model."""
     parser.add_argument("--output", type=Path, required=True, help="file that ends in .pt2, or .onnx for onnx")
     parser.add_argument("--format", default="graph", choices=("graph", "native", "onnx"), help="native: AOTInductor")
-    parser.add_argument("--batch_size", type=whole_number(1), default=1, help="prompts of a call")
-    parser.add_argument("--prompt_length", type=int, default=64, help="tokens; shorter prompts are padded")
+    parser.add_argument("--batch_size", type=_size, default=1, help="prompts of a call, or any")
+    parser.add_argument("--prompt_length", type=_size, default=64, help="tokens, or any; shorter prompts are padded")
     parser.add_argument("--canvas_length", type=int, help="tokens; the model's if not given")
     parser.add_argument("--num_flow_steps", type=int, help="the model's if not given")
+
+
+def _size(word: str) -> int | None:
+    return None if word == "any" else whole_number(1)(word)
 
 
 def export(options):

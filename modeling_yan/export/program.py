@@ -12,6 +12,7 @@ from torch import nn
 from ..canvas_yan import CanvasPlan, encode_and_solve
 from ..layers_yan import with_valid_first
 
+ANY_ROWS = 2  # of the example for any number of prompts: one row would be taken for a constant
 SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files that a program is saved in, by format
 
 
@@ -34,8 +35,8 @@ class YanCanvasProgram(nn.Module):
 
 def export_generation(
     model,
-    batch_size: int = 1,
-    prompt_length: int = 64,
+    batch_size: int | None = 1,
+    prompt_length: int | None = 64,
     canvas_length: int | None = None,
     num_flow_steps: int | None = None,
     min_new_tokens: int = 0,
@@ -45,12 +46,14 @@ def export_generation(
 
     The program takes ids and mask, both int64 (B, S), and returns the token ids (B, L) that `generate` would write on
     its first canvas without sampling; cutting at the EOS is left to the caller. Shorter prompts are padded, on either
-    side. Save it with `torch.export.save`, or compile it with `torch._inductor.aoti_compile_and_package`. Its experts
-    are computed for all tokens and its Mamba scans in log2 L rounds, because the sparse forms are no operators of
-    torch; a canvas takes correspondingly longer than in `generate`. Adapters have to be merged before.
+    side. A size that is None is left open: the program takes any number of prompts, or prompts of any length up to
+    `max_prompt_length`. Save it with `torch.export.save`, or compile it with
+    `torch._inductor.aoti_compile_and_package`. Its experts are computed for all tokens and its Mamba scans in log2 L
+    rounds, because the sparse forms are no operators of torch; a canvas takes correspondingly longer than in
+    `generate`. Adapters have to be merged before.
 
     Args:
-        model: A `YanForFlowGeneration`. batch_size, prompt_length: The fixed B and S.
+        model: A `YanForFlowGeneration`. batch_size, prompt_length: B and S, or None for any.
         canvas_length, num_flow_steps: L and the number of solver steps; the model's if None.
         min_new_tokens: So many tokens are no EOS. seed: Of the start noise.
 
@@ -60,6 +63,9 @@ def export_generation(
     config = model.config
     canvas_length = config.canvas_length if canvas_length is None else canvas_length
     num_flow_steps = config.num_flow_steps if num_flow_steps is None else num_flow_steps
+    shapes = _open_shapes(batch_size, prompt_length, config.max_prompt_length)
+    batch_size = ANY_ROWS if batch_size is None else batch_size
+    prompt_length = config.max_prompt_length if prompt_length is None else prompt_length
     for name, value in (("batch_size", batch_size), ("num_flow_steps", num_flow_steps)):
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
@@ -73,7 +79,15 @@ def export_generation(
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():
-        return torch.export.export(program, (ids, torch.ones_like(ids)), strict=False)
+        return torch.export.export(program, (ids, torch.ones_like(ids)), dynamic_shapes=shapes, strict=False)
+
+
+def _open_shapes(batch_size: int | None, prompt_length: int | None, longest: int) -> dict[str, dict]:
+    """The dimensions of ids and mask that are left open, as `torch.export` takes them."""
+    is_open = {0: batch_size is None, 1: prompt_length is None}
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("prompt", max=longest)}
+    shape = {axis: dims[axis] for axis in dims if is_open[axis]}
+    return {"input_ids": shape, "attention_mask": shape}
 
 
 def check_program_path(path: str | os.PathLike, format: str = "graph"):
