@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file
 
+BUNDLED = Path(__file__).parents[1] / "examples" / "checkpoints" / "yan-transformer-tiny"
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -27,6 +29,16 @@ TINY = {
     "freeze_decoder": False,
     "freeze_embeddings": False,
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2` each process takes half of the files, and then from the other: servers and models start once."""
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +122,29 @@ def tiny_model(make_model) -> YanForFlowGeneration:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bundled_tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> YanForFlowGeneration:
+    """The bundled Transformer, which no test may change for longer than itself."""
+    return YanForFlowGeneration.from_pretrained(BUNDLED).eval()
+
+
+@pytest.fixture(scope="session")
+def write(bundled_model, bundled_tokenizer):
+    """Function from a prompt and options to what `generate` of the bundled model writes for it alone."""
+
+    def run(prompt, **options):
+        inputs = bundled_tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        sequences = bundled_model.generate(**inputs, return_prompt=False, **options)
+        return bundled_tokenizer.decode(sequences[0], skip_special_tokens=True)
+
+    return run
 
 
 @pytest.fixture

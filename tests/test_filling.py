@@ -4,22 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_yan import YanForFlowGeneration
 
-FOLDER = "examples/checkpoints/yan-transformer-tiny"
 TEXT = "(You are <mask> in having <mask>, Sir!) A <mask>"
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(FOLDER)
+def tokenizer(bundled_tokenizer):
+    return bundled_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
+def model(bundled_model):
+    return bundled_model
 
 
 def test_the_text_around_the_gaps_stays(model, tokenizer):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from serving import ANSWER, MODEL, PROMPT, ROOT, START_S, free_port
 
 from modeling_yan.serving.requests import Job, RequestError
 from modeling_yan.serving.settings import Settings
@@ -20,11 +20,7 @@ openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 RayActorError = pytest.importorskip("ray.exceptions").RayActorError
 
-ROOT = Path(__file__).parents[1]
-MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
-PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
-ANSWER = "The apple is in the kitchen."
-START_S, ANSWER_S = 400, 120  # of a machine that does other things, too
+ANSWER_S = 120  # of a machine that does other things, too
 RUN = """
 import sys
 from ray import serve
@@ -40,10 +36,7 @@ class Cluster:
     """Ray and the server on it, in a process group of its own."""
 
     def __init__(self, folder: Path):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.log = folder / "log"
+        self.port, self.log = free_port(), folder / "log"
         own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "YAN_API_KEY": "key"}
         own |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         command = [sys.executable, "-c", RUN, str(self.port), MODEL]

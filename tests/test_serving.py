@@ -11,51 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from serving import ANSWER, ANSWER_S, MODEL, PROMPT, PROMPTS, ROOT, START_S, body, free_port
 
 openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("modeling_yan.serving.server")
 
-ROOT = Path(__file__).parents[1]
-MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
-PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
-ANSWER = "The apple is in the kitchen."
-PROMPTS = [PROMPT, "Who has the hat? Anna took the hat.", "Where is Tom? Tom went to the garden.", "Who is lucky?"]
 KEY = "key-of-the-test"
-START_S, ANSWER_S = 400, 60  # of a machine that does other things, too
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
-
-
-@pytest.fixture(scope="module")
-def write(model, tokenizer):
-    """Function from a prompt and options to what `generate` writes for it alone."""
-
-    def run(prompt, **options):
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        sequences = model.generate(**inputs, return_prompt=False, **options)
-        return tokenizer.decode(sequences[0], skip_special_tokens=True)
-
-    return run
-
-
-def body(**fields) -> bytes:
-    return json.dumps({"prompt": PROMPT, **fields}).encode()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Server:

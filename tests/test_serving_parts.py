@@ -4,10 +4,9 @@ import asyncio
 import json
 import logging
 import sys
-from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from serving import ANSWER, ANSWER_S, MODEL, PROMPT, PROMPTS, body
 
 from modeling_yan import YanConfig, YanForAutoencoding
 from modeling_yan.serving.requests import Job, Limits, RequestError, RequestReader
@@ -16,43 +15,20 @@ from modeling_yan.serving.writing import BatchWriter, Text, group_jobs
 serving = pytest.importorskip("modeling_yan.serving.server")
 routes = pytest.importorskip("modeling_yan.serving.routes")
 
-ROOT = Path(__file__).parents[1]
-MODEL = str(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
-PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
-ANSWER = "The apple is in the kitchen."
-PROMPTS = [PROMPT, "Who has the hat? Anna took the hat.", "Where is Tom? Tom went to the garden.", "Who is lucky?"]
-ANSWER_S = 60  # of a machine that does other things, too
+
+@pytest.fixture(scope="module")
+def model(bundled_model):
+    return bundled_model
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(MODEL).eval()
-
-
-@pytest.fixture(scope="module")
-def write(model, tokenizer):
-    """Function from a prompt and options to what `generate` writes for it alone."""
-
-    def run(prompt, **options):
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        sequences = model.generate(**inputs, return_prompt=False, **options)
-        return tokenizer.decode(sequences[0], skip_special_tokens=True)
-
-    return run
+def tokenizer(bundled_tokenizer):
+    return bundled_tokenizer
 
 
 @pytest.fixture(scope="module")
 def reader(tokenizer):
     return RequestReader(tokenizer, Limits(prompt_tokens=88), new_tokens=40)
-
-
-def body(**fields) -> bytes:
-    return json.dumps({"prompt": PROMPT, **fields}).encode()
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,12 @@
 """What `transformers serve` does with a YAN; the page on engines says the same."""
 
-import socket
 import time
 import urllib.request
 
 import pytest
+from serving import ANSWER, ANSWER_S, MODEL, PROMPT, START_S, free_port
 
 from modeling_yan import YanForFlowGeneration
-
-MODEL = "examples/checkpoints/yan-transformer-tiny"
-PROMPT = "Where is the apple? Mary went to the kitchen. Mary took the apple."
-ANSWER = "The apple is in the kitchen."
-START_S, ANSWER_S = 60, 60
 
 openai = pytest.importorskip("openai")
 serve = pytest.importorskip("transformers.cli.serve")
@@ -19,18 +14,11 @@ manager = pytest.importorskip("transformers.cli.serving.model_manager")
 
 
 @pytest.fixture
-def folder(pytestconfig) -> str:
-    return str(pytestconfig.rootpath / MODEL)
-
-
-@pytest.fixture
-def client(folder, monkeypatch):
+def client(monkeypatch):
     """A client of `transformers serve`, once the class stands where it is looked for."""
     monkeypatch.setattr(manager.transformers, "YanForFlowGeneration", YanForFlowGeneration, raising=False)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    server = serve.Serve(folder, host="127.0.0.1", port=port, device="cpu", non_blocking=True)
+    port = free_port()
+    server = serve.Serve(MODEL, host="127.0.0.1", port=port, device="cpu", non_blocking=True)
     try:
         end = time.monotonic() + START_S
         while not is_up(port):
@@ -48,17 +36,17 @@ def is_up(port: int) -> bool:
         return False
 
 
-def test_alone_it_does_not_find_the_class(folder):
+def test_alone_it_does_not_find_the_class():
     with pytest.raises(AttributeError, match="module transformers has no attribute YanForFlowGeneration"):
-        serve.Serve(folder, device="cpu", trust_remote_code=True, non_blocking=True)
+        serve.Serve(MODEL, device="cpu", trust_remote_code=True, non_blocking=True)
 
 
-def test_with_the_class_in_its_place_it_answers_and_streams(client, folder):
-    assert client.completions.create(model=folder, prompt=PROMPT, max_tokens=40).choices[0].text == ANSWER
-    stream = client.completions.create(model=folder, prompt=PROMPT, max_tokens=40, stream=True)
+def test_with_the_class_in_its_place_it_answers_and_streams(client):
+    assert client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40).choices[0].text == ANSWER
+    stream = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == ANSWER
     messages = [{"role": "user", "content": PROMPT}]
-    answer = client.chat.completions.create(model=folder, messages=messages, max_tokens=40)
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=40)
     assert answer.choices[0].message.content == ANSWER
-    stream = client.chat.completions.create(model=folder, messages=messages, max_tokens=40, stream=True)
+    stream = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=40, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ANSWER

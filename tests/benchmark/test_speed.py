@@ -1,6 +1,7 @@
 """The benchmark of generation: what it runs, what it writes down, and that the naive YAN writes the same tokens."""
 
 import json
+from functools import partial
 
 import contenders
 import pytest
@@ -129,7 +130,8 @@ def test_optional_contenders_come_when_asked_for():
 # --- the command
 
 
-def test_the_command_writes_all_cells_with_their_spread(small_presets, tmp_path):
+def test_the_command_writes_all_cells_with_their_spread(small_presets, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "machine_limits", partial(timing.machine_limits, repeats=1))
     output = tmp_path / "out" / "speed.json"
     names = ["yan-transformer-3", "yan-mamba-1", "naive-transformer-all", "decoder"]
     arguments = ["--preset", "tiny", "--models", *names, "--lengths", "4", "8", "--prompt_length", "5"]

@@ -97,6 +97,7 @@ print(json.dumps([ids, [tokenizer.decode(row) for row in ids], tokenizer.special
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     texts = [*(text.replace("\x00", "") for text in TEXTS), "the <mask> sat", "<s> Mary</s></s>"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_yan.training import pretrain
-from modeling_yan.training.checkpoints import list_checkpoints
+from modeling_yan.training.checkpoints import LOCK, list_checkpoints
 
 NUM_KILLS = 20
 
@@ -103,13 +103,19 @@ class TestResuming:
 
 
 class TestFolder:
+    @pytest.fixture
+    def variant(self):
+        """Files know nothing of mixers."""
+        return "attention"
+
     def test_one_that_another_process_trains_into_is_refused(self, interrupted, fresh, runs, tmp_path):
         fresh()
         code = (
-            "import sys; from modeling_yan.training.checkpoints import claim\n"
-            "with claim(sys.argv[1]): print('claimed', flush=True); sys.stdin.read()"
+            "import fcntl, sys\n"
+            "with open(sys.argv[1], 'a') as lock:\n"
+            "    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); print('claimed', flush=True); sys.stdin.read()"
         )
-        words = [sys.executable, "-c", code, interrupted.output_dir]
+        words = [sys.executable, "-c", code, Path(interrupted.output_dir) / LOCK]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b"claimed\n"
             with pytest.raises(OSError, match="another process is training into this folder"):
