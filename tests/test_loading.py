@@ -16,7 +16,7 @@ from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration, Ya
 
 PACKAGE = Path(modeling_yan.__file__).parent
 FLAT_MODULES = {path.name for path in PACKAGE.glob("*_yan.py")}
-BUNDLED = sorted((PACKAGE.parent / "examples/checkpoints").iterdir())
+BUNDLED = sorted((Path(__file__).parents[1] / "examples/checkpoints").iterdir())
 FOLDERS = {"attention": "Übung", "mamba": "模型-2.0"}  # a user's folder becomes a part of the code's name
 AUTO_CLASSES = {
     AutoModel: YanModel,
@@ -25,13 +25,10 @@ AUTO_CLASSES = {
 }
 
 WITHOUT_THE_PACKAGE = """
-import importlib.util, sys
+import sys
 from pathlib import Path
 
-# An editable install is importable from everywhere; here it must not be.
-sys.path = [path for path in sys.path if not (Path(path) / "modeling_yan").is_dir()]
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
-assert importlib.util.find_spec("modeling_yan") is None
+sys.modules["modeling_yan"] = None  # importable from nowhere, however it is installed
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -65,7 +62,7 @@ for folder in sys.argv[1:]:
     results[folder] = {"config": config.to_dict(), "first": first, "again": outputs(again)}
 for folder in Path("bundled.txt").read_text().splitlines():
     results[folder] = load(AutoModelForCausalLM, folder).generate(prompts)
-assert "modeling_yan" not in sys.modules
+assert sys.modules["modeling_yan"] is None
 torch.save(results, "results.pt")
 """
 
