@@ -94,6 +94,11 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
         watch_trainers()
         return self.takes_num_items
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As in transformers, whose own warns at a name that PEFT and TRL go on reading."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -49,6 +49,7 @@ def lively(model):
     return model
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_every_lora_weight_gets_a_gradient(base, batch, variant):
     model = lively(adapt(base)).train()
     assert {name.rsplit(".", 1)[-1] for name in model.targeted_module_names} == PROJECTIONS[variant]

@@ -6,6 +6,7 @@ writes the preset of plain flow matching, a YAN with one expert and wider feed-f
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -93,6 +94,8 @@ def _pretrained_encoder_decoder(config: YanConfig, intermediate_size: int) -> Pr
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(settings, name, getattr(config, name))
     settings.decoder_start_token_id = config.bos_token_id
+    # at every loss it warns of models that were trained by a version of 2021
+    warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way", FutureWarning)
     return EncoderDecoderModel(settings)
 
 
