@@ -21,8 +21,20 @@ STEPS = {"num_flow_steps": 2, "min_train_flow_steps": 2, "max_train_flow_steps":
 only_attention = pytest.mark.parametrize("variant", ["attention"])
 
 
+def mostly_attention(**cases):
+    """Cases of what knows nothing of mixers, by name: all with attention, and with Mamba, slow but the first."""
+    first = next(iter(cases))
+    return [
+        pytest.param(variant, *case, marks=mark, id=f"{variant}-{name}")
+        for variant, slow in (("attention", ()), ("mamba", pytest.mark.slow))
+        for name, case in cases.items()
+        for mark in [() if name == first else slow]
+    ]
+
+
 LIKELIHOOD = {"expert_scope": "chain", "train_expert_choice": "posterior", "num_answer_slots": 16}
 LIKELIHOOD |= {"canvas_length": 16}
+ONE_HEAD = {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}
 
 
 @pytest.fixture(autouse=True)
@@ -159,14 +171,14 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"expert_scope": "sequence", "train_expert_choice": "posterior"},
-        {"crf_rank": 4},
-        {**LIKELIHOOD, "crf_rank": 4},
-        {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True},
-    ],
+    ("variant", "settings"),
+    mostly_attention(
+        plain=[{}],
+        sequence=[{"expert_scope": "sequence", "train_expert_choice": "posterior"}],
+        tokens=[{"crf_rank": 4}],
+        chains=[{**LIKELIHOOD, "crf_rank": 4}],
+        shared=[ONE_HEAD],
+    ),
 )
 def test_a_step_in_training_mode_has_no_graph_break(lively_model, settings):
     model, (ids, mask, labels) = lively_model(**settings).train(), batch()
@@ -192,18 +204,17 @@ def generated(model, ids, mask, **options):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({}, {}),
-        ({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
-        ({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
-        ({"expert_scope": "sequence"}, {}),
-        ({"crf_rank": 4, "crf_candidates": 5}, {}),
-        (LIKELIHOOD, {}),
-        ({**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}, {"do_sample": True, "seed": 3}),
-        ({**LIKELIHOOD, "crf_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
-    ],
-    ids=["one", "two", "ranked", "one a text", "chain", "experts as a chain", "one head", "drawn"],
+    ("variant", "settings", "options"),
+    mostly_attention(
+        one=({}, {}),
+        two=({}, {"do_sample": True, "seed": 3, "num_return_sequences": 2}),
+        ranked=({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
+        one_a_text=({"expert_scope": "sequence"}, {}),
+        chain=({"crf_rank": 4, "crf_candidates": 5}, {}),
+        experts_as_a_chain=(LIKELIHOOD, {}),
+        one_head=(ONE_HEAD, {"do_sample": True, "seed": 3}),
+        drawn=({**LIKELIHOOD, "crf_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
+    ),
 )
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()
