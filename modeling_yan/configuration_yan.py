@@ -17,10 +17,10 @@ from .fields_yan import (
 )
 from .objective_config_yan import OBJECTIVE_NAMES, YanObjectiveConfig, as_objective, refuse_clash
 
-# What LoRA adapts where its config names no layers: those of the flow, in both backbones, and its experts.
-LORA_MODULES = (
-    r"flow\.(layers|experts)\..*\.(q_proj|k_proj|v_proj|o_proj|in_proj|x_proj|dt_proj|out_proj|up_proj|down_proj)"
-)
+# What LoRA adapts where its config names no layers: those of the flow, in both backbones. The experts are no layers:
+# PEFT adapts their weights where they are named, as `target_parameters`.
+LORA_MODULES = r"flow\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|in_proj|x_proj|dt_proj|out_proj|up_proj|down_proj)"
+LORA_PARAMETERS = ["experts.heads.up_proj", "experts.heads.down_proj"]
 
 CHOICES = {
     "encoder_mixer": ("attention", "mamba"),

@@ -170,7 +170,8 @@ class CudaGraphCache:
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-        return about, shapes, model.config._attn_implementation, autocast, precision
+        chosen = model.config._attn_implementation, model.config._experts_implementation
+        return about, shapes, chosen, autocast, precision
 
     def _run(self, recording, tensors):
         self.is_done.wait()  # the last call may have been made in another stream

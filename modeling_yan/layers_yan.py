@@ -323,24 +323,42 @@ _gelu_operator = opaque_operator(
 )
 
 
+def _takes_gelu_product(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not states.is_cuda or not use_custom_ops() or torch.is_grad_enabled():
+        return False
+    return states.dtype == weight.dtype in (torch.bfloat16, torch.float16)
+
+
 def fuses_gelu(layer: nn.Linear, states: torch.Tensor) -> bool:
     """Whether the product itself computes the GELU behind the layer: compiled, in 16 bits on a GPU, without gradients.
 
     It takes the tanh form, which differs by less than 0.0005.
     """
-    if not states.is_cuda or not use_custom_ops() or torch.is_grad_enabled() or not is_unmodified_linear(layer):
-        return False
-    return states.dtype == layer.weight.dtype in (torch.bfloat16, torch.float16)
+    return states.is_cuda and is_unmodified_linear(layer) and _takes_gelu_product(states, layer.weight)
+
+
+def feed_forward(
+    states: torch.Tensor,
+    up_proj: torch.Tensor,
+    up_proj_bias: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_proj_bias: torch.Tensor,
+) -> torch.Tensor:
+    """W' gelu(W x + b) + b' of states (..., D), from weights W (F, D), W' (D, F) and their biases."""
+    if _takes_gelu_product(states, up_proj):
+        hidden = _gelu_operator(states, up_proj, up_proj_bias)
+    else:
+        hidden = F.gelu(F.linear(states, up_proj, up_proj_bias))
+    return F.linear(hidden, down_proj, down_proj_bias)
 
 
 class YanFeedForward(nn.Module):
     """Two linear layers with GELU between them."""
 
-    def __init__(self, config, intermediate_size: int | None = None):
+    def __init__(self, config):
         super().__init__()
-        intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN["gelu"]
 
     def forward(self, hidden_states):

@@ -22,6 +22,7 @@ from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, no
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
 from .decoding_yan import YanDecodingMixin, YanTransitions
+from .expert_heads_yan import YanExpertHeads, YanExpertsMixin
 from .experts_yan import YanExpertEmbedding
 from .filling_yan import YanFillingMixin
 from .flow_matching_yan import token_cross_entropy
@@ -63,7 +64,7 @@ AUTO_MAP = {
 }
 
 
-class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
+class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreTrainedModel):
     """What all YAN models have in common: loading, saving, initial weights.
 
     Example:
@@ -81,7 +82,7 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
     takes_num_items = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     num_loss_rows = 0  # in that pass
-    _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer"]
+    _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer", "YanExpertHeads"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -102,7 +103,7 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, YanMamba):
+        if isinstance(module, YanMamba | YanExpertHeads):
             module.reset_parameters()
         elif isinstance(module, YanPositionEmbedding):
             module.reset_sinusoids(self.config.initializer_range)

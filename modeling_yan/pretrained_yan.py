@@ -71,6 +71,7 @@ def backbone_class(config) -> type:
 
 def build_backbone(config) -> nn.Module:
     """A fresh encoder without a pooler, which nothing would train."""
+    config._experts_implementation = None  # a choice for the flow's experts, which it has none of
     model_class = backbone_class(config)._model_mapping[type(config)]
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return model_class(config, **({"add_pooling_layer": False} if has_pooler else {}))

@@ -4,10 +4,13 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from .configuration_yan import YanConfig
+from .expert_heads_yan import YanTokenGroups
 from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate, YanGateTransitions
 from .flow_matching_yan import solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding, ZeroInitLinear, attention_mask_for, linear_each
@@ -36,14 +39,14 @@ class YanModulation:
     embedding: torch.Tensor
     layers: list[torch.Tensor]
 
-    def __getitem__(self, index) -> "YanModulation":
+    def __getitem__(self, index: slice) -> "YanModulation":
         return YanModulation(self.embedding[index], [layer[index] for layer in self.layers])
 
 
 class YanTimeModulation(nn.Module):
     """Times to the shifts and scales of all flow layers, in one product for all layers and all times."""
 
-    def __init__(self, config, sizes: list[int]):
+    def __init__(self, config: YanConfig, sizes: list[int]) -> None:
         super().__init__()
         self.sizes = sizes
         self.time_embedding = YanTimeEmbedding(config)
@@ -58,19 +61,27 @@ class YanTimeModulation(nn.Module):
 class YanFlow(nn.Module):
     """The expert vector fields: a trunk that knows time and prompt, K velocity heads, and a gate."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(YanFlowLayer(config, index) for index in range(config.num_flow_layers))
+        layers = [YanFlowLayer(config, index) for index in range(config.num_flow_layers)]
+        self.layers = nn.ModuleList(layers)
         # Noise has standard deviation 1 and embeddings start at 0.02: unscaled, the positions would drown in it.
         self.position_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in self.layers])
+        self.modulation = YanTimeModulation(config, [layer.num_modulations for layer in layers])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
         self.gate_transitions = YanGateTransitions(config) if config.expert_scope == "chain" else None
 
-    def condition(self, latents, positions, attention_mask=None, canvas_length: int = 1, draft=None) -> YanCondition:
+    def condition(
+        self,
+        latents: torch.Tensor,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        canvas_length: int = 1,
+        draft: torch.Tensor | None = None,
+    ) -> YanCondition:
         """Prepare the encoded prompt for any number of velocity calls.
 
         The keys of the cross-attention see where a latent stands, its values only what it says.
@@ -82,7 +93,7 @@ class YanFlow(nn.Module):
         canvas = latents[:, :1].expand(-1, canvas_length, -1)
         mask = attention_mask_for(self.config, canvas, attention_mask, latents)
         placed = latents + self.position_norm(positions)
-        crossing = [layer.cross_attention for layer in self.layers if layer.has_cross_attention]
+        crossing: list[Any] = [layer.cross_attention for layer in self.layers if layer.has_cross_attention]
         keys = iter(linear_each([attention.k_proj for attention in crossing], placed))
         values = iter(linear_each([attention.v_proj for attention in crossing], latents))
         key_values = [
@@ -93,7 +104,9 @@ class YanFlow(nn.Module):
         valid = attention_mask.unsqueeze(-1).to(latents.dtype)
         return YanCondition(key_values, mask, (latents * valid).sum(1) / valid.sum(1).clamp(min=1), draft)
 
-    def trunk(self, x, positions, modulation: YanModulation, condition: YanCondition):
+    def trunk(
+        self, x: torch.Tensor, positions: torch.Tensor, modulation: YanModulation, condition: YanCondition
+    ) -> torch.Tensor:
         """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
         positions = self.position_norm(positions)
         states = x + positions
@@ -105,7 +118,7 @@ class YanFlow(nn.Module):
             )
         return self.norm(states)
 
-    def velocities(self, states, x):
+    def velocities(self, states: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
 
         A head predicts where its token goes, and x is subtracted: the trunk, no wider than the latents, would
@@ -113,14 +126,20 @@ class YanFlow(nn.Module):
         """
         return self.experts(states) - x.unsqueeze(-2)
 
-    def gate_log_probs(self, states, modulation: YanModulation, condition: YanCondition):
+    def gate_log_probs(self, states: torch.Tensor, modulation: YanModulation, condition: YanCondition) -> torch.Tensor:
         """log pi_k (B, L, K) from the trunk's states; the same for all tokens if a sequence has one expert."""
         if self.config.expert_scope != "sequence":
             return self.gate(states, condition.mean, modulation.embedding)
         gate_log_probs = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
         return gate_log_probs.expand(-1, states.shape[1], -1)
 
-    def prior(self, states, modulation: YanModulation, condition: YanCondition, ends=None) -> YanExpertPrior:
+    def prior(
+        self,
+        states: torch.Tensor,
+        modulation: YanModulation,
+        condition: YanCondition,
+        ends: torch.Tensor | None = None,
+    ) -> YanExpertPrior:
         """The gate of all tokens; `ends` (B, L, K, D), what the heads predict, are needed for a chain."""
         gate_log_probs = self.gate_log_probs(states, modulation, condition)
         transitions = None if self.gate_transitions is None else self.gate_transitions(ends, gate_log_probs)
@@ -139,17 +158,27 @@ class YanVelocity:
         num_steps, solver: Of the solve. choice: How the experts are chosen.
     """
 
-    def __init__(self, flow: YanFlow, positions, condition, num_steps: int, solver: str, choice: YanExpertChoice):
+    def __init__(
+        self,
+        flow: YanFlow,
+        positions: torch.Tensor,
+        condition: YanCondition,
+        num_steps: int,
+        solver: str,
+        choice: YanExpertChoice,
+    ) -> None:
         self.flow, self.positions, self.condition, self.choice = flow, positions, condition, choice
         times = solver_times(num_steps, solver)
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)
-        self.prior = self.experts = self.groups = None
+        self.prior: YanExpertPrior | None = None
+        self.experts: torch.Tensor | None = None
+        self.groups: YanTokenGroups | None = None
         self.num_trunk_passes = 0
 
     @property
-    def gate_log_probs(self):
+    def gate_log_probs(self) -> torch.Tensor | None:
         """The gate (B, L, K) of every token by itself, at t = 0; None before the first call."""
         return None if self.prior is None else self.prior.marginals()
 
@@ -158,26 +187,26 @@ class YanVelocity:
         modulation = self.modulation[index : index + 1]
         states = self.flow.trunk(x, self.positions, modulation, self.condition)
         self.num_trunk_passes += 1
-        predicted = self._choose(states, modulation) if self.prior is None else self._predict(states)
+        predicted = self._choose(states, modulation) if self.prior is None else self._predict(states, self.prior)
         return predicted - x
 
-    def _predict(self, states):
+    def _predict(self, states: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor:
         """What each token's own head predicts, (B, L, D)."""
-        if self.experts is None:
-            return self.flow.experts.mixture_of(states, self.gate_log_probs)
+        if self.groups is None:
+            return self.flow.experts.mixture_of(states, prior.marginals())
         return self.flow.experts.combine(states, self.groups)
 
-    def _choose(self, states, modulation):
+    def _choose(self, states: torch.Tensor, modulation: YanModulation) -> torch.Tensor:
         """Choose the experts of the whole solve; what they predict at t = 0."""
         trains_ends = self.flow.gate_transitions is not None
         needs_ends = trains_ends or self.choice.judge is not None
         # where a choice alone needs them, the experts that are not chosen would have a backward pass for nothing
         with torch.set_grad_enabled(trains_ends and torch.is_grad_enabled()):
             predicted = self.flow.experts(states) if needs_ends else None
-        self.prior = self.flow.prior(states, modulation, self.condition, predicted)
-        self.prior, self.experts = self.choice(self.prior, predicted)
+        prior = self.flow.prior(states, modulation, self.condition, predicted)
+        self.prior, self.experts = self.choice(prior, predicted)
         self.groups = None if self.experts is None else self.flow.experts.dispatch(self.experts)
-        if not trains_ends or self.experts is None:
-            return self._predict(states)
+        if predicted is None or not trains_ends or self.experts is None:
+            return self._predict(states, self.prior)
         index = self.experts[..., None, None].expand(-1, -1, 1, predicted.shape[-1])
         return predicted.gather(2, index).squeeze(2)

@@ -3,15 +3,24 @@
 import importlib.util
 import sys
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForAutoencoding, compilation_yan, experts_yan, flow_matching_yan, layers_yan, mamba_yan
+from modeling_yan import (
+    YanForAutoencoding,
+    compilation_yan,
+    expert_heads_yan,
+    flow_matching_yan,
+    layers_yan,
+    mamba_yan,
+)
 from modeling_yan.compilation_yan import is_exporting, select_rows, use_custom_ops
 from modeling_yan.experts_yan import YanExperts
 
@@ -309,20 +318,22 @@ def test_compiled_experts_equal_plain_ones(make_config, num_used):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-class Doubled(nn.Linear):
-    """Stands for an adapter: its weight alone does not say what it computes."""
+class Doubled(nn.Module):
+    """Stands for an adapter: the weight alone does not say what is computed."""
 
-    def forward(self, states):
-        return 2 * super().forward(states)
+    def forward(self, weight):
+        return 2 * weight
 
 
 @only_attention
-def test_compiled_experts_call_layers_that_are_more_than_linear(make_config):
-    experts, states = YanExperts(make_config(num_experts=3)), torch.randn(2, 6, 32)
-    experts.heads[1].up_proj = Doubled(32, experts.heads[1].up_proj.out_features)
+def test_compiled_experts_have_the_weights_that_an_adapter_makes(make_config):
+    experts, states = YanExperts(make_config(num_experts=3, initializer_range=0.3)), torch.randn(2, 6, 32)
+    plain = deepcopy(experts)
+    parametrize.register_parametrization(experts.heads, "up_proj", Doubled())
+    plain.heads.up_proj.data *= 2
     chosen = torch.arange(12).view(2, 6) % 3
     compiled = torch.compile(lambda x: experts.combine(x, experts.dispatch(chosen)), backend="eager")
-    torch.testing.assert_close(compiled(states), experts.combine(states, experts.dispatch(chosen)))
+    torch.testing.assert_close(compiled(states), plain.combine(states, plain.dispatch(chosen)))
 
 
 def test_selected_rows_and_their_gradient_equal_an_embeddings():
@@ -349,23 +360,22 @@ def scan_arguments():
 
 def grouped_arguments():
     tokens, sizes = torch.randn(6, 3, requires_grad=True), torch.tensor([2, 0, 4])
-    weights, biases = [torch.randn(5, 3) for _ in sizes], [torch.randn(5) for _ in sizes]
-    return [tokens, sizes, [w.requires_grad_() for w in weights], [b.requires_grad_() for b in biases]]
+    return [tokens, sizes, torch.randn(3, 5, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True)]
 
 
 def heads_arguments():
-    shapes = (5, 3), (5,), (3, 5), (3,)
-    layers = [[torch.randn(shape) for _ in range(2)] for shape in shapes]
-    return [torch.randn(6, 3), torch.tensor([4, 0, 1, 5, 2, 3]), torch.tensor([2, 4]), *layers]
+    layers = [torch.randn(shape) for shape in ((2, 5, 3), (2, 5), (2, 3, 5), (2, 3))]
+    chosen, order = torch.tensor([0, 1, 1, 1, 0, 1]), torch.tensor([0, 4, 1, 2, 3, 5])
+    return [torch.randn(6, 3), chosen, order, torch.tensor([2, 4]), *layers]
 
 
 @pytest.mark.parametrize(
     ("operator", "make_arguments"),
     [
         (mamba_yan._scan_operator, scan_arguments),
-        (experts_yan.grouped_linear, grouped_arguments),
-        (experts_yan.sparse_heads, heads_arguments),
-        (experts_yan.sparse_heads, lambda: [torch.randn(3, 6).T, *heads_arguments()[1:]]),
+        (expert_heads_yan.grouped_linear, grouped_arguments),
+        (expert_heads_yan.sparse_heads, heads_arguments),
+        (expert_heads_yan.sparse_heads, lambda: [torch.randn(3, 6).T, *heads_arguments()[1:]]),
         (layers_yan._gelu_operator, lambda: [torch.randn(2, 6, 3), torch.randn(5, 3), torch.randn(5)]),
     ],
     ids=["scan", "grouped_linear", "sparse_heads", "transposed", "gelu_linear"],

@@ -6,7 +6,7 @@ from generating import new_tokens, num_calls, recorded_calls
 from torch import nn
 from transformers import GenerationConfig
 
-from modeling_yan import YanForFlowGeneration, YanGenerationOutput, decoding_yan
+from modeling_yan import YanForFlowGeneration, YanGenerationOutput, decoding_yan, expert_heads_yan
 from modeling_yan.flow_matching_yan import hashed_uniform
 
 CANVAS, POSITIONS, VOCABULARY, EXPERTS, HIDDEN = 8, 48, 64, 4, 32
@@ -65,15 +65,19 @@ class TestCost:
             model.generate(prompts, do_sample=True, num_return_sequences=3)
         assert [len(states) for _, (states,) in calls] == [len(prompts)]
 
-    def test_each_token_passes_through_its_own_expert_only(self, model, prompts):
-        heads = list(model.flow.experts.heads)
-        with recorded_calls(*heads) as calls:
-            output = model.generate(prompts, num_flow_steps=3, return_dict_in_generate=True)
+    def test_each_token_passes_through_its_own_expert_only(self, model, prompts, monkeypatch):
+        seen, multiply = [], expert_heads_yan._grouped_linear
+        monkeypatch.setattr(
+            expert_heads_yan, "_grouped_linear", lambda *args: seen.append((len(args[0]), args[1])) or multiply(*args)
+        )
+        model.flow.gate.expert_proj.weight.data.zero_()  # all are equally probable
+        output = model.generate(prompts, num_flow_steps=3, expert_choice="sample", return_dict_in_generate=True)
         (experts,) = output.experts
         assert len(experts.unique()) > 1
-        seen = [sum(args[0].shape[:-1].numel() for head, args in calls if head is wanted) for wanted in heads]
-        assert seen == [3 * int((experts == index).sum()) for index in range(EXPERTS)]
-        assert sum(seen) == 3 * len(prompts) * CANVAS
+        assert len(seen) == 2 * 3
+        for num_tokens, sizes in seen:
+            assert num_tokens == len(prompts) * CANVAS
+            assert sizes.tolist() == experts.flatten().bincount(minlength=EXPERTS).tolist()
 
     def test_the_gate_costs_no_pass_of_its_own(self, model, prompts):
         with recorded_calls(model.flow.gate, model.flow.norm) as calls:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, cuda_graphs_yan, experts_yan, generation_yan, layers_yan, mamba_yan
+from modeling_yan import YanForFlowGeneration, cuda_graphs_yan, expert_heads_yan, generation_yan, layers_yan, mamba_yan
 from modeling_yan.canvas_yan import CanvasPlan, encode_and_solve
 from modeling_yan.experts_yan import YanExperts
 
@@ -127,14 +127,14 @@ def check_recorded(model, prompts):
 
 def test_a_recording_follows_whatever_changes_the_model(model, prompts):
     model, prompts = model.cuda(), prompts.cuda()
-    head, first = model.flow.experts.heads[0], check_recorded(model, prompts)
+    heads, first = model.flow.experts.heads, check_recorded(model, prompts)
     kept = first.clone()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     in_place = check_recorded(model, prompts)
     assert len(model._cuda_graphs.calls) == 1
-    head.up_proj.weight = torch.nn.Parameter(torch.randn_like(head.up_proj.weight))
+    heads.up_proj = torch.nn.Parameter(torch.randn_like(heads.up_proj))
     replaced = check_recorded(model, prompts)
     hook = model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
     hooked = check_recorded(model, prompts)
@@ -250,12 +250,22 @@ def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
     assert set(joined) == {True, False}  # recorded, plain
 
 
+@pytest.mark.parametrize("name", ["eager", "batched_mm", "grouped_mm"])
+def test_every_way_to_compute_experts_is_recorded_or_runs_as_it_is(model, prompts, name):
+    model, prompts = model.cuda(), prompts.cuda()
+    expected = check_recorded(model, prompts)
+    model.set_experts_implementation(name)
+    assert torch.equal(check_recorded(model, prompts), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_of_the_experts_equal_all_heads_and_a_choice(make_config, dtype, monkeypatch):
-    config = make_config(num_experts=4, hidden_size=64, intermediate_size=256)
+    config = make_config(num_experts=4, hidden_size=64, intermediate_size=256, initializer_range=0.2)
     experts, called = YanExperts(config).to("cuda", dtype), []
-    sparse_heads = experts_yan.sparse_heads
-    monkeypatch.setattr(experts_yan, "sparse_heads", lambda *args: called.append(1) or sparse_heads(*args))
+    for bias in experts.heads.weights()[1::2]:
+        torch.nn.init.normal_(bias)
+    sparse_heads = expert_heads_yan.sparse_heads
+    monkeypatch.setattr(expert_heads_yan, "sparse_heads", lambda *args: called.append(1) or sparse_heads(*args))
     states, chosen = torch.randn(3, 50, 64, device="cuda", dtype=dtype), torch.randint(0, 3, (3, 50), device="cuda")
     with torch.no_grad():
         actual = experts.combine(states, experts.dispatch(chosen))

@@ -357,7 +357,7 @@ def test_every_way_to_choose_experts_trains(make_model, choice):
     model = make_model(train_expert_choice=choice).train()
     found = gradients(model, input_ids=random_ids(), labels=random_ids())
     assert all(gradient.isfinite().all() for gradient in found.values())
-    assert found["flow.experts.heads.0.up_proj.weight"].abs().sum() > 0
+    assert found["flow.experts.heads.up_proj"].abs().sum() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # its new name is not in every version

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from modeling_yan import YanForFlowGeneration
+from modeling_yan.configuration_yan import LORA_MODULES, LORA_PARAMETERS
 from modeling_yan.data import train_tokenizer
 
 peft = pytest.importorskip("peft")
@@ -36,6 +37,9 @@ def batch(tokenizer):
     return DataCollatorForSeq2Seq(tokenizer)(rows)
 
 
+EVERYTHING = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
+
+
 def adapt(model, **options):
     return peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
 
@@ -51,12 +55,12 @@ def lively(model):
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_every_lora_weight_gets_a_gradient(base, batch, variant):
-    model = lively(adapt(base)).train()
+    model = lively(adapt(base, **EVERYTHING)).train()
     assert {name.rsplit(".", 1)[-1] for name in model.targeted_module_names} == PROJECTIONS[variant]
-    assert sum("experts" in name for name in model.targeted_module_names) == 2 * base.config.num_experts
+    assert model.targeted_parameter_names == [f"flow.{name}" for name in LORA_PARAMETERS]
     model(**batch).loss.backward()
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * len(model.targeted_module_names)
+    assert len(trained) == 2 * (len(model.targeted_module_names) + len(model.targeted_parameter_names))
     assert [name for name, gradient in trained.items() if gradient is None or not gradient.abs().sum() > 0] == []
 
 
@@ -69,9 +73,10 @@ def test_the_encoder_can_be_adapted_too(base, batch, variant):
     assert all(weight.grad.abs().sum() > 0 for weight in adapted.values())
 
 
-def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batch, tokenizer, tmp_path):
+@pytest.mark.parametrize("targets", [{}, EVERYTHING], ids=["layers", "layers and experts"])
+def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batch, tokenizer, tmp_path, targets):
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
-    model = adapt(base)
+    model = adapt(base, **targets)
     options = {"max_steps": 6, "logging_steps": 1, "learning_rate": 2e-2, "use_cpu": True, "report_to": "none"}
     arguments = TrainingArguments(str(tmp_path / "run"), **options, save_strategy="no", disable_tqdm=True)
     rows = [{**tokenizer(text), "labels": tokenizer(text)["input_ids"][:6]} for text in TEXTS]
@@ -100,7 +105,7 @@ def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batc
 
 
 def test_a_merged_adapter_writes_the_same(base, batch, tmp_path):
-    model = lively(adapt(base)).eval()
+    model = lively(adapt(base, **EVERYTHING)).eval()
     del batch["labels"]
     expected, tokens = model(**batch).logits, model.generate(**batch)
     merged = model.merge_and_unload()

@@ -25,7 +25,7 @@ def test_int8_weights_answer_like_the_plain_ones(variant):
     plain, answers = (generate_answers(each, tokenizer, sources, canvas_length=8) for each in (model, quantized))
     assert sum(one == other for one, other in zip(plain, answers)) >= 36
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    layer = quantized.flow.experts.heads[0].up_proj
+    layer = quantized.flow.experts.heads.heads[0][0]
     assert layer.weight().dtype == quantized.lm_head.weight().dtype == torch.qint8
 
 

@@ -27,11 +27,11 @@ def compare(num_tokens, hidden_size, width, shares, dtype, device):
     sizes, order = chosen.bincount(minlength=len(shares)), chosen.argsort(stable=True)
     states = torch.randn(num_tokens, hidden_size)
     shapes = (width, hidden_size), (width,), (hidden_size, width), (hidden_size,)
-    layers = [[torch.randn(shape) / hidden_size**0.5 for _ in shares] for shape in shapes]
-    states, *layers = ([tensor.to(device, dtype) for tensor in tensors] for tensors in ([states], *layers))
-    actual = triton_heads(states[0], order.to(device), sizes.to(device), *layers)
-    heads = zip(*([tensor.double() for tensor in tensors] for tensors in layers), strict=True)
-    every = torch.stack([F.gelu(states[0].double() @ up.T + b) @ down.T + c for up, b, down, c in heads])
+    layers = [torch.randn(len(shares), *shape) / hidden_size**0.5 for shape in shapes]
+    states, *layers = (tensor.to(device, dtype) for tensor in (states, *layers))
+    actual = triton_heads(states, order.to(device), sizes.to(device), *layers)
+    heads = zip(*(tensor.double() for tensor in layers), strict=True)
+    every = torch.stack([F.gelu(states.double() @ up.T + b) @ down.T + c for up, b, down, c in heads])
     expected = every[chosen.to(device), torch.arange(num_tokens, device=device)]
     atol = TOLERANCES[dtype] * expected.abs().max().item()
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=atol)

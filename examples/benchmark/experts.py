@@ -2,14 +2,20 @@
 
     python examples/benchmark/experts.py --threads 2 --output outputs/experts.json
     python examples/benchmark/experts.py --device cuda --dtype bfloat16
+    python examples/benchmark/experts.py --threads 1 --before ../main --output outputs/experts-before.json
 
-`package`: what the model does. `grouped`: tokens sorted by expert, and torch's grouped products of weights that were
-stacked before. `all`: every head for every token, of which one is kept. Which token has which expert is drawn evenly,
-and known, as it is at all solver steps but the first. A call goes over several sets of weights, which no cache
-holds at once; the seconds are those of one. On a GPU the calls are CUDA graphs, which need no host.
+`package`: what the model does. `grouped`: tokens sorted by expert, and torch's grouped products. `all`: every head for
+every token, of which one is kept. `before`: what the package of another checkout does, with the same weights. Which
+token has which expert is drawn evenly, and known, as it is at all solver steps but the first. A call goes over several
+sets of weights, which no cache holds at once; the seconds are those of one. On a GPU the calls are CUDA graphs, which
+need no host.
 """
 
 import argparse
+import importlib
+import statistics
+import sys
+import types
 from pathlib import Path
 
 import torch
@@ -19,6 +25,7 @@ from timing import interleave, machine_description, recorded, summary, write_jso
 from torch.nn import functional as F
 
 from modeling_yan import YanConfig
+from modeling_yan.expert_heads_yan import EXPERTS_FUNCTIONS
 from modeling_yan.experts_yan import YanExperts
 
 NUM_SETS = 3
@@ -29,55 +36,69 @@ def with_package(experts, states, chosen):
     return lambda: experts.combine(states, groups)
 
 
-def with_all(experts, states, chosen):
-    index = chosen[..., None, None].expand(*chosen.shape, 1, states.shape[-1])
-    return lambda: experts(states).gather(-2, index).squeeze(-2)
+def with_function(name):
+    def prepare(experts, states, chosen):
+        groups, compute = experts.dispatch(chosen), EXPERTS_FUNCTIONS[name]
+        return lambda: compute(experts.heads, states.flatten(0, 1), groups).view_as(states)
+
+    return prepare
 
 
-def with_grouped(experts, states, chosen):
-    groups = experts.dispatch(chosen)
-    ends, expert = groups.sizes.cumsum(0).int(), chosen.flatten()[groups.order]
-    layers = [[getattr(head, name) for head in experts.heads] for name in ("up_proj", "down_proj")]
-    (up, up_bias), (down, down_bias) = (
-        [torch.stack([getattr(layer, name) for layer in each]) for name in ("weight", "bias")] for each in layers
-    )
-
-    def call():
-        tokens = states.flatten(0, 1)[groups.order]
-        hidden = F.gelu(F.grouped_mm(tokens, up.transpose(1, 2), offs=ends) + up_bias[expert])
-        outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends) + down_bias[expert]
-        return outputs[groups.position].view_as(states)
-
-    return call
-
-
-FORMS = {"package": with_package, "all": with_all}
+FORMS = {"package": with_package, "all": with_function("batched_mm")}
 if hasattr(F, "grouped_mm"):
-    FORMS["grouped"] = with_grouped
+    FORMS["grouped"] = with_function("grouped_mm")
 
 
-def make_calls(config, num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+def experts_of(checkout: Path) -> type:
+    """The class `YanExperts` of another checkout, under a name of its own beside this one."""
+    package = types.ModuleType("modeling_yan_before")
+    package.__path__ = [str(checkout / "modeling_yan")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("modeling_yan_before.experts_yan").YanExperts
+
+
+def make_calls(config, num_tokens: int, device: torch.device, dtype: torch.dtype, before: type | None = None) -> dict:
     """A function without arguments for each form, which returns the outputs (1, T, D) of every set of weights."""
     torch.manual_seed(0)
-    sets = [YanExperts(config).to(device, dtype) for _ in range(NUM_SETS)]
+    sets = [(before or YanExperts)(config).to(device, dtype) for _ in range(NUM_SETS)]
     states = torch.randn(1, num_tokens, config.hidden_size).to(device, dtype)
     chosen = torch.randint(config.num_experts, (1, num_tokens)).to(device)
-    ready = {name: [form(experts, states, chosen) for experts in sets] for name, form in FORMS.items()}
+    ready = {}
+    if before is not None:
+        ready["before"] = [with_package(experts, states, chosen) for experts in sets]
+        states_of_before, sets = [experts.state_dict() for experts in sets], [YanExperts(config) for _ in sets]
+        for experts, state in zip(sets, states_of_before, strict=True):
+            experts.to(device, dtype).load_state_dict(state)
+    forms = FORMS if config.num_experts > 1 else {"package": with_package}
+    ready |= {name: [form(experts, states, chosen) for experts in sets] for name, form in forms.items()}
     return {name: lambda calls=calls: [call() for call in calls] for name, calls in ready.items()}
 
 
-@torch.no_grad()
+def with_gradients(call):
+    """The call and its backward pass."""
+    return lambda: torch.stack(call()).sum().backward()
+
+
 def measure(num_tokens: int, options) -> dict:
     """Seconds of each form, for one set of weights."""
     device = torch.device(options.device)
-    config = YanConfig.from_pretrained(PRESETS / f"yan-transformer-{options.preset}")
-    calls = make_calls(config, num_tokens, device, DTYPES[options.dtype])
-    if device.type == "cuda":
-        calls = {name: recorded(call) for name, call in calls.items()}
-    for call in calls.values():
-        call()
-    seconds = interleave(calls, dict.fromkeys(calls, options.repeats), device)
+    config = YanConfig.from_pretrained(PRESETS / f"yan-transformer-{options.preset}", num_experts=options.num_experts)
+    before = None if options.before is None else experts_of(options.before)
+    calls = make_calls(config, num_tokens, device, DTYPES[options.dtype], before)
+    if options.backward:
+        calls = {name: with_gradients(call) for name, call in calls.items()}
+    with torch.set_grad_enabled(options.backward):
+        if device.type == "cuda" and not options.backward:
+            calls = {name: recorded(call) for name, call in calls.items()}
+        for call in calls.values():
+            call()
+        seconds = interleave(calls, dict.fromkeys(calls, options.repeats), device)
     return {name: summary([value / NUM_SETS for value in values]) for name, values in seconds.items()}
+
+
+def rounds_ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over the rounds, in each of which both were measured one after the other."""
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def main(arguments=None):
@@ -86,16 +107,23 @@ def main(arguments=None):
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--num_experts", type=int, default=4)
+    parser.add_argument("--backward", action="store_true", help="with the backward pass, as in training")
+    parser.add_argument("--before", type=Path, help="folder of another checkout, to be measured beside this one")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("outputs/experts.json"))
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "before")}
     content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "tokens": {}}
     for num_tokens in options.tokens:
         content["tokens"][str(num_tokens)] = results = measure(num_tokens, options)
+        if options.before is not None:
+            ratio = rounds_ratio(results["package"]["all"], results["before"]["all"])
+            content.setdefault("package / before", {})[str(num_tokens)] = ratio
+            print(f"{num_tokens:6} package / before {ratio:.3f}", flush=True)
         write_json(options.output, content)
         for name, seconds in results.items():
             spread = f"({1000 * seconds['low']:.3f} to {1000 * seconds['high']:.3f})"

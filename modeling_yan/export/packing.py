@@ -6,7 +6,45 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..expert_heads_yan import YanExpertHeads, YanTokenGroups
+
 TYPICAL_TOKENS = 128  # of a product, for which the layout is chosen; any other number works
+
+
+class SeparateHeads(nn.Module):
+    """What `YanExpertHeads` compute, by linear layers of each head, which can be packed or quantised."""
+
+    def __init__(self, heads: YanExpertHeads):
+        super().__init__()
+        each = zip(*(tensor.unbind() for tensor in heads.weights()), strict=True)
+        self.heads = nn.ModuleList(
+            nn.Sequential(_linear(up, up_bias), nn.GELU(), _linear(down, down_bias))
+            for up, up_bias, down, down_bias in each
+        )
+
+    def forward(self, states: torch.Tensor, groups: YanTokenGroups | None = None) -> torch.Tensor:
+        """As of `YanExpertHeads`."""
+        if groups is None:
+            return torch.stack([head(states) for head in self.heads], dim=-2)
+        if len(self.heads) == 1:
+            return self.heads[0](states)
+        order, position, sizes = groups.sort()
+        parts = zip(self.heads, states.flatten(0, 1)[order].split(sizes.tolist()), strict=True)
+        outputs = torch.cat([head(part) for head, part in parts if len(part)])  # quantised layers can't take nothing
+        return outputs[position].view_as(states).to(states.dtype)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(*weight.T.shape, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
+
+
+def separate_heads(model: nn.Module) -> None:
+    """Give each head of the experts, where a model has them, linear layers of its own."""
+    experts = model.flow.experts if hasattr(model, "flow") else None
+    if hasattr(experts, "heads"):
+        experts.heads = SeparateHeads(experts.heads)
 
 
 class PackedLinear(nn.Linear):
@@ -14,8 +52,6 @@ class PackedLinear(nn.Linear):
 
     def forward(self, states):
         states = states.to(self.weight.dtype)  # autocast may have narrowed them
-        if states.numel() == 0:  # an expert without tokens
-            return states.new_empty(*states.shape[:-1], self.out_features)
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 
@@ -34,6 +70,7 @@ def with_packed_weights(model: nn.Module):
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("packed weights need a torch that was built with oneDNN (torch.backends.mkldnn)")
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    separate_heads(model)
     for layer in model.modules():
         is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if is_plain and "forward" not in vars(layer):

@@ -6,7 +6,7 @@ import warnings
 from torch import nn
 from torch.ao import quantization
 
-from .packing import refuse_saving
+from .packing import refuse_saving, separate_heads
 
 PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")  # not the gate nor the time embedding
 EXACT = ("x_proj", "dt_proj", "out_proj")  # Mamba's step sizes, and outputs a hundred deviations from the mean
@@ -25,6 +25,7 @@ def with_int8_weights(model):
     if weight.device.type != "cpu" or str(weight.dtype) != "torch.float32":
         raise ValueError(f"a model on {weight.device.type} in {weight.dtype}: must be on the CPU in torch.float32")
     model = copy.deepcopy(model).eval()
+    separate_heads(model)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for module in linear.values():  # subclasses differ in how they start only, but torch quantises by class
         module.__class__ = nn.Linear

@@ -20,6 +20,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
+from ..configuration_yan import LORA_MODULES, LORA_PARAMETERS
 from ..data import FlowCollator, prepare_tokenizer
 from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
@@ -262,7 +263,8 @@ def adapt_encoder(model: YanForFlowGeneration, rank: int):
 def _with_lora(model, rank):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
+    targets = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets)
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
     return model

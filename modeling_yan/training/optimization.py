@@ -20,8 +20,8 @@ def make_groups(
 ) -> list[dict]:
     """The trained parameters for an optimizer of torch, in groups.
 
-    Only the weights of linear layers and convolutions decay: not biases, norms and embeddings, and not what a Mamba
-    has as bare parameters, of which 0 means something else (the rate A = -exp(A_log) at which it forgets).
+    Only the weights of linear layers, convolutions and experts decay: not biases, norms and embeddings, and not what a
+    Mamba has as bare parameters, of which 0 means something else (the rate A = -exp(A_log) at which it forgets).
 
     Args:
         model: A YAN model, or a baseline.
@@ -36,7 +36,8 @@ def make_groups(
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_decayed = name.endswith("weight") and parameter.dim() > 1 and id(parameter) not in embeddings
+            is_weight = name.endswith(("weight", "up_proj", "down_proj")) and parameter.dim() > 1
+            is_decayed = is_weight and id(parameter) not in embeddings
             groups.setdefault((id(parameter) in encoder, not is_decayed), []).append(parameter)
     return [
         {

@@ -38,7 +38,8 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
     keys = sum(linear_flops(cross.k_proj, cross.v_proj) for cross in crossing)
     trunk = linear_flops(layers) - keys + 4 * config.hidden_size * source * len(crossing)
     trunk += _attention_flops(config, config.flow_mixer, canvas) * len(layers)
-    head = linear_flops(flow.experts.heads[0])
+    heads = flow.experts.heads
+    head = 2 * (heads.up_proj[0].numel() + heads.down_proj[0].numel())
     experts = config.num_experts * head
     if num_flow_steps == 0:  # the encoder's draft alone
         return batch_size * round(3 * encoder + source * keys + 3 * canvas * decoder)

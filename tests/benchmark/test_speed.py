@@ -48,7 +48,7 @@ def count_calls(modules):
 def calls_of_layers(model, wastes):
     """Calls of the last trunk layer, of the experts' heads, of a key projection and of the modulations."""
     layer = model.flow.layers[-1]
-    parts = [[layer], model.flow.experts.heads, [layer.cross_attention.k_proj], [model.flow.modulation]]
+    parts = [[layer], [model.flow.experts.heads], [layer.cross_attention.k_proj], [model.flow.modulation]]
     counts = [count_calls(part) for part in parts]
     naive_generate(model, torch.randint(4, 64, (1, 5)), 8, 3, wastes)
     return [len(count) for count in counts]

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from modeling_yan import YanForFlowGeneration
 
 NUM_UPDATES = 3
-UNITS = ["YanEncoderLayer", "YanSelfAttentionMixer", "YanMambaMixer", "YanFeedForward", "YanDecoderLayer"]
+UNITS = ["YanEncoderLayer", "YanSelfAttentionMixer", "YanMambaMixer", "YanFeedForward"]
+UNITS += ["YanExpertHeads", "YanDecoderLayer"]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

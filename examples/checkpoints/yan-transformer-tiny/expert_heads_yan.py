@@ -1,0 +1,1 @@
+../../../modeling_yan/expert_heads_yan.py
