@@ -121,11 +121,14 @@ class YanTokenGroups:
 
 def _eager(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
     """One head after the other, each with its own tokens."""
-    product = grouped_linear if use_custom_ops() else _grouped_linear
     order, position, sizes = groups.sort()
-    up_proj, up_proj_bias, down_proj, down_proj_bias = heads.weights()
-    hidden = F.gelu(product(select_rows(tokens, order), sizes, up_proj, up_proj_bias))
-    return select_rows(product(hidden, sizes, down_proj, down_proj_bias), position)
+    tokens, weights = select_rows(tokens, order), heads.weights()
+    if use_custom_ops():
+        outputs = grouped_linear(F.gelu(grouped_linear(tokens, sizes, *weights[:2])), sizes, *weights[2:])
+    else:
+        each = zip(tokens.split(sizes.tolist()), *(tensor.unbind() for tensor in weights), strict=True)
+        outputs = torch.cat([feed_forward(*part_and_weights) for part_and_weights in each])
+    return select_rows(outputs, position)
 
 
 def _batched_mm(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
