@@ -1,6 +1,7 @@
 """Operators that `torch.compile` takes as they are, without looking into them."""
 
 import re
+import typing
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -77,6 +78,12 @@ def _operator_name(name: str) -> str:
     return re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", name.replace(".", "_"), flags=re.ASCII)
 
 
+def _with_typing_names(hint):
+    """`list[int]` as `typing.List[int]`, the only name of it that torch 2.6 knows, and the same inside a tuple."""
+    old = {list: "List", tuple: "Tuple"}.get(typing.get_origin(hint))
+    return getattr(typing, old)[tuple(map(_with_typing_names, typing.get_args(hint)))] if old else hint
+
+
 def opaque_operator(function: Callable, fake: Callable) -> Callable:
     """`function` as one operator of the compiled graph; `fake` gives empty tensors shaped like its results.
 
@@ -85,6 +92,7 @@ def opaque_operator(function: Callable, fake: Callable) -> Callable:
     registers operators of its own.
     """
     name = _operator_name(f"{function.__module__}_{function.__name__}")
+    function.__annotations__ = {key: _with_typing_names(hint) for key, hint in function.__annotations__.items()}
     operator = torch.library.custom_op(f"yan::{name}", function, mutates_args=())
     operator.register_fake(fake)
     return operator

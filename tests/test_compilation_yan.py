@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import typing
 from collections import Counter
 from copy import deepcopy
 
@@ -21,7 +22,7 @@ from modeling_yan import (
     layers_yan,
     mamba_yan,
 )
-from modeling_yan.compilation_yan import is_exporting, select_rows, use_custom_ops
+from modeling_yan.compilation_yan import is_exporting, opaque_operator, select_rows, use_custom_ops
 from modeling_yan.experts_yan import YanExperts
 
 # Everything but the generation of code: traced, decomposed and split into forward and backward as inductor wants it.
@@ -399,3 +400,12 @@ def test_code_that_is_loaded_again_leaves_the_first_operators_alone(monkeypatch)
         compiled = torch.compile(copy.select_rows, backend=TRACED, fullgraph=True)
         assert torch.equal(compiled(table, index), table[index])
     assert len({copy._select_operator._qualname for copy in copies}) == 6
+
+
+def test_an_operator_has_hints_that_torch_2_6_knows():
+    def split(parts: list[torch.Tensor], sizes: list[int], scale: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return parts[0] * scale, [part[: sizes[0]] for part in parts]
+
+    opaque_operator(split, split)
+    assert split.__annotations__["sizes"] == typing.List[int]  # noqa: UP006
+    assert repr(split.__annotations__["return"]) == "typing.Tuple[torch.Tensor, typing.List[torch.Tensor]]"
