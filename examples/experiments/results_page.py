@@ -37,7 +37,7 @@ METRICS = {  # name, scale, digits
     "f1": ("F1, %", 100, 1),
     "unknown": ("share of texts that are the answer of no row, %", 100, 1),
 }
-README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2"}
+README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2", "agnews": "AG News"}
 README_ARMS = (
     *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder"),
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
