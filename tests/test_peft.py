@@ -116,6 +116,16 @@ def test_a_merged_adapter_writes_the_same(base, batch, tmp_path):
         assert torch.equal(written.generate(**batch), tokens)
 
 
+@pytest.mark.parametrize("fields", [{"num_experts": 1}, {"share_expert_head": True}], ids=["one expert", "one head"])
+def test_an_adapter_of_a_single_head_trains_and_is_merged(make_model, fields):
+    model = lively(peft.get_peft_model(make_model(**fields), peft.LoraConfig(target_parameters=LORA_PARAMETERS)))
+    prompts = torch.tensor([[5, 6, 7]])
+    model(prompts, labels=prompts + 3).loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for name, weight in model.named_parameters() if "lora" in name)
+    expected = model.eval()(prompts).logits
+    torch.testing.assert_close(model.merge_and_unload()(prompts).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["DoRA", "IA3", "AdaLoRA"])
 def test_other_adapters_of_layers_train_and_come_back(base, batch, tmp_path, kind):
     layers = {"target_modules": ["v_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
