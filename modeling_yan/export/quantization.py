@@ -32,6 +32,7 @@ def with_int8_weights(model):
     chosen = [name for name in linear if name.startswith(PARTS) and not name.endswith(EXACT)]
     layers = dict.fromkeys(chosen, quantization.default_dynamic_qconfig)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is to move to a package of its own
+        # torch.ao is deprecated, but torchao takes 1.5 to 1.9 times as long (docs/log.md, 2026-11-29)
+        warnings.simplefilter("ignore")
         quantization.quantize_dynamic(model, layers, inplace=True)
     return refuse_saving(model, "int8 weights")
