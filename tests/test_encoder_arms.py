@@ -62,6 +62,7 @@ def recipe(encoder, tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_arms_on_an_encoder_are_trained_and_measured(load_script, recipe, encoder, tmp_path):
     words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--seeds", "0"]

@@ -8,6 +8,7 @@ import torch
 
 from modeling_yan.export import export_generation, save_program
 
+only_attention = pytest.mark.parametrize("variant", ["attention"])
 DRAFTED = {"train_expert_choice": "posterior", "num_answer_slots": 8, "attention_conv_kernel": 3}
 LOAD = {
     "graph": "torch.export.load(sys.argv[1]).module()",
@@ -70,6 +71,7 @@ def of_other_shapes(longest: int = 48):
         yield ids, mask
 
 
+@only_attention
 def test_an_exported_program_writes_what_generate_writes(lively_model, inputs):
     program = export_generation(lively_model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()
     assert torch.equal(program(*inputs), generated(lively_model, *inputs, 3))
@@ -78,7 +80,11 @@ def test_an_exported_program_writes_what_generate_writes(lively_model, inputs):
 
 
 def test_a_program_takes_any_number_of_prompts_of_any_length(lively_model):
-    program = export_generation(lively_model, None, None, num_flow_steps=1, min_new_tokens=8).module()
+    exported = export_generation(lively_model, None, None, num_flow_steps=1, min_new_tokens=8)
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert targets
+    assert not [target for target in targets if target.startswith("yan")]  # all operators are torch's own
+    program = exported.module()
     for other in of_other_shapes():
         assert torch.equal(program(*other), generated(lively_model, *other, 1))
     too_long = torch.ones(1, 49, dtype=torch.long)
@@ -86,24 +92,19 @@ def test_a_program_takes_any_number_of_prompts_of_any_length(lively_model):
         program(too_long, too_long)
 
 
+@only_attention
 def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively_model, inputs):
     model = make_lively_model(num_answer_slots=8, initializer_range=0.3, attention_conv_kernel=3)
     tokens = export_generation(model, 2, 7, num_flow_steps=1, min_new_tokens=8).module()(*inputs)
     assert torch.equal(tokens, generated(model, *inputs, 1))
 
 
+@only_attention
 def test_chains_are_read_off_in_it_too(make_lively_model, inputs):
     model = make_lively_model(crf_rank=4, crf_candidates=5)
     tokens = export_generation(model, 2, 7, num_flow_steps=3, min_new_tokens=8).module()(*inputs)
     assert torch.equal(tokens, generated(model, *inputs, 3))
     assert not torch.equal(tokens, generated(model, *inputs, 3, crf_decoding=False))
-
-
-def test_its_operators_are_torchs_own(lively_model):
-    program = export_generation(lively_model, 1, 5, num_flow_steps=2)
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert targets
-    assert not [target for target in targets if target.startswith("yan")]
 
 
 @pytest.mark.slow
@@ -139,7 +140,7 @@ def test_its_machine_code_runs_without_the_package(lively_model, inputs, tmp_pat
     assert torch.equal(run_alone(path, inputs, tmp_path, "native"), expected)
 
 
-@pytest.mark.parametrize("variant", ["attention"])
+@only_attention
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

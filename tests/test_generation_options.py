@@ -13,6 +13,12 @@ PAD, EOS = 0, 2
 
 
 @pytest.fixture
+def variant():
+    """Options know nothing of mixers."""
+    return "both"
+
+
+@pytest.fixture
 def model(make_lively_model) -> YanForFlowGeneration:
     return make_lively_model()
 

@@ -16,6 +16,12 @@ ROWS = [{"source": "Where is the dog?", "target": "The dog is here."}] * 4
 
 
 @pytest.fixture
+def variant():
+    """What is said does not depend on mixers."""
+    return "both"
+
+
+@pytest.fixture
 def messages(caplog):
     """The texts of transformers' warnings, which go past the loggers that pytest listens to, and of the hub."""
     loggers = logging.get_logger("transformers"), getLogger("huggingface_hub")

@@ -18,6 +18,12 @@ DRAFT, CLEAR = "\033[33m", "\0338\033[J"  # what transformers' streamer prints b
 
 
 @pytest.fixture
+def variant():
+    """Streamers know nothing of mixers."""
+    return "both"
+
+
+@pytest.fixture
 def model(make_lively_model) -> YanForFlowGeneration:
     return make_lively_model()
 

@@ -28,6 +28,12 @@ SMALL = {"num_encoder_layers": 1, "num_flow_layers": 1}
 FLOW_TERMS = {"nll_loss", "nll_loss_per_dim", "mse_loss", "ce_loss", "gate_entropy", "load_balance_loss"}
 
 
+@pytest.fixture
+def variant():
+    """Trainers know nothing of mixers."""
+    return "both"
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(SENTENCES * 4, vocab_size=300)

@@ -20,6 +20,12 @@ ROWS = [
 SMALL = {"num_encoder_layers": 1, "num_flow_layers": 1, "canvas_length": 12}
 
 
+@pytest.fixture
+def variant():
+    """TRL knows nothing of mixers."""
+    return "both"
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer([row["prompt"] + row["completion"] for row in ROWS] * 4, vocab_size=320)

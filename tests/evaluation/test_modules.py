@@ -164,6 +164,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_the_core_works_without_optional_packages_and_without_network(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
     result = subprocess.run(

@@ -203,6 +203,11 @@ class TestLearning:
 
 
 class TestLoading:
+    @pytest.fixture
+    def variant(self):
+        """Files know nothing of mixers."""
+        return "both"
+
     def test_stage_two_starts_from_stage_one(self, arguments, data, runs):
         settings = arguments()
         pretrain(settings)
@@ -310,6 +315,11 @@ class TestRefusals:
 
 
 class TestFailures:
+    @pytest.fixture
+    def variant(self):
+        """Files know nothing of mixers."""
+        return "both"
+
     @pytest.fixture
     def fail_at_call(self, monkeypatch):
         """Function that makes a method raise, or do something else, at its n-th call."""

@@ -15,6 +15,12 @@ from modeling_yan.training.checkpoints import LOCK, list_checkpoints
 NUM_KILLS = 20
 
 
+@pytest.fixture
+def variant():
+    """Files know nothing of mixers."""
+    return "both"
+
+
 def state_of(folder) -> dict:
     """Optimizer, schedule and average of the newest checkpoint."""
     state = list_checkpoints(folder)[-1] / "state"
@@ -103,11 +109,6 @@ class TestResuming:
 
 
 class TestFolder:
-    @pytest.fixture
-    def variant(self):
-        """Files know nothing of mixers."""
-        return "attention"
-
     def test_one_that_another_process_trains_into_is_refused(self, interrupted, fresh, runs, tmp_path):
         fresh()
         code = (

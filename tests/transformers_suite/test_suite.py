@@ -68,6 +68,10 @@ if suite is not None:
     class ForAutoencoding(YanSuite, suite.TrainingTesterMixin):
         all_model_classes = (YanForAutoencoding,)
 
+        @pytest.mark.slow
+        def test_training_overfit(self):
+            super().test_training_overfit()
+
     class ForFlowGeneration(YanSuite, suite.TrainingTesterMixin):
         all_model_classes = (YanForFlowGeneration,)
 
@@ -75,6 +79,7 @@ if suite is not None:
         def test_generation_tester_mixin_inheritance(self):
             pass
 
+        @pytest.mark.slow
         def test_training_overfit(self):
             """Not the suite's: it expects the rest of a text after a prefix of it, we learn a target from a prompt.
 
