@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.2.0"  # the one place; setup.cfg reads it
 __all__ = [
@@ -21,7 +22,7 @@ def _is_command(words: list[str]) -> bool:
     return words[1:3] == ["-m", "modeling_yan"] or (len(words) > 1 and Path(words[1]).name in ("yan", "yan.exe"))
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """A public name that is not loaded yet."""
     if name in __all__:
         return getattr(import_module(".registration", __name__), name)

@@ -9,16 +9,20 @@ K experts, N solver steps, C candidates of a token.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .decoding_yan import log_probs_of_text_and_fill
-from .experts_yan import YanExpertChoice
+from .configuration_yan import YanConfig
+from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
+from .experts_yan import YanExpertChoice, YanExpertPrior
 from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
 from .layers_yan import count_positions
+from .pretrained_yan import YanPretrainedMixin
 from .velocity_yan import YanCondition, YanVelocity
+
+OnDraft = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class CanvasPlan:
     wants_tokens: bool = True
 
     @classmethod
-    def of_config(cls, config, num_flow_steps: int, num_without_eos: int = 0, **options) -> "CanvasPlan":
+    def of_config(
+        cls, config: YanConfig, num_flow_steps: int, num_without_eos: int = 0, **options: Any
+    ) -> "CanvasPlan":
         """The plan of a canvas without sampling and without further wishes."""
         eos = () if config.eos_token_id is None else (config.eos_token_id,)
         return cls(num_flow_steps, "euler", "argmax", 1, (), eos, num_without_eos, False, **options)
@@ -71,7 +77,7 @@ class CanvasNoise(NamedTuple):
 
     x_0: torch.Tensor
     expert_uniform: torch.Tensor | None = None
-    expert_ranks: torch.LongTensor | None = None
+    expert_ranks: torch.Tensor | None = None
     token_uniform: torch.Tensor | None = None
 
 
@@ -79,11 +85,11 @@ class CanvasNoise(NamedTuple):
 class Canvas:
     """One canvas: its token ids (B R, L) or latents (B R, L, D), and how they came about where that is wanted."""
 
-    tokens: torch.LongTensor | None
+    tokens: torch.Tensor | None
     num_trunk_passes: int
     latents: torch.Tensor | None = None
     trajectory: torch.Tensor | None = None
-    experts: torch.LongTensor | None = None
+    experts: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
 
@@ -99,8 +105,8 @@ class YanPrompt:
 
     latents: torch.Tensor
     attention_mask: torch.Tensor | None = None
-    position_ids: torch.LongTensor | None = None
-    input_ids: torch.LongTensor | None = None
+    position_ids: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -109,16 +115,16 @@ class YanPrompt:
         if number == 1:
             return self
 
-        def repeated(tensor):
+        def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.repeat_interleave(number, 0)
 
         is_common = self.position_ids is not None and self.position_ids.shape[0] == 1
         positions = self.position_ids if is_common else repeated(self.position_ids)
-        return YanPrompt(repeated(self.latents), repeated(self.attention_mask), positions)
+        return YanPrompt(self.latents.repeat_interleave(number, 0), repeated(self.attention_mask), positions)
 
 
 def solve_canvas(
-    model, prompt: YanPrompt, noise: CanvasNoise, plan: CanvasPlan, on_draft: Callable | None = None
+    model: "YanCanvasMixin", prompt: YanPrompt, noise: CanvasNoise, plan: CanvasPlan, on_draft: OnDraft | None = None
 ) -> Canvas:
     """Generate one canvas for encoded prompts: nothing but a function of tensors and the plan.
 
@@ -135,18 +141,18 @@ def solve_canvas(
     velocity = model.velocity_field(condition, length, plan.num_flow_steps, plan.solver, choice)
     path = [x_0]
 
-    def record(step, x):
+    def record(step: int, x: torch.Tensor) -> None:
         path.append(x)
         if not plan.keep_path:
             del path[:-2]  # a draft needs the last step alone
         if on_draft is not None:
-            draft = extrapolate(*path[-2:], step, plan.num_flow_steps)
+            draft = extrapolate(path[-2], path[-1], step, plan.num_flow_steps)
             on_draft(model.decode_tokens(draft, plan, noise.token_uniform))
 
     x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
     canvas = _decoded(model, x_1, noise, plan)
     canvas.num_trunk_passes = velocity.num_trunk_passes
-    if plan.wants_tokens:  # a gate that is NaN still chooses an expert
+    if canvas.tokens is not None:  # a gate that is NaN still chooses an expert
         canvas.tokens = canvas.tokens.masked_fill(velocity.gate_log_probs.isnan().any(-1), -1)
     if plan.keep_path:
         canvas.trajectory, canvas.experts = torch.stack(path, 1), velocity.experts
@@ -154,14 +160,22 @@ def solve_canvas(
     return canvas
 
 
-def _decoded(model, latents, noise, plan) -> Canvas:
+def _decoded(model: "YanCanvasMixin", latents: torch.Tensor, noise: CanvasNoise, plan: CanvasPlan) -> Canvas:
     if not plan.wants_tokens:
         return Canvas(None, 0, latents)
     return Canvas(model.decode_tokens(latents, plan, noise.token_uniform), 0)
 
 
 def encode_and_solve(
-    model, input_ids, attention_mask, x_0, expert_uniform, expert_ranks, token_uniform, plan, on_draft=None
+    model: "YanCanvasMixin",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    x_0: torch.Tensor,
+    expert_uniform: torch.Tensor | None,
+    expert_ranks: torch.Tensor | None,
+    token_uniform: torch.Tensor | None,
+    plan: CanvasPlan,
+    on_draft: OnDraft | None = None,
 ) -> Canvas:
     """One canvas for prompts (B, S): what is compiled, recorded and exported as a whole.
 
@@ -172,27 +186,35 @@ def encode_and_solve(
     return solve_canvas(model, prompt, CanvasNoise(x_0, expert_uniform, expert_ranks, token_uniform), plan, on_draft)
 
 
-class YanCanvasMixin:
+class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
     """What `YanForFlowGeneration` makes a canvas of."""
 
     def encode_prompt(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        encoder_outputs=None,
-        **kwargs,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
     ) -> YanPrompt:
         """Encode prompts (B, S) whose valid tokens come first, behind the model's own answer slots."""
         given = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
-        encode = self.model if encoder_outputs is None else partial(self.take_states, encoder_outputs)
+        encode: Callable[..., Any] = self.model
+        if encoder_outputs is not None:
+            encode = partial(self.take_states, encoder_outputs)
         outputs = encode(**given, return_dict=True, **kwargs)
         about = {name: given[name] for name in ("attention_mask", "position_ids", "input_ids")}
         about |= {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return YanPrompt(outputs.last_hidden_state, **about)
 
-    def with_answer_slots(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> dict:
+    def with_answer_slots(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
         number = self.config.num_answer_slots
         if number and input_ids is not None and self.config.mask_token_id is None:
@@ -210,32 +232,38 @@ class YanCanvasMixin:
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
 
-    def _slot_embeddings(self, device):
+    def _slot_embeddings(self, device: torch.device) -> torch.Tensor:
         """Input embeddings (1, slots, E) of the answer slots: of mask tokens, or learned where there are none."""
         if self.config.mask_token_id is None:
             return self.model.embeddings.answer_slots(torch.arange(self.config.num_answer_slots, device=device)[None])
         ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
         return self.get_input_embeddings()(ids)
 
-    def _check_draft(self, canvas_length: int):
+    def _check_draft(self, canvas_length: int) -> None:
         slots = self.config.num_answer_slots
         if slots < canvas_length:
             allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
 
-    def draft(self, latents, canvas_length: int) -> torch.Tensor:
+    def draft(self, latents: torch.Tensor | None, canvas_length: int) -> torch.Tensor:
         """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).
 
         Raises:
             ValueError: There are fewer slots than the canvas has tokens.
         """
         slots = self.config.num_answer_slots
-        if canvas_length > slots:
+        if latents is None or canvas_length > slots:
             needed = f"at least canvas_length={canvas_length}, to read the encoder's draft"
             raise ValueError(f"num_answer_slots={slots}: must be {needed}")
         return latents[:, :canvas_length]
 
-    def condition(self, latents, attention_mask=None, canvas_length: int = 1, position_ids=None) -> YanCondition:
+    def condition(
+        self,
+        latents: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        canvas_length: int = 1,
+        position_ids: torch.Tensor | None = None,
+    ) -> YanCondition:
         """What the flow needs of the encoded prompt, latents (B, S, D) with mask (B, S)."""
         if position_ids is None:
             position_ids = count_positions(latents, attention_mask)
@@ -249,13 +277,18 @@ class YanCanvasMixin:
         return (self.config.init_noise * noise).to(like.dtype)
 
     def velocity_field(
-        self, condition, canvas_length, num_flow_steps, solver="euler", choice: YanExpertChoice | None = None
+        self,
+        condition: YanCondition,
+        canvas_length: int,
+        num_flow_steps: int,
+        solver: str = "euler",
+        choice: YanExpertChoice | None = None,
     ) -> YanVelocity:
         """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
         positions = self._positions(canvas_length, condition.mean.device)
         return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, choice or YanExpertChoice())
 
-    def _positions(self, canvas_length: int, device=None) -> torch.Tensor:
+    def _positions(self, canvas_length: int, device: torch.device | None = None) -> torch.Tensor:
         """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""
         return self.model.embeddings.position_embeddings(torch.arange(canvas_length, device=device))
 
@@ -265,10 +298,11 @@ class YanCanvasMixin:
         by_text = has_choice and plan.expert_choice == "argmax"
         judge = partial(self.best_experts, plan=plan) if by_text else None
         temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
-        return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
+        drawn = noise.expert_uniform, noise.expert_ranks
+        return YanExpertChoice(plan.expert_choice, *drawn, temperature, judge)  # type: ignore[arg-type]  # a LongTensor
 
     @torch.no_grad()
-    def best_experts(self, ends, prior, plan) -> torch.LongTensor:
+    def best_experts(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor | None:
         """The experts (B, L) that are the most probable together with the text that they lead to.
 
         The gate alone does not know: of sixteen experts that are about as probable, some lead to far better texts. Of
@@ -282,16 +316,16 @@ class YanCanvasMixin:
             return prior.choose("argmax")
         return self._best_chain(ends, prior, plan) if prior.scope == "chain" else self._best_of_all(ends, prior, plan)
 
-    def _best_of_all(self, ends, prior, plan):
-        scores = [[self.score_tokens(part, plan) for part in self.split_rows(end)] for end in ends.unbind(2)]
+    def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
+        scored = [[self.score_tokens(part, plan) for part in self.split_rows(end)] for end in ends.unbind(2)]
         scores, lengths = (
             torch.stack([torch.cat(part) for part in each], dim=-1)
-            for each in zip(*(zip(*parts, strict=True) for parts in scores), strict=True)
+            for each in zip(*(zip(*parts, strict=True) for parts in scored), strict=True)
         )
         best = ((scores + prior.gate_log_probs[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
         return best.expand(prior.gate_log_probs.shape[:2])
 
-    def _best_chain(self, ends, prior, plan):
+    def _best_chain(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
         """For chains of experts: those that lead to the best text together."""
         scores = []
         for end in ends.unbind(2):  # one by one, or the logits would be K vocabularies wide
@@ -299,4 +333,4 @@ class YanCanvasMixin:
             parts = [log_probs_of_text_and_fill(each, plan.end_ids) for each in logits]
             scores.append([torch.cat(part) for part in zip(*parts, strict=True)])
         tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
-        return prior.best_chain(tokens, *fill, length_penalty=plan.length_penalty)
+        return prior.best_chain(tokens, fill[0] if fill else None, plan.length_penalty)

@@ -4,9 +4,12 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .base_yan import YanBaseMixin
 
 FILE = "README.md"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -85,23 +88,27 @@ class YanModelCard:
     limits: str = UNKNOWN
 
 
-class YanCardMixin:
+class YanCardMixin(YanBaseMixin):
     """Saving and pushing with a card, and without weights of an earlier time."""
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    model_card: YanModelCard
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with a model card."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and Path(save_directory).is_dir():
             write_card(self, save_directory)
             _remove_old_weights(Path(save_directory))
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> CommitInfo:
         write_card(self, working_dir, repo_id)  # transformers has put the hub's card there, or an empty one
         pushed = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
         return _delete_old_weights(working_dir, repo_id, pushed, kwargs.get("revision"), kwargs.get("token"))
 
 
-def _remove_old_weights(folder: Path):
+def _remove_old_weights(folder: Path) -> None:
     """Remove a single file that shards have replaced, or the reverse: transformers would load the single one."""
     found = [path for path in (folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME) if path.is_file()]
     times = [path.stat().st_mtime_ns for path in found]
@@ -109,34 +116,37 @@ def _remove_old_weights(folder: Path):
         found[times.index(min(times))].unlink()
 
 
-def _delete_old_weights(folder, name: str, pushed, revision: str | None, token):
+def _delete_old_weights(
+    folder: str | os.PathLike[str], name: str, pushed: CommitInfo, revision: str | None, token: str | bool | None
+) -> CommitInfo:
     """Delete weights on the hub that the pushed ones of a folder have replaced, and return the last commit."""
     api, revision, written = HfApi(), pushed.pr_revision or revision, set(os.listdir(folder))
-    old = [file for file in api.list_repo_files(name, revision=revision, token=token) if WEIGHTS.fullmatch(file)]
-    old = [CommitOperationDelete(file) for file in old if file not in written]
+    files = [file for file in api.list_repo_files(name, revision=revision, token=token) if WEIGHTS.fullmatch(file)]
+    old = [CommitOperationDelete(file) for file in files if file not in written]
     if not old or not any(map(WEIGHTS.fullmatch, written)):
         return pushed
     deleted = api.create_commit(name, old, commit_message="Delete replaced weights", revision=revision, token=token)
     return pushed if pushed.pr_revision else deleted
 
 
-def write_card(model, folder, name: str | None = None):
+def write_card(model: YanCardMixin, folder: str | os.PathLike[str], name: str | None = None) -> None:
     """Write the card of a model into a folder, unless a person's card lies there.
 
     Args:
         folder: That the weights were saved to. name: Of the repository on the hub; the folder's if None.
     """
     path = Path(folder, FILE)
-    tags = []
+    tags: list[str] = []
     if path.is_file():
         before = path.read_text(encoding="utf-8")
         if OWN not in before and EMPTY not in before:
             return
-        tags = ModelCard(before, ignore_metadata_errors=True).data.tags or []  # that were asked for with the push
+        about = ModelCard(before, ignore_metadata_errors=True).data
+        tags = about.get("tags") or []  # that were asked for with the push
     path.write_text(_card(model, name or path.resolve().parent.name, tags), encoding="utf-8")
 
 
-def _card(model, name: str, tags) -> str:
+def _card(model: YanCardMixin, name: str, tags: list[str]) -> str:
     about, config = model.model_card, model.config
     task, auto_class = TASKS.get(type(model).__name__, TASKS["YanModel"])
     data = ModelCardData(

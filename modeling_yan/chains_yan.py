@@ -11,13 +11,14 @@ Letters of the shape comments: B batch, L length, C states of a token.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 IMPOSSIBLE = -1e4  # finite, because sums of infinities have no gradient
 
 
-def path_score(emissions: torch.Tensor, transitions: torch.Tensor, path: torch.LongTensor) -> torch.Tensor:
+def path_score(emissions: torch.Tensor, transitions: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     """Score (B,) of one path (B, L): its emissions (B, L, C) and transitions (B, L - 1, C, C), summed."""
     steps = transitions.flatten(2).gather(2, (path[:, :-1] * emissions.shape[-1] + path[:, 1:]).unsqueeze(-1))
     return emissions.gather(2, path.unsqueeze(-1)).sum((1, 2)) + steps.sum((1, 2))
@@ -36,7 +37,7 @@ def log_partition(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.T
     return whole.flatten(1).logsumexp(-1)
 
 
-def best_path(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.LongTensor:
+def best_path(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
     """The path (B, L) of the highest score; arguments as in `path_score`."""
     _, length, num_states = emissions.shape
     if length == 1:
@@ -53,11 +54,11 @@ def best_path(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.LongT
     return ends[:, :length]
 
 
-def _goes_by_tokens(emissions) -> bool:
+def _goes_by_tokens(emissions: torch.Tensor) -> bool:
     return emissions.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _viterbi(emissions, transitions):
+def _viterbi(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
     best, origins = emissions[:, 0], []
     for emission, step in zip(emissions[:, 1:].unbind(1), transitions.unbind(1), strict=True):
         best, origin = (best.unsqueeze(-1) + step).max(-2)
@@ -71,7 +72,7 @@ def _viterbi(emissions, transitions):
 
 def best_ending(
     tokens: torch.Tensor, fill: torch.Tensor, transitions: torch.Tensor, length_penalty: float = 1.0
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Number of tokens (B,), 0 to L, of the best path that goes from text to fill once and stays there.
 
     Of the best paths of all lengths n it is the one with the highest score / (n + 1)^length_penalty. The score alone
@@ -85,14 +86,14 @@ def best_ending(
     for step in reversed(range(transitions.shape[1])):
         behind.append(fill[:, step] + (transitions[:, step] + behind[-1].unsqueeze(1)).amax(-1))
     behind.reverse()
-    before, scores = None, [behind[0].amax(-1)]
-    for step in range(tokens.shape[1]):
-        came = 0 if before is None else (before.unsqueeze(-1) + transitions[:, step - 1]).amax(-2)
-        if step:
-            scores.append((came + behind[step]).amax(-1))
+    before, scores = tokens[:, 0], [behind[0].amax(-1)]
+    for step in range(1, tokens.shape[1]):
+        came = (before.unsqueeze(-1) + transitions[:, step - 1]).amax(-2)
+        scores.append((came + behind[step]).amax(-1))
         before = came + tokens[:, step]
-    scores = torch.stack([*scores, before.amax(-1)], dim=1)
-    return (scores / torch.arange(1.0, scores.shape[1] + 1, device=scores.device) ** length_penalty).argmax(1)
+    all_scores = torch.stack([*scores, before.amax(-1)], dim=1)
+    num_tokens = torch.arange(1.0, len(scores) + 2, device=tokens.device)
+    return (all_scores / num_tokens**length_penalty).argmax(1)
 
 
 def as_markov(emissions: torch.Tensor, transitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,11 +103,11 @@ def as_markov(emissions: torch.Tensor, transitions: torch.Tensor) -> tuple[torch
         scores = transitions[:, step] + (emissions[:, step + 1] + behind).unsqueeze(-2)
         behind = scores.logsumexp(-1)
         steps.append(scores - behind.unsqueeze(-1))
-    steps = torch.stack(steps[::-1], dim=1) if steps else torch.zeros_like(transitions)
-    return (emissions[:, 0] + behind).log_softmax(-1), steps
+    log_transitions = torch.stack(steps[::-1], dim=1) if steps else torch.zeros_like(transitions)
+    return (emissions[:, 0] + behind).log_softmax(-1), log_transitions
 
 
-def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
+def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A path (B, L) drawn from a Markov chain, a pure function of uniform numbers in (0, 1).
 
     Every state of every token draws its successor by the Gumbel-max trick; then these functions are composed.
@@ -135,7 +136,7 @@ def chain_marginals(log_first: torch.Tensor, log_transitions: torch.Tensor) -> t
     return torch.stack(marginals, dim=1)
 
 
-def _segments(emissions, transitions):
+def _segments(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
     """Scores (B, N, C, C) of the ways from each token to the next, their number N filled up to a power of two.
 
     A segment has the emission of the token that it leads to, the first one that of its origin, too. The filling leads
@@ -148,7 +149,9 @@ def _segments(emissions, transitions):
     return torch.cat([segments, stay.expand(segments.shape[0], missing, -1, -1)], dim=1)
 
 
-def _join(segments, combine: Callable):
+def _join(
+    segments: torch.Tensor, combine: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+) -> tuple[torch.Tensor, list[Any]]:
     """Join neighbouring segments until one is left; returns it (1, B, C, C) and the second results of `combine`.
 
     `combine` reduces the sums (B, N, C, C, C) of origin, middle and end over the middle.

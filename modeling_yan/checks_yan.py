@@ -4,11 +4,13 @@ Letters of the shape comments: B batch, S prompt length, D hidden size. Values a
 on an accelerator that would wait for the device; shapes and types everywhere.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 IGNORE_INDEX = -100
 ID_TYPES = (torch.int64, torch.int32)
@@ -26,14 +28,16 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
-def check_tensor(value: Any, name: str, allowed: str, num_dims: int, types: tuple = ID_TYPES):
+def check_tensor(
+    value: Any, name: str, allowed: str, num_dims: int, types: tuple[torch.dtype, ...] = ID_TYPES
+) -> None:
     """Raise ValueError unless it is a plain tensor with these dimensions, none empty but the last of several."""
     is_plain = torch.is_tensor(value) and not value.is_nested and value.layout == torch.strided
     if not (is_plain and value.dtype in types and value.dim() == num_dims and value.shape[0] > 0):
         raise ValueError(f"{name} is {describe(value)}: must be {allowed}")
 
 
-def check_device(value: torch.Tensor, name: str, model: torch.nn.Module):
+def check_device(value: torch.Tensor, name: str, model: PreTrainedModel) -> None:
     """Raise ValueError for a tensor without values where the model has some."""
     if value.is_meta and model.device.type != "meta":
         raise ValueError(f"{name} is {describe(value)}: must be on {model.device}, as the model")
@@ -44,20 +48,21 @@ def can_look_at(value: torch.Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_range(low: int, high: int, size: int, name: str = "token ids", field: str = "vocab_size"):
+def check_range(low: int, high: int, size: int, name: str = "token ids", field: str = "vocab_size") -> None:
     """Raise ValueError unless the ids from `low` to `high` are in [0, size)."""
     if low < 0 or high >= size:
         raise ValueError(f"{name} from {low} to {high}: must be in [0, {field}={size})")
 
 
-def check_ids(ids: Any, config, name: str = "input_ids"):
+def check_ids(ids: Any, config: PreTrainedConfig, name: str = "input_ids") -> None:
     """Raise ValueError unless these are token ids (B, S) of the config's vocabulary."""
     check_tensor(ids, name, "a tensor of integers (B, S), int64 or int32, B at least 1", 2)
     if can_look_at(ids) and ids.numel():
-        check_range(*torch.stack(ids.aminmax()).tolist(), config.vocab_size, f"{name}: token ids")
+        low, high = torch.stack(ids.aminmax()).tolist()
+        check_range(low, high, config.vocab_size, f"{name}: token ids")
 
 
-def check_mask(mask: Any, shape: tuple[int, int]):
+def check_mask(mask: Any, shape: Sequence[int]) -> None:
     """Raise ValueError unless it is an attention mask (B, S) of this shape, of 1 and 0 or of True and False."""
     allowed = f"a tensor {tuple(shape)} as the input, of 1 and 0"
     if not torch.is_tensor(mask) or mask.is_complex() or mask.is_nested or tuple(mask.shape) != tuple(shape):
@@ -68,28 +73,27 @@ def check_mask(mask: Any, shape: tuple[int, int]):
             raise ValueError(f"attention_mask has the value {mask[is_wrong][0].item()}: must be {allowed}")
 
 
-def check_positions(position_ids: Any, shape: tuple[int, int], config):
+def check_positions(position_ids: Any, shape: Sequence[int], config: PreTrainedConfig) -> None:
     """Raise ValueError unless these are positions (B, S), or (1, S) for all rows, with embeddings in the model."""
     allowed = f"a tensor {tuple(shape)} or {(1, shape[1])} of integers"
     check_tensor(position_ids, "position_ids", allowed, 2)
     if position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
         raise ValueError(f"position_ids is {describe(position_ids)}: must be {allowed}")
     if can_look_at(position_ids):
-        bounds = torch.stack(position_ids.aminmax()).tolist()
-        check_range(*bounds, config.max_position_embeddings, "position_ids", "max_position_embeddings")
+        low, high = torch.stack(position_ids.aminmax()).tolist()
+        check_range(low, high, config.max_position_embeddings, "position_ids", "max_position_embeddings")
 
 
-def check_embeddings(inputs_embeds: Any, config):
+def check_embeddings(inputs_embeds: Any, config: PreTrainedConfig) -> None:
     """Raise ValueError unless these are embeddings (B, S, D) of the config's width."""
-    encoder = config if config.encoder is None else config.encoder
-    width, types = encoder.hidden_size, (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    width, types = config.encoder_hidden_size, (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     allowed = f"a floating-point tensor (B, S, hidden_size={width}), B at least 1"
     check_tensor(inputs_embeds, "inputs_embeds", allowed, 3, types)
     if inputs_embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds is {describe(inputs_embeds)}: must be {allowed}")
 
 
-def check_labels(labels: Any, model: torch.nn.Module, num_rows: int) -> torch.LongTensor:
+def check_labels(labels: Any, model: PreTrainedModel, num_rows: int) -> torch.Tensor:
     """The labels (B, L) as int64. Raise ValueError unless they are ids of the vocabulary or -100, for each row."""
     check_tensor(labels, "labels", "a tensor of integers (B, L), int64 or int32, B at least 1", 2)
     check_device(labels, "labels", model)
@@ -106,10 +110,11 @@ def check_labels(labels: Any, model: torch.nn.Module, num_rows: int) -> torch.Lo
 
 def is_integer(value: Any, least: int = 0) -> bool:
     """Whether it is a whole number of at least `least`, and no truth value; symbols of `torch.export` are."""
-    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool) and value >= least
+    is_whole = isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
+    return is_whole and value >= least
 
 
-def check_helpers(generation_config, streamer, generator):
+def check_helpers(generation_config: Any, streamer: Any, generator: Any) -> None:
     """Raise TypeError for an object that `generate` could not use, before anything is computed."""
     for name, value, is_right, allowed in (
         (
@@ -125,12 +130,12 @@ def check_helpers(generation_config, streamer, generator):
             raise TypeError(f"{name} is {describe(value)}: must be {allowed}")
 
 
-def check_options(options: dict[str, Any], vocab_size: int):
+def check_options(options: dict[str, Any], vocab_size: int) -> None:
     """Raise ValueError for a switch, a length or a token id of `generate` that is none."""
     for name in SWITCHES:
         _require(options, name, lambda value: isinstance(value, bool), "True or False")
     for name, least in LENGTHS.items():
-        _require(options, name, lambda value, least=least: is_integer(value, least), f"an integer of at least {least}")
+        _require(options, name, partial(is_integer, least=least), f"an integer of at least {least}")
     vocabulary = f"[0, vocab_size={vocab_size})"
     for name in OPTION_IDS:
         _require(options, name, lambda value: _is_id(value, vocab_size), f"an integer in {vocabulary}")
@@ -144,23 +149,23 @@ def check_options(options: dict[str, Any], vocab_size: int):
         raise ValueError(f"suppress_tokens={describe(suppressed)}: must leave a token to write")
 
 
-def _require(options, name, is_allowed, allowed):
+def _require(options: dict[str, Any], name: str, is_allowed: Callable[[Any], bool], allowed: str) -> None:
     value = options.get(name)
     if value is not None and not is_allowed(value):
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def _is_id(value, vocab_size):
+def _is_id(value: Any, vocab_size: int) -> bool:
     value = value.tolist() if torch.is_tensor(value) else value  # transformers makes tensors of them, too
     return is_integer(value) and value < vocab_size
 
 
-def _as_list(value) -> list:
+def _as_list(value: Any) -> list[Any]:
     value = value.tolist() if torch.is_tensor(value) else value
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _are_ids(value, vocab_size):
+def _are_ids(value: Any, vocab_size: int) -> bool:
     return all(_is_id(token, vocab_size) for token in _as_list(value))
 
 
@@ -173,8 +178,23 @@ def not_finite_weights(model: torch.nn.Module) -> str:
     return f"NaN or infinity in {', '.join(names[:3])}{more}" if names else ""
 
 
-def check_prompt(model, input_ids, attention_mask, position_ids, inputs_embeds, num_slots: int = 0):
-    """Raise ValueError for a prompt that is none, before anything is computed."""
+def check_length(config: PreTrainedConfig, length: int, name: str, num_slots: int = 0) -> None:
+    """Raise ValueError unless the model has positions for so many tokens, behind its answer slots."""
+    longest = config.max_position_embeddings
+    if not (is_integer(length, 1) and length <= longest - num_slots):
+        allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
+        raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
+
+
+def check_prompt(
+    model: PreTrainedModel,
+    input_ids: Any,
+    attention_mask: Any,
+    position_ids: Any,
+    inputs_embeds: Any,
+    num_slots: int = 0,
+) -> torch.Tensor:
+    """The ids or embeddings that are the prompt. Raise ValueError if it is none, before anything is computed."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
     if inputs_embeds is None:
@@ -184,9 +204,10 @@ def check_prompt(model, input_ids, attention_mask, position_ids, inputs_embeds, 
     given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
     check_device(given, name, model)
     shape = given.shape[:2]
-    model._check_length(shape[1], "the input", num_slots)
+    check_length(model.config, shape[1], "the input", num_slots)
     if attention_mask is not None:
         check_mask(attention_mask, shape)
         check_device(attention_mask, "attention_mask", model)
     if position_ids is not None:
         check_positions(position_ids, shape, model.config)
+    return given

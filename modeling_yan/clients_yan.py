@@ -6,7 +6,9 @@ Letters of the shape comments: B batch, L width of the labels, V vocabulary.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -20,7 +22,7 @@ def open_options(config: GenerationConfig) -> list[str]:
     return [name for name in GenerationConfig._get_default_generation_params() if getattr(config, name, None) is None]
 
 
-def watch_trainers():
+def watch_trainers() -> None:
     """Let the Trainer that is being made, if any, log every loss term and refuse what it can't train.
 
     Not done by an import: a model that only generates needs no trainer.
@@ -35,10 +37,10 @@ def watch_trainers():
         trainer.DEFAULT_CALLBACKS.append(YanTrainerCallback)
 
 
-def refuse_prompt_learning(model):
+def refuse_prompt_learning(model: Any) -> None:
     """Raise ValueError for a model of PEFT that learns a prompt: `generate` would not see it."""
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if config is not None and config.is_prompt_learning:
         raise ValueError(
             f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
             "has no place for learned prompts"
@@ -63,7 +65,7 @@ class YanTokenOutput(ModelOutput):
     label_mask: torch.Tensor | None = None
 
 
-def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTensor) -> YanTokenOutput:
+def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> YanTokenOutput:
     """Scores of the decoded tokens, logits (B, L, V), against the labels (B, L) in their positions."""
     mask = labels != IGNORE_INDEX
     log_probs = logits.detach().float().log_softmax(-1)
@@ -76,13 +78,15 @@ def token_output(loss: torch.Tensor, logits: torch.Tensor, labels: torch.LongTen
     )
 
 
-def refuse_cache(kwargs):
+def refuse_cache(kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError if a cache is handed in, as PEFT's prefix tuning does."""
     if kwargs.get("past_key_values") is not None:
         raise ValueError("past_key_values: must be None, there is no cache; of PEFT use LoRA, not prefix tuning")
 
 
-def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_id: int | None):
+def refuse_echo(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor, eos_token_id: int | None
+) -> None:
     """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
 
     A model that sees its target learns to copy it. One row alone may be a pair whose target is its source: if
@@ -104,7 +108,7 @@ def refuse_echo(input_ids, attention_mask, labels: torch.LongTensor, eos_token_i
     )
 
 
-def refuse_harness_likelihood():
+def refuse_harness_likelihood() -> None:
     """Raise NotImplementedError if it is lm-evaluation-harness that asks, for the likelihood of a continuation.
 
     It would take the logits of the canvas behind a text for the causal ones of the text itself, and get confident

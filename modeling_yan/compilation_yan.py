@@ -5,10 +5,15 @@ import typing
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._library.custom_ops import CustomOpDef
 
 
 def is_exporting() -> bool:
@@ -24,13 +29,13 @@ def use_custom_ops() -> bool:
     return torch.compiler.is_compiling() and not is_exporting()
 
 
-def merge_repeated(graph: torch.fx.Graph):
+def merge_repeated(graph: torch.fx.Graph) -> None:
     """Compute once what a functional graph computes several times.
 
     The steps of a solver are one program, and each of them would join the same weights anew. The compiler merges
     repetitions where it prepares a backward pass, and otherwise not.
     """
-    first = {}
+    first: dict[tuple[Any, str, str], torch.fx.Node] = {}
     for node in list(graph.nodes):
         operator = node.target
         if node.op != "call_function" or not isinstance(operator, torch._ops.OpOverload):
@@ -44,20 +49,20 @@ def merge_repeated(graph: torch.fx.Graph):
 
 
 @cache
-def _merging_pass():
+def _merging_pass() -> "CustomGraphPass":
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Merging(CustomGraphPass):
-        def __call__(self, graph):
+        def __call__(self, graph: torch.fx.Graph) -> None:
             merge_repeated(graph)
 
-        def uuid(self):
+        def uuid(self) -> bytes:
             return get_hash_for_files((__file__,))
 
     return Merging()
 
 
-def merging() -> AbstractContextManager:
+def merging() -> AbstractContextManager[Any]:
     """Within it inductor merges what is repeated in a program that it compiles, unless it has a pass of the user's."""
     from torch._inductor import config  # slow to import
 
@@ -78,13 +83,13 @@ def _operator_name(name: str) -> str:
     return re.sub(r"\W", lambda other: f"_{ord(other[0]):x}_", name.replace(".", "_"), flags=re.ASCII)
 
 
-def _with_typing_names(hint):
+def _with_typing_names(hint: Any) -> Any:
     """`list[int]` as `typing.List[int]`, the only name of it that torch 2.6 knows, and the same inside a tuple."""
     old = {list: "List", tuple: "Tuple"}.get(typing.get_origin(hint))
     return getattr(typing, old)[tuple(map(_with_typing_names, typing.get_args(hint)))] if old else hint
 
 
-def opaque_operator(function: Callable, fake: Callable) -> Callable:
+def opaque_operator(function: Callable[..., Any], fake: Callable[..., Any]) -> "CustomOpDef":
     """`function` as one operator of the compiled graph; `fake` gives empty tensors shaped like its results.
 
     It must not return its own inputs, and `fake` must read sizes from `shape`: `len` would make them constants. The
@@ -110,7 +115,7 @@ _select_operator = opaque_operator(_select_rows, lambda table, index: table.new_
 _add_operator = opaque_operator(_add_rows, lambda rows, index, table_size: rows.new_empty(table_size, rows.shape[-1]))
 
 
-def _save_index(ctx, inputs, output):
+def _save_index(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     table, index = inputs
     ctx.table_size = table.shape[0]
     ctx.save_for_backward(index)

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -149,13 +151,11 @@ class YanConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 768
-    intermediate_size: int | None = None
     moe_intermediate_size: int | None = None
     num_encoder_layers: int = 8
     num_flow_layers: int = 8
     num_decoder_layers: int = 2
     num_attention_heads: int = 12
-    encoder: dict | PreTrainedConfig | None = None
     encoder_name: str | None = None
     encoder_mixer: str = "attention"
     flow_mixer: str = "attention"
@@ -172,7 +172,6 @@ class YanConfig(PreTrainedConfig):
     state_size: int = 16
     conv_kernel: int = 4
     expand: int = 2
-    time_step_rank: int | None = None
 
     num_experts: int = 4
     share_expert_head: bool = False
@@ -186,14 +185,27 @@ class YanConfig(PreTrainedConfig):
     crf_rank: int = 0
     crf_candidates: int = 16
     train_expert_choice: str = "sample"
-    objective: dict | PreTrainedConfig | None = None
 
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     mask_token_id: int | None = 3
 
-    def __post_init__(self, **kwargs):
+    if TYPE_CHECKING:  # as `__post_init__` leaves them; fields of the objective are arguments, too
+        intermediate_size: int
+        time_step_rank: int
+        encoder: PreTrainedConfig | None
+        objective: YanObjectiveConfig
+
+        def __init__(self, **fields: Any) -> None: ...
+
+    else:
+        intermediate_size: int | None = None
+        time_step_rank: int | None = None
+        encoder: dict | PreTrainedConfig | None = None
+        objective: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
         drop_removed(kwargs)
         replace_removed_choices(self)
         flat = {name: kwargs.pop(name) for name in OBJECTIVE_NAMES if name in kwargs}
@@ -212,7 +224,7 @@ class YanConfig(PreTrainedConfig):
         warn_of_unknown(self, kwargs, known)
         self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in self.attribute_map:  # before the type of the field is checked
             setattr(self, self.attribute_map[name], value)
             return
@@ -223,13 +235,13 @@ class YanConfig(PreTrainedConfig):
             value = as_objective(value)
         super().__setattr__(name, value)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         """The fields of the objective; nothing else comes here but what is missing."""
         if name in OBJECTIVE_NAMES and "objective" in vars(self):
             return getattr(self.objective, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def with_fields(self, **fields) -> "YanConfig":
+    def with_fields(self, **fields: Any) -> "YanConfig":
         """A checked copy in which some fields, of the model or of its objective, have other values.
 
         Raises:
@@ -247,7 +259,7 @@ class YanConfig(PreTrainedConfig):
         return changed
 
     @classmethod
-    def refuse_unknown(cls, names):
+    def refuse_unknown(cls, names: Iterable[str]) -> None:
         """Raise ValueError if one of the names is no field, neither of the model nor of its objective."""
         names = [cls.attribute_map.get(name, name) for name in names]
         unknown = sorted(name for name in names if not hasattr(cls, name) and name not in OBJECTIVE_NAMES)
@@ -255,7 +267,7 @@ class YanConfig(PreTrainedConfig):
             raise ValueError(f"{', '.join(unknown)}: YanConfig has no such field")
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "YanConfig":
         """As in transformers, but a config of another model raises a ValueError."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -263,14 +275,14 @@ class YanConfig(PreTrainedConfig):
         refuse_clash(kwargs, kwargs.get("objective"))
         return super().from_dict(config_dict, **kwargs)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """As in transformers. PEFT, which asks for the fields before it adapts a model, then knows its layers."""
         if "peft.utils.constants" in sys.modules:
             known = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             known.setdefault(self.model_type, LORA_MODULES)
         return super().to_dict()
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check every number against its range, then the fields that depend on one another."""
         require_ranges(self, POSITIVE_FIELDS, (), PROBABILITY_FIELDS)
         for name in DEPTH_FIELDS:
@@ -284,7 +296,7 @@ class YanConfig(PreTrainedConfig):
         self._check_choices()
         self._check_lengths()
 
-    def _check_choices(self):
+    def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
             require(self, name, choices.__contains__, f"one of {', '.join(choices)}")
         if self.expert_scope == "chain":
@@ -309,7 +321,7 @@ class YanConfig(PreTrainedConfig):
             vocabulary = f"the encoder's {self.encoder.vocab_size}"
             require(self, "vocab_size", self.encoder.vocab_size.__eq__, vocabulary)
 
-    def _check_lengths(self):
+    def _check_lengths(self) -> None:
         longest = self.max_position_embeddings
         require(self, "canvas_length", lambda value: value <= longest, f"at most max_position_embeddings={longest}")
         slots = f"0 to below max_position_embeddings={longest}, and 0 without mask_token_id"
@@ -337,6 +349,11 @@ class YanConfig(PreTrainedConfig):
         return next(size for name in names if (size := getattr(self.encoder, name, None)))
 
     @property
+    def encoder_hidden_size(self) -> int:
+        """Width of the encoder's states, which may be another than that of the latents in a pretrained encoder."""
+        return self.hidden_size if self.encoder is None else self.encoder.hidden_size
+
+    @property
     def max_prompt_length(self) -> int:
         """Longest prompt, in tokens, beside the model's own answer slots."""
         return self.max_position_embeddings - self.num_answer_slots
@@ -352,7 +369,7 @@ class YanConfig(PreTrainedConfig):
         return self.expand * self.hidden_size
 
 
-def _encoder_config(fields: dict) -> PreTrainedConfig:
+def _encoder_config(fields: dict[str, Any]) -> PreTrainedConfig:
     """The config of an encoder that transformers knows, from its fields."""
     model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:

@@ -5,13 +5,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 MAX_RECORDINGS = 32  # of a model; then the one that has not been asked for the longest time is given up
+
+Program = Callable[..., dict[str, Any]]  # takes tensors, and returns a dict of tensors and other values
 
 
 class ModelFingerprint:
@@ -22,7 +26,7 @@ class ModelFingerprint:
     weights as they were is kept until a comparison has found that out.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
         self.modules = list(model.modules())
         self.attributes = list(map(vars, self.modules))
         tables = [table for module in self.modules for table in self._tables_of(module)]
@@ -36,19 +40,19 @@ class ModelFingerprint:
         self.can_be_recorded = is_plain and {tensor.device for tensor in tensors} == {model.device}
 
     @staticmethod
-    def _tables_of(module):
+    def _tables_of(module: nn.Module) -> tuple[dict[Any, Any], ...]:
         hooks = module._forward_hooks, module._forward_pre_hooks
         return module._modules, module._parameters, module._buffers, *hooks
 
     @staticmethod
-    def _hides_state(module):
+    def _hides_state(module: nn.Module) -> bool:
         """Whether it may change unseen: layers of PEFT in their lists, those of accelerate in what they call."""
         return hasattr(module, "merged_adapters") or "forward" in vars(module)
 
-    def _current_members(self):
+    def _current_members(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self.tables)))
 
-    def _current_state(self):
+    def _current_state(self) -> tuple[list[int], list[bool], list[int]]:
         """Addresses, modes, and numbers of attributes, of which a module gets a new one where it is patched."""
         addresses, modes = map(torch.Tensor.data_ptr, self.tensors), map(itemgetter("training"), self.attributes)
         return list(addresses), list(modes), list(map(len, self.attributes[1:]))
@@ -75,7 +79,9 @@ class Recording:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, function: Callable, tensors: Sequence[torch.Tensor | None], pool, stream: torch.cuda.Stream):
+    def __init__(
+        self, function: Program, tensors: Sequence[torch.Tensor | None], pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         self.arguments = [None if tensor is None else tensor.clone() for tensor in tensors]
         current = torch.cuda.current_stream()
         stream.wait_stream(current)
@@ -90,7 +96,7 @@ class Recording:
             finally:
                 current.wait_stream(stream)
 
-    def _warm_up(self, function):
+    def _warm_up(self, function: Program) -> None:
         """Call it, first to be compiled, then to find out whether it waits: a recording must not fail half-way."""
         function(*self.arguments)
         mode = torch.cuda.get_sync_debug_mode()
@@ -100,7 +106,7 @@ class Recording:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
 
-    def _record(self, function, pool):
+    def _record(self, function: Program, pool: Any) -> None:
         # cuBLAS keeps the memory that it works in for each stream: the graph needs memory of its own pool, because
         # whatever else records graphs in this process lets go of the rest.
         torch._C._cuda_clearCublasWorkspaces()
@@ -114,9 +120,9 @@ class Recording:
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
 
-    def __call__(self, *tensors: torch.Tensor | None) -> dict:
+    def __call__(self, *tensors: torch.Tensor | None) -> dict[str, Any]:
         for argument, tensor in zip(self.arguments, tensors, strict=True):
-            if argument is not None:
+            if argument is not None and tensor is not None:
                 argument.copy_(tensor)
         self.graph.replay()
         return {name: result.clone() if torch.is_tensor(result) else result for name, result in self.results.items()}
@@ -125,17 +131,24 @@ class Recording:
 class CudaGraphCache:
     """The recordings of one model. They are no part of it: a copy, also a pickled one, begins without any."""
 
-    def __init__(self):
-        self.parts, self.calls, self.lock = None, OrderedDict(), threading.Lock()
-        self.pool = self.stream = self.is_done = None  # all calls have them in common
+    pool: tuple[int, int]  # all calls have these in common, from the first one on
+    stream: torch.cuda.Stream
+    is_done: torch.cuda.Event
 
-    def __deepcopy__(self, memo):
+    def __init__(self) -> None:
+        self.parts: ModelFingerprint | None = None
+        self.calls: OrderedDict[Hashable, Program] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CudaGraphCache":
         return CudaGraphCache()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["CudaGraphCache"], tuple[()]]:
         return CudaGraphCache, ()
 
-    def call(self, model: nn.Module, function: Callable, tensors: Sequence[torch.Tensor | None], about: Hashable):
+    def call(
+        self, model: PreTrainedModel, function: Program, tensors: Sequence[torch.Tensor | None], about: Hashable
+    ) -> dict[str, Any]:
         """`function(*tensors)`, as a recording, which is made where there is none yet.
 
         Args:
@@ -147,41 +160,42 @@ class CudaGraphCache:
             known = self.calls.get(key)
             # the model is compared while the GPU computes: results of a model that has changed are thrown away
             results = None if known is None else self._run(known, tensors)
-            if self.parts is None or not self.parts.matches():
-                self._begin_anew(model)
-                known = None
-            if not self.parts.can_be_recorded:
+            parts = self.parts
+            if parts is None or not parts.matches():
+                parts, results = self._begin_anew(model), None
+            if not parts.can_be_recorded:
                 return function(*tensors)
-            if known is None:
+            if results is None:
                 known = self._record(function, tensors, key)
                 results = self._run(known, tensors)
             self.calls.move_to_end(key)
             return results
 
-    def _begin_anew(self, model):
-        if self.is_done is not None:
+    def _begin_anew(self, model: PreTrainedModel) -> ModelFingerprint:
+        if self.parts is not None:
             self.is_done.synchronize()  # what is given up must have been replayed
         self.calls.clear()
         self.parts, self.pool = ModelFingerprint(model), torch.cuda.graph_pool_handle()
         self.stream, self.is_done = torch.cuda.Stream(), torch.cuda.Event()
+        return self.parts
 
     @staticmethod
-    def _key(model, tensors, about) -> Hashable:
+    def _key(model: PreTrainedModel, tensors: Sequence[torch.Tensor | None], about: Hashable) -> Hashable:
         shapes = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
         chosen = model.config._attn_implementation, model.config._experts_implementation
         return about, shapes, chosen, autocast, precision
 
-    def _run(self, recording, tensors):
+    def _run(self, recording: Program, tensors: Sequence[torch.Tensor | None]) -> dict[str, Any]:
         self.is_done.wait()  # the last call may have been made in another stream
         results = recording(*tensors)
         self.is_done.record()
         return results
 
-    def _record(self, function, tensors, key) -> Callable:
+    def _record(self, function: Program, tensors: Sequence[torch.Tensor | None], key: Hashable) -> Program:
         try:
-            recording = Recording(function, tensors, self.pool, self.stream)
+            recording: Program = Recording(function, tensors, self.pool, self.stream)
         except RuntimeError as error:
             logger.warning_once(f"generation is not recorded as a CUDA graph, so it is slower: {error}")
             recording, self.pool = function, torch.cuda.graph_pool_handle()

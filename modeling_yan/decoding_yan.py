@@ -10,20 +10,26 @@ Letters of the shape comments: B batch, L canvas length, C candidates of a token
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .base_yan import YanFlowMixin
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
 from .compilation_yan import is_exporting, select_rows, use_custom_ops
+from .configuration_yan import YanConfig
 from .layers_yan import ZeroInitLinear
+
+if TYPE_CHECKING:  # its file imports this one
+    from .canvas_yan import CanvasPlan
 
 EOS_STRATEGIES = ("likeliest", "first")
 MAX_LOGITS = 2**28  # computed at once
 
 
-def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.LongTensor:
+def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.Tensor:
     """The likeliest token ids (B, L) for logits (B, L, V) among those in which only EOS follows an EOS.
 
     A text of n tokens is as likely as its n tokens and the EOS in all the L - n positions behind them. Cut at the
@@ -53,7 +59,7 @@ def log_probs_of_text_and_fill(logits: torch.Tensor, eos: Sequence[int] = ()) ->
     return _best_of_others(logits, eos)[0] - total, torch.stack([logits[..., token] for token in eos]).amax(0) - total
 
 
-def _best_of_others(logits, eos):
+def _best_of_others(logits: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Highest logit (B, L) and its token id of those that are no EOS.
 
     The vocabulary is not copied, unless what is traced here is then run without a compiler.
@@ -71,7 +77,7 @@ def _best_of_others(logits, eos):
 class YanTransitions(nn.Module):
     """Scores of neighbouring tokens, from projections of embeddings and of a latent; zero in a fresh model."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.num_candidates = min(config.crf_candidates, config.vocab_size)
         width = config.word_embedding_size
@@ -80,7 +86,7 @@ class YanTransitions(nn.Module):
         self.to_proj = ZeroInitLinear(width, config.crf_rank, bias=False)
         self.gate = ZeroInitLinear(config.hidden_size, config.crf_rank)
 
-    def scores(self, embedding: nn.Embedding, candidates: torch.LongTensor, latents: torch.Tensor) -> torch.Tensor:
+    def scores(self, embedding: nn.Embedding, candidates: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Scores (B, L - 1, C, C), float32, of each candidate (B, L, C) with each one of the next token.
 
         Not `forward`: a hook of that would move the embedding, of which only some rows are needed.
@@ -93,7 +99,7 @@ class YanTransitions(nn.Module):
         ends = self._project(self.to_proj, embedding, candidates[:, 1:])
         return (origins @ ends.transpose(-1, -2)).float()
 
-    def _project(self, projection, embedding, candidates):
+    def _project(self, projection: nn.Linear, embedding: nn.Embedding, candidates: torch.Tensor) -> torch.Tensor:
         """Projected embeddings (B, L, C, R); of the whole vocabulary where it is smaller than the candidates."""
         if is_exporting() or candidates.numel() < embedding.num_embeddings:
             states = self.norm(embedding(candidates))
@@ -102,12 +108,14 @@ class YanTransitions(nn.Module):
         vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
         return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
 
-    def loss(self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    def loss(
+        self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         """Negative log-likelihood per token of the targets; arguments as of `log_likelihood`."""
         return -self.log_likelihood(embedding, logits, latents, targets).sum() / targets.numel()
 
     def log_likelihood(
-        self, embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.LongTensor
+        self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         """Log-likelihood (B,) of the targets (B, L) among all chains of the vocabulary.
 
@@ -127,8 +135,13 @@ class YanTransitions(nn.Module):
         return score - log_partition(emissions, transitions)
 
     def most_likely(
-        self, embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int] = (), length_penalty=None
-    ) -> torch.LongTensor:
+        self,
+        embedding: nn.Embedding,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        eos: Sequence[int] = (),
+        length_penalty: float | None = None,
+    ) -> torch.Tensor:
         """The token ids (B, L) of the best chain for logits (B, L, V) of latents (B, L, D).
 
         Only EOS follows one of the ids in `eos`, as in `argmax_until_eos`. With a `length_penalty` the best chains of
@@ -139,7 +152,9 @@ class YanTransitions(nn.Module):
             emissions = self._with_best_length(emissions, transitions, is_end, length_penalty)
         return candidates.gather(-1, best_path(emissions, transitions).unsqueeze(-1)).squeeze(-1)
 
-    def _with_best_length(self, emissions, transitions, is_end, length_penalty):
+    def _with_best_length(
+        self, emissions: torch.Tensor, transitions: torch.Tensor, is_end: torch.Tensor, length_penalty: float
+    ) -> torch.Tensor:
         """Emissions that allow no EOS before the best length, and nothing else behind it."""
         total = log_partition(emissions, transitions)
         emissions = torch.cat([emissions[:, :1] - total.view(-1, 1, 1), emissions[:, 1:]], dim=1)
@@ -149,8 +164,14 @@ class YanTransitions(nn.Module):
         return torch.where(is_fill.unsqueeze(-1), fill, tokens)
 
     def draw(
-        self, embedding, logits, latents, uniform: torch.Tensor, eos: Sequence[int] = (), temperature: float = 1.0
-    ) -> torch.LongTensor:
+        self,
+        embedding: nn.Embedding,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        uniform: torch.Tensor,
+        eos: Sequence[int] = (),
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
         """Token ids (B, L) drawn from the distribution of chains, at a temperature of at least 0.
 
         `uniform` (B, L, C) are numbers in (0, 1), at least as many for each token as it has candidates; the other
@@ -161,7 +182,9 @@ class YanTransitions(nn.Module):
         path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
-    def _chain(self, embedding, logits, latents, eos):
+    def _chain(
+        self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
         """Candidates (B, L, C) of every token, emissions and transitions of their chain, and which are an EOS.
 
         The candidates are -1 in rows whose transitions are no numbers.
@@ -176,7 +199,7 @@ class YanTransitions(nn.Module):
         return candidates.masked_fill(is_lost.view(-1, 1, 1), -1), (emissions.float(), transitions), is_end
 
 
-class YanDecodingMixin:
+class YanDecodingMixin(YanFlowMixin):
     """How `YanForFlowGeneration` decodes the latents of a canvas."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -190,7 +213,7 @@ class YanDecodingMixin:
         eos: Sequence[int] | None = None,
         crf_decoding: bool = True,
         length_penalty: float = 1.0,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
 
         They are the best chain if the model has transitions that are to be used, else the best token of each position.
@@ -204,7 +227,9 @@ class YanDecodingMixin:
         penalty = length_penalty if self.config.train_expert_choice == "posterior" else None
         return self.transitions.most_likely(self.get_input_embeddings(), logits, latents, eos, penalty)
 
-    def decode_tokens(self, latents, plan, token_uniform=None) -> torch.LongTensor:
+    def decode_tokens(
+        self, latents: torch.Tensor, plan: "CanvasPlan", token_uniform: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Most likely allowed token ids (B, L) of latents (B, L, D); never all logits of a large batch at once.
 
         With uniform numbers (B, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
@@ -215,7 +240,7 @@ class YanDecodingMixin:
             logits = self.allowed_logits(part, plan)
             # a weight of the head that is NaN shows in every position, so one of them tells
             is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
-            if token_uniform is None:
+            if token_uniform is None or self.transitions is None:
                 text = self.most_likely(logits, part, plan.end_ids, plan.crf_decoding, plan.length_penalty)
             else:
                 uniform, token_uniform = token_uniform.split([len(part), len(token_uniform) - len(part)])
@@ -224,7 +249,7 @@ class YanDecodingMixin:
             texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)
 
-    def score_tokens(self, latents, plan) -> tuple[torch.Tensor, torch.LongTensor]:
+    def score_tokens(self, latents: torch.Tensor, plan: "CanvasPlan") -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""
         logits = self.allowed_logits(latents, plan)
         text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
@@ -236,7 +261,7 @@ class YanDecodingMixin:
             return chosen.squeeze(-1).sum(-1), length
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
 
-    def allowed_logits(self, latents, plan) -> torch.Tensor:
+    def allowed_logits(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D), those of forbidden tokens minus infinity."""
         logits = self.decode(latents)
         # one token after the other: a list as an index would be copied to the device, and keep CUDA graphs out
@@ -246,7 +271,7 @@ class YanDecodingMixin:
             logits[:, : plan.num_without_eos, token] = -torch.inf
         return logits
 
-    def split_rows(self, latents) -> Sequence[torch.Tensor]:
+    def split_rows(self, latents: torch.Tensor) -> Sequence[torch.Tensor]:
         """The latents (B, L, D) in parts whose logits fit into memory together."""
         if is_exporting():  # for any number of rows
             return [latents]

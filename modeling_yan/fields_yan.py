@@ -1,8 +1,10 @@
 """How the fields of a config are checked, and what became of those that are gone."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -27,33 +29,38 @@ REMOVED = {
 }
 REMOVED_CHOICES = {"train_expert_choice": ("likeliest", "mixture")}  # training alone knows them
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
 
 class YanFieldTypeError(StrictDataclassFieldValidationError, TypeError):
     """A field of a config has a value of a type that it cannot have."""
 
 
-def with_plain_errors(cls):
+def with_plain_errors(cls: type[Config]) -> type[Config]:
     """Let a field of a wrong type raise a TypeError, which everyone expects, too."""
     assign = cls.__setattr__
 
-    def __setattr__(self, name, value):
+    def __setattr__(self: PreTrainedConfig, name: str, value: Any) -> None:
         try:
             assign(self, name, value)
         except StrictDataclassFieldValidationError as error:
-            raise YanFieldTypeError(name, error.__cause__ or error) from error
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise YanFieldTypeError(name, cause) from error
 
-    cls.__setattr__ = __setattr__
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign]
     return cls
 
 
-def require(config, name: str, is_allowed: Callable, allowed: str):
+def require(config: PreTrainedConfig, name: str, is_allowed: Callable[[Any], bool], allowed: str) -> None:
     """Raise ValueError, with what is allowed, if a field of the config is not."""
     value = getattr(config, name)
     if not is_allowed(value):
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def require_ranges(config, positive: Iterable[str], non_negative: Iterable[str], probabilities: Iterable[str]):
+def require_ranges(
+    config: PreTrainedConfig, positive: Iterable[str], non_negative: Iterable[str], probabilities: Iterable[str]
+) -> None:
     """Check every number of a config against the range of its kind."""
     for name in positive:
         require(config, name, lambda value: 0 < value <= MOST, f"greater than 0 and at most {MOST}")
@@ -63,7 +70,7 @@ def require_ranges(config, positive: Iterable[str], non_negative: Iterable[str],
         require(config, name, lambda value: 0 <= value < 1, "in [0, 1)")
 
 
-def warn_of_unknown(config, given: Iterable[str], known: set[str]):
+def warn_of_unknown(config: PreTrainedConfig, given: Iterable[str], known: set[str]) -> None:
     """Tell which of the names `given` the config has kept without knowing them."""
     unknown = sorted((set(given) & set(vars(config))) - known - KNOWN_EXTRAS)
     unknown = [name for name in unknown if not name.startswith("_")]
@@ -72,7 +79,7 @@ def warn_of_unknown(config, given: Iterable[str], known: set[str]):
         logger.warning(f"{type(config).__name__} {kept}")
 
 
-def drop_removed(fields: dict):
+def drop_removed(fields: dict[str, Any]) -> None:
     """Take out of the fields of a config what this version no longer has.
 
     Raises:
@@ -88,7 +95,7 @@ def drop_removed(fields: dict):
         logger.warning_once(f"{name}={value!r}: ignored, version {LAST_VERSION} was the last that had it.")
 
 
-def replace_removed_choices(config):
+def replace_removed_choices(config: PreTrainedConfig) -> None:
     """Give a config its default where it has a choice that this version no longer has."""
     for name, choices in REMOVED_CHOICES.items():
         value, default = getattr(config, name), getattr(type(config), name)

@@ -6,6 +6,9 @@ Letters of the shape comments: C candidates, L tokens of the longest one, V voca
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
+from .base_yan import YanBaseMixin
 
 MAX_GAP_TOKENS = 4
 KEPT_WEIGHT = 0.1  # of the text around the gaps, which is the more certain the wider they are
@@ -26,12 +29,16 @@ class YanFilling:
     score: float
 
 
-class YanFillingMixin:
+class YanFillingMixin(YanBaseMixin):
     """`fill` for flow models."""
 
     @torch.no_grad()
     def fill(
-        self, tokenizer, text: str, max_gap_tokens: int = MAX_GAP_TOKENS, num_flow_steps: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        max_gap_tokens: int = MAX_GAP_TOKENS,
+        num_flow_steps: int | None = None,
     ) -> YanFilling:
         """Put words where the mask tokens of a text are.
 
@@ -60,7 +67,8 @@ class YanFillingMixin:
         if isinstance(max_gap_tokens, bool) or not isinstance(max_gap_tokens, int) or max_gap_tokens < 1:
             raise ValueError(f"max_gap_tokens={max_gap_tokens!r}: must be an integer of at least 1")
         parts = text.split(tokenizer.mask_token)
-        best, known = (1,) * (len(parts) - 1), {}
+        best: tuple[int, ...] = (1,) * (len(parts) - 1)
+        known: dict[tuple[int, ...], YanFilling] = {}
         for _ in range(MAX_ROUNDS):
             before = best
             for gap in range(len(best)):
@@ -72,7 +80,13 @@ class YanFillingMixin:
                 break
         return known[best]
 
-    def _fill_all(self, tokenizer, parts: list[str], all_widths, num_flow_steps) -> list[YanFilling]:
+    def _fill_all(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        parts: list[str],
+        all_widths: list[tuple[int, ...]],
+        num_flow_steps: int | None,
+    ) -> list[YanFilling]:
         """The text with gaps of given widths, for each of several choices; wider ones may not fit on the canvas."""
         if not all_widths:
             return []
@@ -98,7 +112,7 @@ class YanFillingMixin:
         fillings = []
         for row, widths in enumerate(all_widths):
             spans = ids[row][is_gap[row]].split(list(widths)) if fits[row] else [ids[row][:0]] * len(widths)
-            texts = tuple(tokenizer.decode(span).strip() for span in spans)
+            texts = tuple(str(tokenizer.decode(span)).strip() for span in spans)
             whole = "".join(part + span for part, span in zip(parts, (*texts, ""), strict=True))
             fillings.append(YanFilling(whole, texts, float(scores[row])))
         return fillings
@@ -110,7 +124,7 @@ def _with_gaps(parts: list[str], widths: tuple[int, ...], mask_token: str) -> st
     return "".join(part + gap for part, gap in zip(parts, (*masks, ""), strict=True))
 
 
-def _log_prob_of_end(log_probs, length, eos_token_id):
+def _log_prob_of_end(log_probs: torch.Tensor, length: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
     """Log-probability of EOS behind each text, 0 where the canvas ends there."""
     is_inside = length < log_probs.shape[1]
     position = length.clamp(max=log_probs.shape[1] - 1).unsqueeze(1)

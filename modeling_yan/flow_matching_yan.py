@@ -7,6 +7,7 @@ Sources: flow matching (arXiv 2210.02747), rectified flow (2209.03003), MoE-FM (
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ def interpolate(x_0: torch.Tensor, x_1: torch.Tensor, time: torch.Tensor) -> tor
 
 
 def hashed_uniform(
-    seed: int, shape: tuple[int, ...], device=None, rows: torch.LongTensor | None = None
+    seed: int, shape: tuple[int, ...], device: torch.device | None = None, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Uniform numbers in (0, 1), float32, that are a pure function of the seed and of each element's index.
 
@@ -40,19 +41,18 @@ def _hash_indices(
 ) -> torch.Tensor:
     state = torch.full([1] * len(shape), (seed + 0x9E3779B9) % 2**32, dtype=torch.int64, device=device)
     for axis, size in enumerate(shape):
-        is_given = axis == 0 and rows is not None
-        index = rows if is_given else torch.arange(size, dtype=torch.int64, device=device)
+        index = rows if axis == 0 and rows is not None else torch.arange(size, dtype=torch.int64, device=device)
         state = _hash32(_hash32(state) + index.view(-1, *[1] * (len(shape) - axis - 1)))
     return ((state >> 9).float() + 0.5) / 2**23
 
 
-def hash_tokens(ids: torch.LongTensor, positions: torch.LongTensor, is_valid: torch.Tensor) -> torch.LongTensor:
+def hash_tokens(ids: torch.Tensor, positions: torch.Tensor, is_valid: torch.Tensor) -> torch.Tensor:
     """A 32-bit number (B,) for the valid ones of the token ids (B, L) at their positions (B or 1, L) of a text."""
     numbers = _hash32((positions.long() * 0x9E3779B1 + ids) & 0xFFFFFFFF)
     return numbers.masked_fill(~is_valid, 0).sum(1) & 0xFFFFFFFF
 
 
-def _hash32(x):
+def _hash32(x: torch.Tensor) -> torch.Tensor:
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)
@@ -65,13 +65,13 @@ _hash_operator = opaque_operator(
 
 
 def hashed_normal(
-    seed: int, shape: tuple[int, ...], device=None, rows: torch.LongTensor | None = None
+    seed: int, shape: tuple[int, ...], device: torch.device | None = None, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Standard normal numbers, float32, made from `hashed_uniform` by the inverse of the normal distribution."""
     return math.sqrt(2) * torch.erfinv(2 * hashed_uniform(seed, shape, device, rows) - 1)
 
 
-def sample_times(batch_size: int, alpha: float, beta: float, device=None) -> torch.Tensor:
+def sample_times(batch_size: int, alpha: float, beta: float, device: torch.device | None = None) -> torch.Tensor:
     """Times (B,) from Beta(alpha, beta), alpha and beta > 0, drawn from the global random state."""
     if alpha == beta == 1:
         return torch.rand(batch_size, device=device)
@@ -79,7 +79,9 @@ def sample_times(batch_size: int, alpha: float, beta: float, device=None) -> tor
     return torch.distributions.Beta(*concentrations).sample((batch_size,))
 
 
-def _log_joint(target, velocities, gate_log_probs, sigma):
+def _log_joint(
+    target: torch.Tensor, velocities: torch.Tensor, gate_log_probs: torch.Tensor, sigma: float
+) -> torch.Tensor:
     """log pi_k - |u* - u_k|^2 / (2 sigma^2), (B, L, K), in float32: the sum over D is large."""
     squared_distance = (target.float().unsqueeze(-2) - velocities.float()).square().sum(-1)
     return gate_log_probs.float() - squared_distance / (2 * sigma**2)
@@ -106,13 +108,17 @@ def mixture_nll(
     return masked_mean(token_nll(target, velocities, gate_log_probs, sigma), mask)
 
 
-def token_nll(target, velocities, gate_log_probs, sigma) -> torch.Tensor:
+def token_nll(
+    target: torch.Tensor, velocities: torch.Tensor, gate_log_probs: torch.Tensor, sigma: float
+) -> torch.Tensor:
     """The same for each token, (B, L)."""
     log_normaliser = 0.5 * target.shape[-1] * math.log(2 * math.pi * sigma**2)
     return log_normaliser - torch.logsumexp(_log_joint(target, velocities, gate_log_probs, sigma), dim=-1)
 
 
-def as_one_token(target, velocities, gate_log_probs):
+def as_one_token(
+    target: torch.Tensor, velocities: torch.Tensor, gate_log_probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A mixture over whole sequences as one over tokens of L D dimensions: (B, 1, L D), (B, 1, K, L D), (B, 1, K)."""
     return target.flatten(1).unsqueeze(1), velocities.transpose(1, 2).flatten(2).unsqueeze(1), gate_log_probs[:, :1]
 
@@ -140,7 +146,7 @@ def load_balance_of_rows(gate_log_probs: torch.Tensor) -> torch.Tensor:
     return _divergence(gate_log_probs.exp().mean(1)).mean()
 
 
-def _divergence(usage):
+def _divergence(usage: torch.Tensor) -> torch.Tensor:
     """KL(usage || uniform) of shares (..., K)."""
     return (usage * usage.clamp(min=1e-20).log()).sum(-1) + math.log(usage.shape[-1])
 
@@ -158,9 +164,9 @@ def gaussian_mmd(latents: torch.Tensor, max_samples: int = 2000, seed: int | Non
     return _mean_kernel(latents, latents) + _mean_kernel(normal, normal) - 2 * _mean_kernel(latents, normal)
 
 
-def _mean_kernel(a, b):
+def _mean_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     squared = (a.square().sum(-1)[:, None] + b.square().sum(-1)[None] - 2 * a @ b.T).clamp(min=0) / a.shape[-1]
-    return sum(torch.exp(-squared / (2 * width**2)).mean() for width in MMD_BANDWIDTHS)
+    return reduce(torch.add, (torch.exp(-squared / (2 * width**2)).mean() for width in MMD_BANDWIDTHS))
 
 
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
@@ -172,11 +178,11 @@ def solver_times(num_steps: int, solver: str = "euler") -> list[float]:
     return [step / num_steps for step in range(last)]
 
 
-def _euler_step(velocity, x, time, next_time):
+def _euler_step(velocity: Velocity, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
     return x + (next_time - time) * velocity(x, time)
 
 
-def _heun_step(velocity, x, time, next_time):
+def _heun_step(velocity: Velocity, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
     first = velocity(x, time)
     second = velocity(x + (next_time - time) * first, next_time)
     return x + (next_time - time) * 0.5 * (first + second)
@@ -186,7 +192,11 @@ SOLVERS = {"euler": _euler_step, "heun": _heun_step}
 
 
 def solve_flow(
-    velocity: Velocity, x_0: torch.Tensor, num_steps: int, solver: str = "euler", callback=None
+    velocity: Velocity,
+    x_0: torch.Tensor,
+    num_steps: int,
+    solver: str = "euler",
+    callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps and return x at t = 1.
 

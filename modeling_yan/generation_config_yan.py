@@ -1,13 +1,16 @@
 """Options of generation: what they are, what a model can honour of them, and what is refused."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any, cast
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import logging
 
-from .checks_yan import check_options
+from .canvas_yan import YanCanvasMixin
+from .checks_yan import check_length, check_options
 from .clients_yan import open_options
 from .decoding_yan import EOS_STRATEGIES
 from .experts_yan import EXPERT_CHOICES
@@ -104,39 +107,39 @@ class YanGenerationConfig(GenerationConfig):
         (2, None)
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         drop_removed(kwargs)
         kwargs = with_new_names(kwargs)
         for name in FLOW_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(RENAMED.get(name, name), value)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         """Options by their old names; nothing else comes here but what is missing."""
         if name in RENAMED and RENAMED[name] in vars(self):
             return getattr(self, RENAMED[name])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
-    def for_model(cls, config) -> "YanGenerationConfig":
+    def for_model(cls, config: PreTrainedConfig) -> "YanGenerationConfig":
         """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
         token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
 
-    def validate(self, strict=False, **kwargs):
+    def validate(self, strict: bool = False, *args: Any, **kwargs: Any) -> None:
         """Check every field; raises ValueError with the field, its value and what is allowed."""
         penalty, self.length_penalty = self.length_penalty, None  # transformers knows it of beams alone
         try:
-            super().validate(strict=strict, **kwargs)
+            super().validate(strict, *args, **kwargs)
         finally:
             self.length_penalty = penalty
         _check_flow_fields(self)
 
 
-def with_new_names(options: dict) -> dict:
+def with_new_names(options: dict[str, Any]) -> dict[str, Any]:
     """Options with today's names. A new name wins over the old one where both are given.
 
     Old names are deprecated: one that asks for something is warned of.
@@ -147,27 +150,27 @@ def with_new_names(options: dict) -> dict:
     return {new: options[old] for old, new in RENAMED.items() if old in options} | known
 
 
-def _check_flow_fields(options):
+def _check_flow_fields(options: GenerationConfig) -> None:
     for name, is_allowed, allowed in _FIELD_RULES:
         value = getattr(options, name, None)
         if value is not None and not is_allowed(value):
             raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def _is_positive_int(value):
+def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _are_strings(value):
+def _are_strings(value: Any) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, (list, tuple)) and all(isinstance(string, str) and string for string in strings)
 
 
-_FIELD_RULES = (
+_FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "num_flow_steps",
         lambda value: value is not False and (value == 0 or _is_positive_int(value)),
@@ -187,12 +190,14 @@ _FIELD_RULES = (
 )
 
 
-class YanOptionsMixin:
+class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
     """Which options a call of `generate` has, checked for this model."""
 
     _last_call = None  # what it asked for, and the options that came of it
 
-    def _options_of_call(self, generation_config, kwargs):
+    def _options_of_call(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[YanGenerationConfig, list[dict[str, Any]], dict[str, Any]]:
         """Options, who asked for what (as `length_limits` wants it), and the prompt among the keywords.
 
         A call that asks for what the last one did gets its options without work: it would take longer than a solver
@@ -216,13 +221,17 @@ class YanOptionsMixin:
             _, options, asked = last
         return options, asked, prompt
 
-    def _resolve_options(self, generation_config, kwargs):
+    def _resolve_options(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> YanGenerationConfig:
         """Keyword, then passed config, then the model's config, then the defaults."""
         check_options(kwargs, self.config.vocab_size)  # transformers would not say which one it can't compare
         num_sequences = kwargs.get("num_return_sequences")
         # transformers would refuse several that are neither sampled nor beams
         others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
-        options, model_kwargs = self._prepare_generation_config(generation_config, **others)
+        prepared = self._prepare_generation_config(generation_config, **others)  # type: ignore[misc]
+        # a config of transformers' own class gets our fields below
+        options, model_kwargs = cast(tuple[YanGenerationConfig, dict[str, Any]], prepared)
         if num_sequences is not None:
             options.num_return_sequences = num_sequences
         defaults = {
@@ -240,7 +249,7 @@ class YanOptionsMixin:
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
         check_options(vars(options), self.config.vocab_size)
-        self._check_length(options.canvas_length, "the canvas")
+        check_length(self.config, options.canvas_length, "the canvas")
         self._check_num_sequences(options)
         self._check_fit(options)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
@@ -248,11 +257,11 @@ class YanOptionsMixin:
             raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
         return options
 
-    def _default_expert_choice(self, options):
+    def _default_expert_choice(self, options: YanGenerationConfig) -> str:
         """Experts that were trained as a distribution are drawn from it where anything is drawn."""
         return "sample" if options.do_sample and self.config.train_expert_choice == "posterior" else "argmax"
 
-    def _check_fit(self, options):
+    def _check_fit(self, options: YanGenerationConfig) -> None:
         """Raise ValueError for an option that this model can't honour."""
         if options.num_flow_steps == 0:
             self._check_draft(options.canvas_length)
@@ -263,7 +272,7 @@ class YanOptionsMixin:
             allowed = "1 without train_expert_choice='posterior'"
             raise ValueError(f"length_penalty={options.length_penalty}: must be {allowed}")
 
-    def _check_num_sequences(self, options):
+    def _check_num_sequences(self, options: YanGenerationConfig) -> None:
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"
         if not _is_positive_int(number):
             raise ValueError(f"num_return_sequences={number!r}: must be an integer of at least 1")
@@ -275,7 +284,7 @@ class YanOptionsMixin:
             raise ValueError(f"num_return_sequences={number}: must be {allowed}")
 
 
-def _refuse_other_options(model_fields, kwargs, *configs):
+def _refuse_other_options(model_fields: set[str], kwargs: dict[str, Any], *configs: dict[str, Any]) -> None:
     """Raise ValueError if a keyword or a config asks for what is not honoured; drop the keywords that ask for nothing.
 
     Keywords that transformers does not know either are left to the caller.
@@ -294,7 +303,7 @@ def _refuse_other_options(model_fields, kwargs, *configs):
         del kwargs[name]
 
 
-def _is_off(name, value):
+def _is_off(name: str, value: Any) -> bool:
     if isinstance(value, bool) or value is None:
         return not value
     return (isinstance(value, (list, tuple, dict)) and not value) or (
@@ -302,7 +311,7 @@ def _is_off(name, value):
     )
 
 
-def length_limits(options, asked, prompt_length):
+def length_limits(options: YanGenerationConfig, asked: list[dict[str, Any]], prompt_length: int) -> tuple[int, int]:
     """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
     decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
     max_new_tokens = options.max_new_tokens

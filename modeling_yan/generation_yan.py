@@ -7,10 +7,12 @@ K experts, N solver steps.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -18,6 +20,7 @@ from .canvas_yan import Canvas, CanvasNoise, CanvasPlan, encode_and_solve
 from .checks_yan import (
     check_device,
     check_helpers,
+    check_length,
     check_mask,
     check_range,
     check_tensor,
@@ -32,9 +35,12 @@ from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, e
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
-TRACER_SETTINGS = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
-MODES_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-_programs: dict[str, Callable] = {}
+TRACER_SETTINGS: dict[str, Any] = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
+MODES_WITHOUT_GRAPHS: dict[str | None, str] = {
+    "reduce-overhead": "default",
+    "max-autotune": "max-autotune-no-cudagraphs",
+}
+_programs: dict[str, Callable[..., Canvas]] = {}
 
 
 @dataclass
@@ -59,31 +65,30 @@ class YanGenerationOutput(ModelOutput):
         (2, torch.Size([1, 3, 8, 32]))
     """
 
-    sequences: torch.LongTensor
+    sequences: torch.Tensor
     tokens_per_forward: torch.Tensor | None = None
     num_trunk_passes: int | None = None
     trajectory: tuple[torch.Tensor, ...] | None = None
-    experts: tuple[torch.LongTensor, ...] | None = None
+    experts: tuple[torch.Tensor, ...] | None = None
     gate: tuple[torch.Tensor, ...] | None = None
 
 
-class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
+class YanGenerationMixin(YanOptionsMixin):
     """`generate` for flow models, in place of token-by-token decoding."""
 
-    generation_config_class = YanGenerationConfig
-    _cuda_graphs = None  # of compiled generation on a GPU
+    _cuda_graphs: CudaGraphCache | None = None  # of compiled generation on a GPU
 
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        **kwargs,
-    ) -> torch.LongTensor | YanGenerationOutput:
+        **kwargs: Any,
+    ) -> torch.Tensor | YanGenerationOutput:
         """Continue, complete or answer the prompts.
 
         Every canvas of `canvas_length` tokens is generated at once in `num_flow_steps` steps. Tokens up to the EOS
@@ -134,12 +139,14 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             streamer.put(prompt.cpu())
         num_rows = len(prompt) * options.num_return_sequences
         written = prompt.new_empty(num_rows, 0)
-        finished, kept, canvases = None, [], []
+        finished: torch.Tensor | None = None
+        kept: list[torch.Tensor] = []
+        canvases: list[Canvas] = []
         while True:
             forbidden = min_new_tokens - written.shape[1]
             canvas = self._solve_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
             canvases.append(canvas)
-            tokens = canvas.tokens[:, : max_new_tokens - written.shape[1]]
+            tokens = cast(torch.Tensor, canvas.tokens)[:, : max_new_tokens - written.shape[1]]
             tokens, num_kept, finished = cut_at_eos(tokens, finished, options)
             if criteria:
                 before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
@@ -163,21 +170,27 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         self._check_written(sequences)
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not for YAN: continuous batching, `generate_batch` with it, swaps rows between tokens."""
         raise NotImplementedError("YAN has no continuous batching: call generate with a padded batch of prompts")
 
     continuous_batching_context_manager = generate_batch = init_continuous_batching
 
-    def adjust_generation_fn(self, *args, **kwargs):
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Load generation_config.json as a `YanGenerationConfig`; a checkpoint without one keeps the defaults."""
         defaults = self.generation_config
-        super().adjust_generation_fn(*args, **kwargs)
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
         loaded = self.generation_config
         is_missing = getattr(loaded, "_from_model_config", False)
         self.generation_config = defaults if is_missing else YanGenerationConfig.from_dict(loaded.to_dict())
 
-    def _prepare_prompt(self, inputs, options, input_ids=None, attention_mask=None):
+    def _prepare_prompt(
+        self,
+        inputs: torch.Tensor | None,
+        options: YanGenerationConfig,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Checked ids (B, S), and the context that they are; an empty batch of prompts becomes one BOS each."""
         if inputs is not None and input_ids is not None:
             raise ValueError("the prompt was given twice, as inputs and as input_ids")
@@ -201,7 +214,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             fewest, most = (int(number) for number in _count_valid(host_mask != 0))
         low, high = (int(number) for number in ids.cpu().aminmax())
         check_range(low, high, self.config.vocab_size)
-        self._check_length(max(most, 1), "the prompt", self.config.num_answer_slots)
+        check_length(self.config, max(most, 1), "the prompt", self.config.num_answer_slots)
         if fewest > 0:
             return ids, *_left_align(ids, attention_mask, fewest, most)
         if options.bos_token_id is None:
@@ -211,19 +224,31 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         ids[is_empty, -1], attention_mask[is_empty, -1] = options.bos_token_id, 1
         return ids, *_left_align(ids, attention_mask, 1, max(most, 1))
 
-    def _solve_canvas(self, context, context_mask, options, seed, index, num_without_eos, streamer) -> Canvas:
+    def _solve_canvas(
+        self,
+        context: torch.Tensor,
+        context_mask: torch.Tensor | None,
+        options: YanGenerationConfig,
+        seed: int,
+        index: int,
+        num_without_eos: int,
+        streamer: BaseStreamer | None,
+    ) -> Canvas:
         """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
         draws_tokens = options.do_sample and options.crf_decoding and self._draws_tokens()
         plan = _plan(options, index, num_without_eos, draws_tokens)
         noise = self._draw_noise(plan.repeats * len(context), options, seed + index, draws_tokens, context.device)
         on_draft = None
-        if hasattr(streamer, "put_draft"):
-            on_draft = lambda tokens: streamer.put_draft(tokens.cpu())  # noqa: E731
+        put_draft = getattr(streamer, "put_draft", None)
+        if put_draft is not None:
+            on_draft = lambda tokens: put_draft(tokens.cpu())  # noqa: E731
         if options.compile_generation and not options.disable_compile and on_draft is None:
             return self._solve_compiled(context, context_mask, noise, plan, options.compile_config)
         return encode_and_solve(self, context, context_mask, *noise, plan, on_draft)
 
-    def _draw_noise(self, num_rows, options, seed, draws_tokens, device) -> CanvasNoise:
+    def _draw_noise(
+        self, num_rows: int, options: YanGenerationConfig, seed: int, draws_tokens: bool, device: torch.device
+    ) -> CanvasNoise:
         """All that is drawn for a canvas of `num_rows`; without sampling, they share one noise."""
         shape = num_rows if options.do_sample else 1, options.canvas_length
         if options.do_sample:
@@ -237,7 +262,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         elif options.expert_choice == "ranked":
             ranks = torch.arange(options.num_return_sequences, device=device)
             ranks = ranks.repeat(num_rows // len(ranks)).unsqueeze(1)
-        if draws_tokens:
+        if draws_tokens and self.transitions is not None:
             tokens = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
         return CanvasNoise(x_0, uniform, ranks, tokens)
 
@@ -245,7 +270,14 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         """Whether sampling draws the chain of tokens, too: where the model was trained as a distribution of them."""
         return self.transitions is not None and self.config.train_expert_choice == "posterior"
 
-    def _solve_compiled(self, context, context_mask, noise, plan, compile_config) -> Canvas:
+    def _solve_compiled(
+        self,
+        context: torch.Tensor,
+        context_mask: torch.Tensor | None,
+        noise: CanvasNoise,
+        plan: CanvasPlan,
+        compile_config: CompileConfig | None,
+    ) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
         bucket = min(-(-length // PROMPT_BUCKET) * PROMPT_BUCKET, self.config.max_prompt_length)
@@ -253,7 +285,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
             context_mask = torch.ones_like(context) if context_mask is None else context_mask
             context, context_mask = (F.pad(tensor, (0, bucket - length)) for tensor in (context, context_mask))
 
-        def solve(*tensors):
+        def solve(*tensors: torch.Tensor | None) -> dict[str, Any]:
             settings = _compiler_settings(compile_config)
             with torch._dynamo.config.patch(**TRACER_SETTINGS), merging():
                 return vars(compiled_program(settings)(self, *tensors, plan))
@@ -264,13 +296,19 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         self._cuda_graphs = self._cuda_graphs or CudaGraphCache()
         return Canvas(**self._cuda_graphs.call(self, solve, tensors, (plan, repr(compile_config))))
 
-    def _check_written(self, tokens):
+    def _check_written(self, tokens: torch.Tensor) -> None:
         """Raise FloatingPointError for tokens of -1, which come from numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
             found = not_finite_weights(self) or "all weights are finite"
             raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
 
-    def _extend_context(self, context, context_mask, tokens, options):
+    def _extend_context(
+        self,
+        context: torch.Tensor,
+        context_mask: torch.Tensor | None,
+        tokens: torch.Tensor,
+        options: YanGenerationConfig,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
         self._check_written(tokens)
         repeats = len(tokens) // len(context)
@@ -284,7 +322,7 @@ class YanGenerationMixin(YanOptionsMixin, GenerationMixin):
         return _left_align(ids, mask, *torch.stack(_count_valid(mask)).tolist())
 
 
-def compiled_program(settings: dict) -> Callable[..., Canvas]:
+def compiled_program(settings: dict[str, Any]) -> Callable[..., Canvas]:
     """`encode_and_solve` compiled with these settings; torch keeps a program for every model, plan and shape."""
     key = repr(settings)
     if key not in _programs:
@@ -292,9 +330,9 @@ def compiled_program(settings: dict) -> Callable[..., Canvas]:
     return _programs[key]
 
 
-def _compiler_settings(compile_config) -> dict:
+def _compiler_settings(compile_config: CompileConfig | None) -> dict[str, Any]:
     """Arguments of `torch.compile`. It need not record CUDA graphs: the whole program becomes one."""
-    settings = {"dynamic": False} if compile_config is None else compile_config.to_dict()
+    settings: dict[str, Any] = {"dynamic": False} if compile_config is None else compile_config.to_dict()
     if settings.get("options"):
         settings["options"] = {**settings["options"], "triton.cudagraphs": False}
     return {**settings, "mode": MODES_WITHOUT_GRAPHS.get(settings.get("mode"), settings.get("mode"))}
@@ -302,12 +340,12 @@ def _compiler_settings(compile_config) -> dict:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _shared_noise(seed, shape, device, deviation) -> torch.Tensor:
+def _shared_noise(seed: int, shape: tuple[int, ...], device: torch.device, deviation: float) -> torch.Tensor:
     """Normal numbers, remembered: deterministic generation begins every time with the same."""
     return deviation * hashed_normal(seed, shape, device)
 
 
-def _plan(options, index, num_without_eos, draws_tokens) -> CanvasPlan:
+def _plan(options: YanGenerationConfig, index: int, num_without_eos: int, draws_tokens: bool) -> CanvasPlan:
     draws = options.do_sample and (draws_tokens or options.expert_choice == "sample")  # else it scales noise alone
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
@@ -325,16 +363,18 @@ def _plan(options, index, num_without_eos, draws_tokens) -> CanvasPlan:
     )
 
 
-def _draw_seed(generator):
+def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**31, (), generator=generator, device=getattr(generator, "device", None)))
 
 
-def _count_valid(mask) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _count_valid(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Fewest and most valid tokens of a row."""
     return mask.sum(1).aminmax()
 
 
-def _left_align(ids, mask, fewest: int, most: int):
+def _left_align(
+    ids: torch.Tensor, mask: torch.Tensor, fewest: int, most: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The valid tokens of every row, `fewest` to `most` of them, moved to its start, the width cut to the longest row.
 
     The mask is None where all that is left is valid: attention without one is faster.
@@ -346,14 +386,17 @@ def _left_align(ids, mask, fewest: int, most: int):
     return ids, mask if fewest < most else None
 
 
-def _output(sequences, num_tokens, canvases):
+def _output(sequences: torch.Tensor, num_tokens: torch.Tensor, canvases: list[Canvas]) -> YanGenerationOutput:
     num_passes = sum(canvas.num_trunk_passes for canvas in canvases)
-    has_experts, has_path = canvases[0].experts is not None, canvases[0].trajectory is not None
     return YanGenerationOutput(
         sequences=sequences,
         tokens_per_forward=num_tokens / max(num_passes, 1),
         num_trunk_passes=num_passes,
-        trajectory=tuple(canvas.trajectory for canvas in canvases) if has_path else None,
-        experts=tuple(canvas.experts for canvas in canvases) if has_experts else None,
-        gate=tuple(canvas.gate for canvas in canvases) if has_path else None,
+        **{name: _of_each(canvases, name) for name in ("trajectory", "experts", "gate")},
     )
+
+
+def _of_each(canvases: list[Canvas], name: str) -> tuple[torch.Tensor, ...] | None:
+    """What every canvas has by this name; None if they have it not."""
+    values = tuple(getattr(canvas, name) for canvas in canvases)
+    return None if values[0] is None else values

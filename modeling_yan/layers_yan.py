@@ -5,6 +5,7 @@ Letters of the shape comments: B batch, L sequence length, S source length, D hi
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .checks_yan import can_look_at
 from .compilation_yan import is_bare, opaque_operator, select_rows, use_custom_ops
+from .configuration_yan import YanConfig
 from .flow_matching_yan import hashed_normal
 from .mamba_yan import YanBidirectionalMamba, mask_padding
 
@@ -24,11 +26,13 @@ SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
 WIDE_LOGIT = 0.25  # almost none: a token sees the whole text
 CROSS_LOGIT = 26.0  # sharp: a position of the canvas sees the same one of the prompt
 
+Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
+
 
 class YanEmbedding(nn.Embedding):
     """An embedding whose gradient is right where it is compiled, too."""
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return select_rows(self.weight, ids)
 
 
@@ -39,7 +43,7 @@ class YanPositionEmbedding(YanEmbedding):
     """
 
     @torch.no_grad()
-    def reset_sinusoids(self, standard_deviation: float):
+    def reset_sinusoids(self, standard_deviation: float) -> None:
         num_frequencies = self.embedding_dim // 2
         frequencies = math.pi * torch.arange(1, num_frequencies + 1) / num_frequencies
         angles = torch.arange(self.num_embeddings)[:, None] * frequencies
@@ -53,7 +57,10 @@ class YanEmbeddings(nn.Module):
     A pretrained encoder has its own token embeddings, and may lack a mask token for the answer slots.
     """
 
-    def __init__(self, config):
+    word_embeddings: nn.Embedding
+    answer_slots: nn.Embedding
+
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         if config.encoder is None:
             self.word_embeddings = YanEmbedding(config.vocab_size, config.hidden_size)
@@ -62,14 +69,28 @@ class YanEmbeddings(nn.Module):
         self.position_embeddings = YanPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         positions = self.position_embeddings(position_ids)
         return self.dropout(inputs_embeds.to(positions.dtype) + positions)
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention over (B, H, L, D/H) tensors, in the form of transformers' attention interface."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -79,7 +100,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def attention_mask_for(config, states: torch.Tensor, padding_mask: torch.Tensor | None, source=None):
+def attention_mask_for(
+    config: YanConfig, states: torch.Tensor, padding_mask: torch.Tensor | None, source: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """The mask of the attention of `states` (B, L, D) to `source` (B, S, D), or to themselves, in transformers' form.
 
     None where nothing is masked: a program of torch's compiler would get a mask that hides nothing, and with it an
@@ -100,31 +123,33 @@ def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def positions_from_start(valid: torch.Tensor) -> torch.LongTensor:
+def positions_from_start(valid: torch.Tensor) -> torch.Tensor:
     """Where each position (B, L) of a row goes if the valid ones move to the start, in order, the others behind."""
     valid = valid.bool()
     behind = valid.sum(1, keepdim=True) + (~valid).cumsum(1)
     return torch.where(valid, valid.cumsum(1), behind) - 1
 
 
-def select_positions(states: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+def select_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The states (B, W, D) at the given positions (B, W) of states (B, L, D)."""
     first = states.shape[1] * torch.arange(len(states), device=states.device).unsqueeze(1)
     return select_rows(states.flatten(0, 1), first + positions)
 
 
-def with_valid_first(attention_mask: torch.Tensor, *sequences: torch.Tensor | None) -> list[torch.Tensor | None]:
+def with_valid_first(attention_mask: torch.Tensor, *sequences: Given) -> list[Given]:
     """The mask (B, S) and sequences (B or 1, S, ...), if there, with every row's valid tokens moved to its start."""
-    positions = positions_from_start(attention_mask)
+    positions: torch.Tensor = positions_from_start(attention_mask)
+    moved: list[Given] = [_move(sequence, positions) for sequence in sequences]
+    moved.insert(0, _move(attention_mask, positions))
+    return moved
 
-    def move(sequence):
-        if sequence is None:
-            return None
-        sequence = sequence.expand(positions.shape[0], *sequence.shape[1:])
-        index = positions.view(*positions.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
-        return torch.zeros_like(sequence).scatter(1, index, sequence)
 
-    return [move(sequence) for sequence in (attention_mask, *sequences)]
+def _move(sequence: Given, positions: torch.Tensor) -> Given:
+    if sequence is None:
+        return sequence
+    sequence = sequence.expand(positions.shape[0], *sequence.shape[1:])
+    index = positions.view(*positions.shape, *[1] * (sequence.dim() - 2)).expand(sequence.shape)
+    return torch.zeros_like(sequence).scatter(1, index, sequence)
 
 
 def sinusoid_angles(positions: torch.Tensor, num_frequencies: int, longest_period: float) -> torch.Tensor:
@@ -143,12 +168,12 @@ class YanMimeticLinear(nn.Linear):
 
     def __init__(
         self, in_features: int, out_features: int, logit: float | tuple[float, float], seed: int | None = None
-    ):
+    ) -> None:
         super().__init__(in_features, out_features)
         self.logit, self.seed = logit, seed or 0
 
     @torch.no_grad()
-    def reset_mimetic(self, num_heads: int):
+    def reset_mimetic(self, num_heads: int) -> None:
         num_narrow = -(-num_heads // 2)
         first, second = self.logit if isinstance(self.logit, tuple) else (self.logit, self.logit)
         logits = torch.tensor([first] * num_narrow + [second] * (num_heads - num_narrow))
@@ -190,7 +215,7 @@ def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[t
 class YanAttention(nn.Module):
     """Multi-head attention of a sequence to itself, or to another one whose keys and values are handed in."""
 
-    def __init__(self, config, layer_idx: int | None = None):
+    def __init__(self, config: YanConfig, layer_idx: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -205,10 +230,16 @@ class YanAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def _split_heads(self, states):
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def forward(self, hidden_states, attention_mask=None, key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attended states (B, L, D) and, with eager attention, the weights (B, H, L, S).
 
         `key_values` are two tensors (B, S, D) of another sequence.
@@ -231,7 +262,7 @@ class YanAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-def _with_lost_rows(output, query, key):
+def _with_lost_rows(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """The output (B, ...), NaN in rows whose queries or keys are: without a mask, torch's CPU kernel hides it."""
     if (query.sum() + key.sum()).isfinite():
         return output
@@ -243,7 +274,7 @@ class YanIdentityLinear(nn.Linear):
     """A square linear layer that starts as the identity."""
 
     @torch.no_grad()
-    def reset_identity(self):
+    def reset_identity(self) -> None:
         init.copy_(self.weight, torch.eye(len(self.weight)))
 
 
@@ -254,7 +285,7 @@ class YanCrossAttention(YanAttention):
     position of the prompt; values are handed on as they are, because prompt and answer live in one latent space.
     """
 
-    def __init__(self, config, layer_idx: int | None = None):
+    def __init__(self, config: YanConfig, layer_idx: int | None = None) -> None:
         super().__init__(config, layer_idx)
         self.q_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
         self.k_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
@@ -273,12 +304,12 @@ class YanShortConvolution(nn.Conv1d):
     find that out from positions (shift of H3, arXiv 2212.14052, section 3). Padding counts as nothing.
     """
 
-    def __init__(self, hidden_size: int, kernel_size: int):
+    def __init__(self, hidden_size: int, kernel_size: int) -> None:
         super().__init__(
             hidden_size, hidden_size, kernel_size, padding=kernel_size // 2, groups=hidden_size, bias=False
         )
 
-    def forward(self, hidden_states, padding_mask=None):
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """States (B, L, D) to (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
         visible = mask_padding(hidden_states, padding_mask)
         return hidden_states + super().forward(visible.transpose(1, 2)).transpose(1, 2)
@@ -287,13 +318,19 @@ class YanShortConvolution(nn.Conv1d):
 class YanSelfAttentionMixer(nn.Module):
     """Self-attention under the common signature of the self-mixers, behind a short convolution where configured."""
 
-    def __init__(self, config, layer_idx: int | None = None):
+    def __init__(self, config: YanConfig, layer_idx: int | None = None) -> None:
         super().__init__()
         width = config.attention_conv_kernel
         self.convolution = YanShortConvolution(config.hidden_size, width) if width else None
         self.attention = YanAttention(config, layer_idx)
 
-    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.convolution is not None:
             hidden_states = self.convolution(hidden_states, padding_mask)
         return self.attention(hidden_states, attention_mask, **kwargs)
@@ -302,11 +339,17 @@ class YanSelfAttentionMixer(nn.Module):
 class YanMambaMixer(nn.Module):
     """Bidirectional Mamba under the common signature of the self-mixers; it has no attention weights."""
 
-    def __init__(self, config, layer_idx: int | None = None):
+    def __init__(self, config: YanConfig, layer_idx: int | None = None) -> None:
         super().__init__()
         self.mamba = YanBidirectionalMamba(config)
 
-    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         return self.mamba(hidden_states, padding_mask), None
 
 
@@ -355,13 +398,13 @@ def feed_forward(
 class YanFeedForward(nn.Module):
     """Two linear layers with GELU between them."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN["gelu"]
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if fuses_gelu(self.up_proj, hidden_states):
             return self.down_proj(_gelu_operator(hidden_states, self.up_proj.weight, self.up_proj.bias))
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
@@ -370,7 +413,7 @@ class YanFeedForward(nn.Module):
 class YanEncoderLayer(GradientCheckpointingLayer):
     """Pre-norm block: self-mixer, then feed-forward."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: YanConfig, layer_idx: int) -> None:
         super().__init__()
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mixer = SELF_MIXERS[config.encoder_mixer](config, layer_idx)
@@ -378,7 +421,13 @@ class YanEncoderLayer(GradientCheckpointingLayer):
         self.feed_forward = YanFeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, attention_mask=None, padding_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, padding_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
@@ -390,18 +439,18 @@ class YanTimeEmbedding(nn.Module):
     Times lie in [0, 1]; without the factor most of the frequencies would hardly move.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.num_frequencies = config.hidden_size // 2
         self.proj = nn.Linear(2 * self.num_frequencies, config.hidden_size)
 
-    def forward(self, times):
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
         angles = sinusoid_angles(1000.0 * times, self.num_frequencies, longest_period=10000.0)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return F.gelu(self.proj(features.to(dtype_of(self.proj))))
 
 
-def modulate(norm: nn.LayerNorm, states, shift, scale):
+def modulate(norm: nn.LayerNorm, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """A weightless norm of `states` (B, L, D) with the scale and shift, (B or 1, 1, D), that the time asks for."""
     return norm(states) * (1 + scale) + shift
 
@@ -414,7 +463,7 @@ class YanFlowLayer(GradientCheckpointingLayer):
     canvas has no padding, so the mixer needs no mask.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: YanConfig, layer_idx: int) -> None:
         super().__init__()
         self.has_cross_attention = layer_idx in config.flow_layers_with_cross_attention
         self.num_modulations = 6 if self.has_cross_attention else 4
@@ -426,19 +475,19 @@ class YanFlowLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states,
-        modulation,
-        positions,
-        key=None,
-        value=None,
-        cross_attention_mask=None,
-        **kwargs,
-    ):
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        positions: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         shifts_and_scales = list(modulation.unsqueeze(2).unbind(1))
         normed = modulate(self.norm, hidden_states, *shifts_and_scales[:2])
         mixed, _ = self.mixer(normed, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
-        if self.has_cross_attention:
+        if self.cross_attention is not None:
             normed = modulate(self.norm, hidden_states, *shifts_and_scales[4:]) + positions
             attended, _ = self.cross_attention(normed, cross_attention_mask, (key, value), **kwargs)
             hidden_states = hidden_states + self.dropout(attended)
@@ -449,10 +498,10 @@ class YanFlowLayer(GradientCheckpointingLayer):
 class YanDecoderLayer(GradientCheckpointingLayer):
     """Residual pre-norm feed-forward block that treats every token by itself."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = YanFeedForward(config)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))

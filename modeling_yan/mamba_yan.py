@@ -7,6 +7,7 @@ PyTorch. All of them are linear in L, forward and backward.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .compilation_yan import is_bare, is_exporting, opaque_operator, use_custom_ops
-from .scan_triton_yan import CHUNK_STEPS, triton, triton_scan, triton_scan_gradients
+from .configuration_yan import YanConfig
+from .scan_triton_yan import CHUNK_STEPS, HAS_TRITON, triton_scan, triton_scan_gradients
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -30,7 +32,7 @@ def _scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, shaped like x, and the states (chunks, G, B, N, E) before each chunk."""
     chunk = chunk_length(x, b.shape[-1])
-    if x.is_cuda and triton is not None:
+    if x.is_cuda and HAS_TRITON:
         return triton_scan(x, dt, a_matrix, b, c, chunk)
     state = x.new_zeros(*x.shape[1:-1], b.shape[-1], x.shape[-1])
     y, borders = torch.empty_like(x), []
@@ -54,7 +56,7 @@ def _scan_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, dt, a_matrix, b and c; recomputes one chunk's states at a time."""
     chunk = chunk_length(x, b.shape[-1])
-    if x.is_cuda and triton is not None:
+    if x.is_cuda and HAS_TRITON:
         return triton_scan_gradients(grad_y.contiguous(), x, dt, a_matrix, b, c, borders, chunk)
     grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(tensor) for tensor in (x, dt, b, c))
     grad_a, grad_state = torch.zeros_like(borders[0]), torch.zeros_like(borders[0])
@@ -81,7 +83,7 @@ def _scan_gradients(
     return grad_x, grad_dt, grad_a.sum(1), grad_b, grad_c
 
 
-def _weigh_states(states, weights):
+def _weigh_states(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over N of states (T, G, B, N, E) times weights (G, N, E), without a product as large as the states."""
     total = states[..., 0, :] * weights[:, None, 0]
     for index in range(1, states.shape[-2]):
@@ -98,18 +100,20 @@ class ChunkedSelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
         y, borders = _scan(*inputs)
         ctx.save_for_backward(*inputs, borders)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _scan_gradients(grad_y, *ctx.saved_tensors)
 
 
-def _fake_scan(x, dt, a_matrix, b, c):
+def _fake_scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_chunks = -(-x.shape[0] // chunk_length(x, b.shape[-1]))
     return torch.empty_like(x), x.new_empty(num_chunks, *x.shape[1:-1], b.shape[-1], x.shape[-1])
 
@@ -127,12 +131,14 @@ _scan_operator.register_autograd(
 
 def chunk_length(x: torch.Tensor, state_size: int) -> int:
     """Time steps per chunk for x (L, G, B, E): a Triton chunk's, else what fits the cache, from 8 to L."""
-    if x.is_cuda and triton is not None:
+    if x.is_cuda and HAS_TRITON:
         return CHUNK_STEPS
     return min(x.shape[0], max(8, SCAN_CHUNK_ELEMENTS // (x[0].numel() * state_size)))
 
 
-def _chunk_states(inputs, dt, a_matrix, b, state):
+def _chunk_states(
+    inputs: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decays exp(dt A) and states of one chunk, (T, G, B, N, E) each, from dt x and the state before it."""
     decay = (dt.unsqueeze(-2) * a_matrix.unsqueeze(1)).exp_()
     states = b.unsqueeze(-1) * inputs.unsqueeze(-2)
@@ -142,7 +148,9 @@ def _chunk_states(inputs, dt, a_matrix, b, state):
     return decay, states
 
 
-def selective_scan(x, dt, a_matrix, b, c):
+def selective_scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
     """Run G selective scans with state zero at the start.
 
     Args:
@@ -161,13 +169,15 @@ def selective_scan(x, dt, a_matrix, b, c):
     return y.permute(1, 2, 0, 3).to(x.dtype)
 
 
-def _scan_time_major(*inputs):
+def _scan_time_major(*inputs: torch.Tensor) -> torch.Tensor:
     if is_exporting():
         return doubling_scan(*inputs)
     return _scan_operator(*inputs)[0] if use_custom_ops() else ChunkedSelectiveScan.apply(*inputs)
 
 
-def doubling_scan(x, dt, a_matrix, b, c):
+def doubling_scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
     """The same scan as log2 L rounds over all steps at once, in torch's own operators; arguments as in `_scan`.
 
     In round r every state takes up the one 2^r steps before it. It is slower than the recurrence on a CPU and needs L
@@ -186,12 +196,14 @@ def doubling_scan(x, dt, a_matrix, b, c):
     return torch.matmul(c.unsqueeze(-2), states).squeeze(-2)
 
 
-def _steps_before(tensor, number: int):
+def _steps_before(tensor: torch.Tensor, number: int) -> torch.Tensor:
     """What stands `number` steps earlier in a tensor (L, G, B, N, E), and zero where there is nothing."""
     return F.pad(tensor, (0, 0) * 4 + (number, 0))[: tensor.shape[0]]
 
 
-def _kernel_scan(x, dt, a_matrix, b, c):
+def _kernel_scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
     x, dt, b, c = (tensor.transpose(1, 2).contiguous() for tensor in (x, dt, b, c))
     return selective_scan_fn(x, dt.to(x.dtype), a_matrix.float(), b.to(x.dtype), c.to(x.dtype)).transpose(1, 2)
 
@@ -199,7 +211,7 @@ def _kernel_scan(x, dt, a_matrix, b, c):
 class YanMamba(nn.Module):
     """One direction of a Mamba-1 mixer but for its scan, with the parameter names of transformers' `MambaMixer`."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         inner, rank = config.mamba_intermediate_size, config.time_step_rank
         self.config = config
@@ -212,7 +224,7 @@ class YanMamba(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """The S4D-real initialisation of A and the step-size initialisation of arXiv 2312.00752, section 3.6."""
         config = self.config
         init.copy_(self.A_log, torch.arange(1.0, config.state_size + 1).log().expand_as(self.A_log))
@@ -223,10 +235,13 @@ class YanMamba(nn.Module):
         step = torch.empty(self.dt_proj.bias.shape).uniform_(low, high).exp()
         init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
         init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
-        init.zeros_(self.conv1d.bias)
+        if self.conv1d.bias is not None:  # it has one, which its type does not say
+            init.zeros_(self.conv1d.bias)
         init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
 
-    def forward(self, hidden_states, padding_mask=None):
+    def forward(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
         """What comes before the scan, from states (B, L, D); `padding_mask` (B, L) is 0 on padding at either end.
 
         Every weight is read in the call of its own module, here or in `output`: hooks fetch it for that alone.
@@ -244,7 +259,7 @@ class YanMamba(nn.Module):
         dt = F.softplus(self.dt_proj(rank_states))
         return (x, dt, -torch.exp(self.A_log.float()), b, c), x * self.D.to(x.dtype), gate
 
-    def _convolve(self, x):
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The causal convolution of x (B, L, E).
 
         As a sum of shifted copies it takes half the operator's time on a CPU, and a compiler merges it with what
@@ -258,14 +273,14 @@ class YanMamba(nn.Module):
         total = shifted[:, :length] * kernel[0]
         for k in range(1, len(kernel)):
             total = torch.addcmul(total, shifted[:, k : k + length], kernel[k])
-        return total + self.conv1d.bias.to(x.dtype)
+        return total if self.conv1d.bias is None else total + self.conv1d.bias.to(x.dtype)
 
-    def output(self, y, skip, gate):
+    def output(self, y: torch.Tensor, skip: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """The scan's result y, with skip connection and gate (B, L, E), projected to (B, L, D)."""
         return self.out_proj((y + skip) * F.silu(gate))
 
 
-def mask_padding(states, padding_mask):
+def mask_padding(states: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """States (B, L, D) with zeros where `padding_mask` (B, L), if there is one, is 0."""
     return states if padding_mask is None else states * padding_mask.unsqueeze(-1).to(states.dtype)
 
@@ -273,13 +288,13 @@ def mask_padding(states, padding_mask):
 class YanBidirectionalMamba(nn.Module):
     """A Mamba over the sequence and one over its reversal, concatenated and projected back to D."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.forward_mamba = YanMamba(config)
         self.backward_mamba = YanMamba(config)
         self.out_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, padding_mask=None):
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mix `hidden_states` (B, L, D) both ways; `padding_mask` (B, L) is 0 on padding at either end."""
         reversed_mask = None if padding_mask is None else padding_mask.flip(1)
         ahead, skip_ahead, gate_ahead = self.forward_mamba(hidden_states, padding_mask)

@@ -4,6 +4,8 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 import math
+import os
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -11,22 +13,22 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .canvas_yan import CanvasNoise, CanvasPlan, YanCanvasMixin, solve_canvas
+from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
 from .cards_yan import YanCardMixin, YanModelCard
-from .checks_yan import IGNORE_INDEX, check_labels, check_prompt, is_integer, not_finite_weights
+from .checks_yan import IGNORE_INDEX, check_labels, check_length, check_prompt, is_integer, not_finite_weights
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
-from .decoding_yan import YanDecodingMixin, YanTransitions
+from .decoding_yan import YanTransitions
 from .expert_heads_yan import YanExpertHeads, YanExpertsMixin
 from .experts_yan import YanExpertEmbedding
 from .filling_yan import YanFillingMixin
 from .flow_matching_yan import token_cross_entropy
-from .generation_yan import YanGenerationConfig, YanGenerationMixin
+from .generation_config_yan import YanGenerationConfig
+from .generation_yan import YanGenerationMixin
 from .layers_yan import (
     YanAttention,
     YanDecoderLayer,
@@ -56,6 +58,9 @@ from .pretrained_yan import (
 )
 from .velocity_yan import YanFlow
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 AUTO_MAP = {
     "AutoConfig": "configuration_yan.YanConfig",
     "AutoModel": "modeling_yan.YanModel",
@@ -80,8 +85,6 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     takes_num_items = False  # every term is a mean, so the Trainer has to divide it over accumulated batches
-    loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
-    num_loss_rows = 0  # in that pass
     _no_split_modules = ["YanEncoderLayer", "YanFlowLayer", "YanDecoderLayer", "YanExpertHeads"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -101,7 +104,7 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, YanMamba | YanExpertHeads):
             module.reset_parameters()
@@ -123,7 +126,9 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
             module.reset_rotation()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -135,27 +140,17 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
             raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save weights, config, a model card and this code; every class of the family loads from the folder."""
         if self._auto_class is not None:  # transformers itself names only the class that is saved
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: YanConfig, *args: Any, **kwargs: Any) -> None:
         if config.model_type != YanConfig.model_type:
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
         super().__init__(config, *args, **kwargs)
         self.model_card = YanModelCard()
-
-    def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int):
-        self.num_loss_rows = num_rows
-        self.loss_terms = {name: term.detach() for name, term in terms.items()}
-
-    def _check_length(self, length: int, name: str, num_slots: int = 0):
-        longest = self.config.max_position_embeddings
-        if not (is_integer(length, 1) and length <= longest - num_slots):
-            allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
-            raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
 
 
 class YanModel(YanPreTrainedModel):
@@ -172,7 +167,7 @@ class YanModel(YanPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = {r"^(flow|decoder|lm_head|transitions)\."}  # of the classes with a head
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__(config)
         self.embeddings = YanEmbeddings(config)
         if config.encoder is None:
@@ -189,10 +184,12 @@ class YanModel(YanPreTrainedModel):
         words = self.get_input_embeddings()
         return next(name for name, module in self.named_modules() if module is words)
 
-    def get_input_embeddings(self):
-        return self.embeddings.word_embeddings if self.config.encoder is None else self.encoder.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Embedding:
+        if self.config.encoder is None:
+            return self.embeddings.word_embeddings
+        return cast(nn.Embedding, self.encoder.get_input_embeddings())
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         if self.config.encoder is None:
             self.embeddings.word_embeddings = value
         else:
@@ -201,11 +198,11 @@ class YanModel(YanPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Encode `input_ids` (B, S) to latents (B, S, D).
 
@@ -219,8 +216,7 @@ class YanModel(YanPreTrainedModel):
                 of another shape; ids that are no integers or, on the CPU, outside the vocabulary.
         """
         refuse_cache(kwargs)
-        check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds)
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        given = check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds)
         if input_ids is not None and attention_mask is None and position_ids is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         if self.config.encoder is not None:
@@ -231,7 +227,14 @@ class YanModel(YanPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def _encode(self, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs) -> BaseModelOutput:
+    def _encode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         hidden_states = self.embeddings(input_ids, position_ids, inputs_embeds)
         mask = attention_mask_for(self.config, hidden_states, attention_mask)
         for layer in self.layers:
@@ -242,14 +245,14 @@ class YanModel(YanPreTrainedModel):
 class YanDecoder(nn.Module):
     """Latents to the states that the language-model head reads, every token by itself."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.decoder_dropout)
         self.layers = nn.ModuleList(YanDecoderLayer(config) for _ in range(config.num_decoder_layers))
         if config.encoder is not None:
             self.transform = YanHeadTransform(config)
 
-    def forward(self, latents, dropout: bool = True):
+    def forward(self, latents: torch.Tensor, dropout: bool = True) -> torch.Tensor:
         hidden_states = self.dropout(latents) if dropout else latents
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -274,7 +277,7 @@ class YanForAutoencoding(YanPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
     takes_num_items = True
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__(config)
         self.model = YanModel(config)
         self.decoder = YanDecoder(config)
@@ -285,13 +288,13 @@ class YanForAutoencoding(YanPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> YanAutoencodingOutput:
         """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
 
@@ -319,14 +322,16 @@ class YanForAutoencoding(YanPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _add_noise(self, latents):
+    def _add_noise(self, latents: torch.Tensor) -> torch.Tensor:
         noise = self.config.objective.latent_noise
         if not self.training or noise == 0:
             return latents
         level = noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
         return latents + level * torch.randn_like(latents)
 
-    def _loss_terms(self, logits, labels, latents, attention_mask):
+    def _loss_terms(
+        self, logits: torch.Tensor, labels: torch.Tensor, latents: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         valid = labels != IGNORE_INDEX
         ce_loss = token_cross_entropy(logits, labels.masked_fill(~valid, 0), valid)
         regularisers = latent_regularisers(self, latents, attention_mask)
@@ -337,8 +342,6 @@ class YanForAutoencoding(YanPreTrainedModel):
 
 class YanForFlowGeneration(
     YanPreTrainedModel,
-    YanCanvasMixin,
-    YanDecodingMixin,
     YanObjectiveMixin,
     YanFillingMixin,
     YanGenerationMixin,
@@ -360,7 +363,7 @@ class YanForFlowGeneration(
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__(config)
         self.model = YanModel(config)
         self.flow = YanFlow(config)
@@ -372,13 +375,13 @@ class YanForFlowGeneration(
         self.post_init()
         self.apply_freeze_switches()
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> "Self":
         """As in torch; CUDA graphs of the model go, and the memory of the weights that they were recorded with."""
         self._cuda_graphs = None
         return super()._apply(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; the freeze switches are applied anew, because loading replaces the parameters.
 
         Where the folder is an adapter's, all of its base is frozen, and stays so.
@@ -389,7 +392,7 @@ class YanForFlowGeneration(
             model.apply_freeze_switches()
         return loaded
 
-    def apply_freeze_switches(self):
+    def apply_freeze_switches(self) -> None:
         """Let the objective's `freeze_*` fields decide which parameters are trained; call it after changing them.
 
         What training never asks is frozen, too, because several processes wait for the gradient of all others: the
@@ -412,7 +415,7 @@ class YanForFlowGeneration(
                 if parameter.is_floating_point():  # a weight that is quantized to integers has no gradient
                     parameter.requires_grad_(is_trained)
 
-    def __call__(self, *args, fused_lm_head: bool = False, **kwargs):
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         """As in torch. TRL's SFTTrainer asks for a `fused_lm_head` that it has put into `forward`, past the flow."""
         if not torch.compiler.is_compiling():
             refuse_harness_likelihood()
@@ -424,15 +427,15 @@ class YanForFlowGeneration(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         canvas_length: int | None = None,
         num_flow_steps: int | None = None,
         encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> YanFlowOutput:
         """The training objective if `labels` are given, else the logits of a few-step solve.
 
@@ -454,22 +457,23 @@ class YanForFlowGeneration(
                 fewer than one step.
         """
         refuse_cache(kwargs)
-        check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, self.config.num_answer_slots)
-        given = input_ids if inputs_embeds is None else inputs_embeds
+        slots = self.config.num_answer_slots
+        given = check_prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, slots)
         if labels is not None:
             labels = check_labels(labels, self, len(given))
             refuse_echo(input_ids, attention_mask, labels, self.config.eos_token_id)
-        prompt = input_ids, attention_mask, position_ids, inputs_embeds
         if attention_mask is not None:
             # with padding between the slots and the prompt, or within it, tokens would not know their neighbours
-            attention_mask, *others = with_valid_first(attention_mask, input_ids, position_ids, inputs_embeds)
-            prompt = others[0], attention_mask, *others[1:]
+            sequences = attention_mask, input_ids, position_ids, inputs_embeds
+            attention_mask, input_ids, position_ids, inputs_embeds = with_valid_first(*sequences)
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
-        self._check_length(canvas_length, "the canvas")
+        check_length(self.config, canvas_length, "the canvas")
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if not is_integer(num_flow_steps):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
-        prompt = self.encode_prompt(*prompt, encoder_outputs=encoder_outputs, **kwargs)
+        prompt = self.encode_prompt(
+            input_ids, attention_mask, position_ids, inputs_embeds, encoder_outputs=encoder_outputs, **kwargs
+        )
         if labels is None:
             terms = self._logits_of_canvas(prompt, canvas_length, num_flow_steps)
         else:
@@ -479,13 +483,13 @@ class YanForFlowGeneration(
             terms |= {name: select_positions(terms[name], positions) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=prompt.hidden_states, attentions=prompt.attentions)
 
-    def _logits_of_canvas(self, prompt, canvas_length, num_flow_steps) -> dict[str, torch.Tensor]:
+    def _logits_of_canvas(self, prompt: YanPrompt, canvas_length: int, num_flow_steps: int) -> dict[str, torch.Tensor]:
         """Latents (B, L, D) of the canvas that `generate` decodes without sampling, and their logits (B, L, V)."""
         if num_flow_steps == 0:
             self._check_draft(canvas_length)
         noise = CanvasNoise(self.start_noise((1, canvas_length), prompt.latents))
         plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
-        latents = solve_canvas(self, prompt, noise, plan).latents
+        latents = cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents)
         return {"logits": self.decode(latents), "latents": latents}
 
 

@@ -1,6 +1,7 @@
 """How a YAN model is trained: the `objective` of its config, which does not change what it generates."""
 
 from dataclasses import fields
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -89,18 +90,18 @@ class YanObjectiveConfig(PreTrainedConfig):
     mmd_weight: float | int = 0.0
     latent_norm_weight: float | int = 0.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = set(dir(self))
         super().__post_init__(**kwargs)
         warn_of_unknown(self, kwargs, known)
         self.validate_fields()  # here for a plain ValueError; transformers calls it again before saving
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields of the objective, without those that transformers gives to every config."""
         found = super().to_dict()
         return {name: found[name] for name in (*OBJECTIVE_FIELDS, "model_type", "transformers_version")}
 
-    def validate_fields(self):
+    def validate_fields(self) -> None:
         """Check every number against its range, and the two numbers of steps against each other."""
         require_ranges(self, POSITIVE_FIELDS, NON_NEGATIVE_FIELDS, PROBABILITY_FIELDS)
         require(self, "min_train_flow_steps", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
@@ -115,7 +116,7 @@ OBJECTIVE_FIELDS = tuple(field.name for field in fields(YanObjectiveConfig) if f
 OBJECTIVE_NAMES = (*OBJECTIVE_FIELDS, *YanObjectiveConfig.attribute_map)
 
 
-def as_objective(value) -> PreTrainedConfig:
+def as_objective(value: Any) -> YanObjectiveConfig:
     """The objective that a config, its fields or None stand for."""
     if value is None or isinstance(value, dict):
         own = {"model_type", "transformers_version"}
@@ -125,7 +126,7 @@ def as_objective(value) -> PreTrainedConfig:
     return value
 
 
-def refuse_clash(fields: dict, nested):
+def refuse_clash(fields: dict[str, Any], nested: PreTrainedConfig | dict[str, Any] | None) -> None:
     """Raise ValueError if a field stands in `fields` and in an objective, `nested`, with two values."""
     flat, given = _of_objective(fields), _given(nested)
     for name in flat.keys() & given.keys():
@@ -134,7 +135,7 @@ def refuse_clash(fields: dict, nested):
             raise ValueError(f"{both}: must be the same, or one of them")
 
 
-def flatten_objective(fields: dict) -> dict:
+def flatten_objective(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `YanConfig` with those of the objective among them, wherever they were given."""
     nested = fields.get("objective")
     refuse_clash(fields, nested)
@@ -142,12 +143,12 @@ def flatten_objective(fields: dict) -> dict:
     return {**others, **_of_objective(fields), **_given(nested)}
 
 
-def _given(nested) -> dict:
+def _given(nested: PreTrainedConfig | dict[str, Any] | None) -> dict[str, Any]:
     """What is given in an objective: a config, a dictionary, or None for nothing."""
     return _of_objective(nested if isinstance(nested, dict) else {} if nested is None else nested.to_dict())
 
 
-def _of_objective(fields: dict) -> dict:
+def _of_objective(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of the objective among others, by their names of today."""
     names = YanObjectiveConfig.attribute_map
     return {names.get(name, name): value for name, value in fields.items() if name in OBJECTIVE_NAMES}

@@ -3,11 +3,15 @@
 Letters of the shape comments: B batch, L canvas length, D hidden size, K experts, V vocabulary.
 """
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
-from .canvas_yan import CanvasPlan
+from .base_yan import YanBaseMixin
+from .canvas_yan import CanvasPlan, YanCanvasMixin, YanPrompt
 from .checks_yan import IGNORE_INDEX
-from .experts_yan import YanExpertChoice
+from .experts_yan import YanExpertChoice, YanExpertPrior
 from .flow_matching_yan import (
     as_one_token,
     extrapolate,
@@ -27,11 +31,15 @@ from .flow_matching_yan import (
     token_log_likelihood,
 )
 from .layers_yan import count_positions
+from .objective_config_yan import YanObjectiveConfig
+from .velocity_yan import YanCondition
 
 PRIOR_TEMPERATURE = 4.0  # of the gate in the posterior that experts are drawn from
 
 
-def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.Tensor]:
+def latent_regularisers(
+    model: YanBaseMixin, latents: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Mean square of the valid latents and, where its weight is above 0, their MMD to N(0, I)."""
     terms = {"latent_norm_loss": masked_mean(latents.float().square().mean(-1), attention_mask)}
     if model.config.objective.mmd_weight > 0:
@@ -41,45 +49,54 @@ def latent_regularisers(model, latents, attention_mask=None) -> dict[str, torch.
     return terms
 
 
-def weighted_sum(objective, terms: dict[str, torch.Tensor]) -> torch.Tensor | float:
+def add_up(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of one or more tensors, in order."""
+    return reduce(torch.add, terms)
+
+
+def weighted_sum(objective: YanObjectiveConfig, terms: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of the terms `x_loss`, each with the objective's `x_weight`."""
-    return sum(getattr(objective, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
+    return add_up(getattr(objective, name.removesuffix("_loss") + "_weight") * term for name, term in terms.items())
 
 
-class YanObjectiveMixin:
+class YanObjectiveMixin(YanCanvasMixin):
     """The loss terms of `YanForFlowGeneration`."""
 
-    def _solve(self, x_0, condition, num_flow_steps: int, expert_choice: str = "argmax"):
+    def _solve(
+        self, x_0: torch.Tensor, condition: YanCondition, num_flow_steps: int, expert_choice: str = "argmax"
+    ) -> torch.Tensor:
         """The latents x1_hat (B, L, D) that Euler steps reach from x0, with gradients."""
         choice = YanExpertChoice(expert_choice)
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, choice=choice)
         return solve_flow(velocity, x_0, num_flow_steps)
 
-    def _most_probable(self, ends, prior):
+    def _most_probable(self, ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor | None:
         """The experts that `generate` chooses without sampling."""
         return self.best_experts(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
 
     @torch.no_grad()
-    def _expert_log_likelihood(self, ends, canvas):
+    def _expert_log_likelihood(self, ends: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
         """log p_k(y) (B, L, K) of the target ids where each expert leads, `ends` (B, L, K, D)."""
         # one by one: the logits of all experts at once would be K vocabularies wide
         logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.detach().unbind(-2))
         return torch.stack([token_log_likelihood(each, canvas) for each in logits], dim=-1)
 
-    def _number_rows(self, canvas, input_ids, attention_mask) -> torch.LongTensor | None:
+    def _number_rows(
+        self, canvas: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """A number (B,) for the prompt and the target of each row, which decide what evaluation draws for it.
 
         So a row's loss depends neither on its position in the batch nor on its padding. None in training.
         """
         if self.training:
             return None
-        numbers = hash_tokens(canvas, count_positions(canvas), canvas != self.config.eos_token_id)
+        numbers = hash_tokens(canvas, count_positions(canvas), canvas != self._end_id())
         if input_ids is None:
             return numbers
-        is_valid = torch.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask.bool()
+        is_valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         return (3 * numbers + hash_tokens(input_ids, count_positions(input_ids, attention_mask), is_valid)) % 2**32
 
-    def _draw_path(self, x_1, rows=None):
+    def _draw_path(self, x_1: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Start points and times of a training batch; in evaluation mode those of the `rows` (B,)."""
         if self.training:
             x_0 = self.config.init_noise * torch.randn_like(x_1)
@@ -88,14 +105,14 @@ class YanObjectiveMixin:
         x_0 = self.config.init_noise * hashed_normal(0, tuple(x_1.shape), x_1.device, rows)
         return x_0.to(x_1.dtype), hashed_uniform(1, (len(x_1),), x_1.device, rows)
 
-    def _nll(self, target, velocities, gate_log_probs):
+    def _nll(self, target: torch.Tensor, velocities: torch.Tensor, gate_log_probs: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood per token of the velocities `target` (B, L, D)."""
         sigma, length = self.config.objective.flow_sigma, target.shape[1]
         if self.config.expert_scope == "token":
             return mixture_nll(target, velocities, gate_log_probs, sigma)
         return mixture_nll(*as_one_token(target, velocities, gate_log_probs), sigma) / length
 
-    def _objective(self, canvas, prompt, num_flow_steps):
+    def _objective(self, canvas: torch.Tensor, prompt: YanPrompt, num_flow_steps: int) -> dict[str, torch.Tensor]:
         """All loss terms and the logits (B, L, V) for the target ids `canvas` (B, L) of an encoded prompt.
 
         In evaluation mode they are the means of what every row has by itself.
@@ -137,7 +154,9 @@ class YanObjectiveMixin:
         expert_usage = gate_log_probs.exp().mean((0, 1)).detach()
         return {"loss": loss, **terms, "logits": logits, "latents": x_1_hat, "expert_usage": expert_usage}
 
-    def _text_objective(self, canvas, condition, num_flow_steps, rows=None):
+    def _text_objective(
+        self, canvas: torch.Tensor, condition: YanCondition, num_flow_steps: int, rows: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """The same for `train_expert_choice="posterior"`: the likelihood of the text, summed over its experts.
 
         -log sum_k pi(k) prod_i p(y_i | D(x1_hat_k)), over the experts k of all tokens
@@ -147,12 +166,13 @@ class YanObjectiveMixin:
         experts drawn from their posterior. For that posterior the gate is flattened: an expert that is a little ahead
         would otherwise get every text, and the others would never learn to generate one.
         """
-        config, objective, terms = self.config, self.config.objective, {}
+        config, objective = self.config, self.config.objective
+        terms: dict[str, torch.Tensor] = {}
         if num_flow_steps == 0:
             return self._one_pass_objective(canvas, condition)
         num_tokens = canvas.numel()
 
-        def choose(ends, prior):
+        def choose(ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor | None:
             log_likelihood = self._expert_log_likelihood(ends, canvas)
             terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / num_tokens
             terms["expert_information"] = prior.information(log_likelihood).mean().detach()
@@ -165,20 +185,20 @@ class YanObjectiveMixin:
         velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps, choice=choice)
         ends, path = [], [x_0]
 
-        def collect(step, x):
+        def collect(step: int, x: torch.Tensor) -> None:
             ends.append(extrapolate(path[-1], x, step, num_flow_steps))
             path.append(x)
 
         x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
         all_logits = [self.decode(end) for end in ends]
         ce_losses = [token_cross_entropy(logits, canvas) for logits in all_logits]
-        terms["ce_loss"] = sum(ce_losses) / num_flow_steps
+        terms["ce_loss"] = add_up(ce_losses) / num_flow_steps
         if config.num_experts == 1:  # its likelihood is known, and there is nothing to choose
             terms |= {"text_loss": ce_losses[0].detach(), "expert_usage": torch.ones(1, device=canvas.device)}
         terms |= self._draft_loss(condition, canvas)
         if objective.mse_weight:
             x_1 = self._encode_target(canvas)
-            terms["mse_loss"] = sum((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
+            terms["mse_loss"] = add_up((end.float() - x_1.float()).square().mean() for end in ends) / num_flow_steps
             if x_1.requires_grad:
                 terms |= latent_regularisers(self, x_1)
         if self.transitions is not None:
@@ -188,7 +208,7 @@ class YanObjectiveMixin:
         self._keep_terms({name: term for name, term in terms.items() if term.dim() == 0}, len(canvas))
         return {"loss": loss, **terms, "logits": all_logits[-1], "latents": x_1_hat}
 
-    def _one_pass_objective(self, canvas, condition):
+    def _one_pass_objective(self, canvas: torch.Tensor, condition: YanCondition) -> dict[str, torch.Tensor]:
         """The same without a flow: the likelihood of the text where the encoder's answer slots stand."""
         draft = self.draft(condition.draft, canvas.shape[1])
         logits = self.decode(draft)
@@ -200,22 +220,25 @@ class YanObjectiveMixin:
         self._keep_terms(terms, len(canvas))
         return {"loss": loss, **terms, "logits": logits, "latents": draft}
 
-    def labels_to_canvas(self, labels: torch.LongTensor, canvas_length: int) -> torch.LongTensor:
+    def labels_to_canvas(self, labels: torch.Tensor, canvas_length: int) -> torch.Tensor:
         """Target ids at the start of a canvas (B, canvas_length), followed by EOS to its end.
 
         Raises:
             ValueError: `labels` are wider than the canvas, or the config has no EOS to fill it with.
         """
-        if self.config.eos_token_id is None:
-            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
         if labels.shape[1] > canvas_length:
             raise ValueError(
                 f"labels are {labels.shape[1]} tokens wide: must be at most canvas_length={canvas_length}"
             )
         valid = labels != IGNORE_INDEX
         position = torch.where(valid, valid.cumsum(1) - 1, canvas_length)  # what is no target goes to a column beyond
-        canvas = labels.new_full((len(labels), canvas_length + 1), self.config.eos_token_id)
+        canvas = labels.new_full((len(labels), canvas_length + 1), self._end_id())
         return canvas.scatter(1, position, labels)[:, :canvas_length]
+
+    def _end_id(self) -> int:
+        if self.config.eos_token_id is None:
+            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
+        return self.config.eos_token_id
 
     def _draw_num_steps(self) -> int:
         if not self.training:
@@ -225,12 +248,12 @@ class YanObjectiveMixin:
             return fewest
         return int(torch.randint(fewest, most + 1, ()))
 
-    def _encode_target(self, canvas):
+    def _encode_target(self, canvas: torch.Tensor) -> torch.Tensor:
         is_constant = self.config.objective.detach_target_latents
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
             return self.model(canvas, return_dict=True, output_hidden_states=False).last_hidden_state
 
-    def _draft_loss(self, condition, canvas) -> dict[str, torch.Tensor]:
+    def _draft_loss(self, condition: YanCondition, canvas: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cross-entropy of the encoder's draft, where there is one to train."""
         has_draft, objective = self.config.num_answer_slots >= canvas.shape[1], self.config.objective
         if not has_draft or objective.freeze_encoder or not objective.draft_weight:

@@ -7,18 +7,33 @@ import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING
 from transformers.utils import can_return_tuple, logging
 
+from .base_yan import YanBaseMixin
+from .configuration_yan import YanConfig
 from .layers_yan import with_valid_first
 from .objective_config_yan import flatten_objective
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # A model on a pretrained encoder is trained as a whole, on the likelihood of its texts.
 DEFAULTS = {
@@ -48,7 +63,7 @@ MIN_DEVIATION = 1e-4  # of a latent's dimension, and
 MIN_SHARE = 0.1  # as a share of the median's: one that hardly varies would drown the others as soon as it is trained
 
 
-def backbone_class(config) -> type:
+def backbone_class(config: PreTrainedConfig) -> type[AutoModel] | type[AutoModelForTextEncoding]:
     """The Auto class of a text encoder that has one state a token.
 
     Raises:
@@ -60,7 +75,7 @@ def backbone_class(config) -> type:
     if is_masked and not config.is_encoder_decoder and not is_decoder:
         return AutoModel
     encoders = MODEL_FOR_TEXT_ENCODING_MAPPING
-    if type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel"):
+    if type(config) in encoders and getattr(encoders[type(config)], "__name__", "").endswith("EncoderModel"):
         return AutoModelForTextEncoding  # of an encoder-decoder
     found = f"encoder of model_type={config.model_type!r}" + (" with is_decoder=True" if is_decoder else "")
     raise ValueError(
@@ -69,15 +84,15 @@ def backbone_class(config) -> type:
     )
 
 
-def build_backbone(config) -> nn.Module:
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A fresh encoder without a pooler, which nothing would train."""
     config._experts_implementation = None  # a choice for the flow's experts, which it has none of
-    model_class = backbone_class(config)._model_mapping[type(config)]
+    model_class = cast(type[PreTrainedModel], backbone_class(config)._model_mapping[type(config)])
     has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return model_class(config, **({"add_pooling_layer": False} if has_pooler else {}))
 
 
-def longest_input(backbone: nn.Module) -> float:
+def longest_input(backbone: PreTrainedModel) -> float:
     """Most tokens that an encoder has positions for; infinity if it learned no table of them."""
     for name, module in backbone.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -86,12 +101,13 @@ def longest_input(backbone: nn.Module) -> float:
     return math.inf
 
 
-def check_fit(config, backbone: nn.Module):
+def check_fit(config: YanConfig, backbone: PreTrainedModel) -> None:
     """Raise ValueError if the encoder has not the positions or the words of a YAN config."""
     longest, positions = longest_input(backbone), config.max_position_embeddings
     if positions > longest:
         raise ValueError(f"max_position_embeddings={positions}: must be at most the {longest} of the encoder")
-    found, allowed = backbone.get_input_embeddings().weight.shape, (config.vocab_size, config.word_embedding_size)
+    words = cast(nn.Embedding, backbone.get_input_embeddings()).weight
+    found, allowed = words.shape, (config.vocab_size, config.word_embedding_size)
     if found != allowed:
         raise ValueError(f"the encoder's input embeddings are {tuple(found)}: must be {allowed}")
 
@@ -99,11 +115,11 @@ def check_fit(config, backbone: nn.Module):
 class YanProjection(nn.Linear):
     """From the encoder's width to that of the latents, without bias; starts as a random rotation."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     @torch.no_grad()
-    def reset_rotation(self):
+    def reset_rotation(self) -> None:
         init.orthogonal_(self.weight)
 
 
@@ -114,24 +130,27 @@ class YanLatents(nn.Module):
     a user's rows; less variance in one that hardly varies. A fresh model leaves them as they are.
     """
 
-    def __init__(self, config):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
-        width, size = config.encoder.hidden_size, config.hidden_size
+        width, size = config.encoder_hidden_size, config.hidden_size
         self.projection = None if width == size else YanProjection(width, size)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
 
     @torch.no_grad()
-    def reset_statistics(self):
+    def reset_statistics(self) -> None:
         init.zeros_(self.mean)
         init.ones_(self.std)
 
-    def forward(self, states):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = states if self.projection is None else self.projection(states)
         return (states - self.mean) / self.std
 
 
-def _take(tensor, index, dim: int = 1):
+def _take(tensor: torch.Tensor | None, index: torch.Tensor | None, dim: int = 1) -> torch.Tensor | None:
     """The entries of a tensor (B, ..., S, ...) along a dimension in the order `index` (B, S), if there are both."""
     if tensor is None or index is None:
         return tensor
@@ -143,27 +162,37 @@ def _take(tensor, index, dim: int = 1):
 class YanHeadTransform(nn.Module):
     """Latents (B, S, D) to the space of the encoder's input embeddings, as a masked-language head does."""
 
-    def __init__(self, config):
+    def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.word_embedding_size)
         self.act_fn = ACT2FN[getattr(config.encoder, "hidden_act", None) or "gelu"]
         self.norm = nn.LayerNorm(config.word_embedding_size, eps=config.layer_norm_eps)
 
-    def forward(self, latents):
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
         return self.norm(self.act_fn(self.dense(latents)))
 
     @torch.no_grad()
-    def take_back(self, scale, shift):
+    def take_back(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
         """Go on with the same result where latents x become (x - shift) / scale."""
-        self.dense.bias += self.dense.weight @ shift
-        self.dense.weight *= scale
+        self.dense.bias.add_(self.dense.weight @ shift)
+        self.dense.weight.mul_(scale)
 
 
-class YanPretrainedMixin:
+class YanPretrainedMixin(YanBaseMixin):
     """What every YAN model can do with a pretrained encoder."""
 
+    encoder: PreTrainedModel  # of a `YanModel` that is on one
+    latents: YanLatents
+
     @classmethod
-    def from_encoder_pretrained(cls, name_or_path: str, *, tokenizer=None, hub_options: dict | None = None, **fields):
+    def from_encoder_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        hub_options: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> "Self":
         """A new model on a pretrained text encoder: `from_encoder_pretrained("bert-base-uncased", hidden_size=128)`.
 
         The encoder is a sub-config, `config.encoder`, and part of the checkpoint. Flow and decoder are new; the
@@ -194,14 +223,14 @@ class YanPretrainedMixin:
         model.tie_weights()
         return model.eval()
 
-    def post_init(self):
+    def post_init(self) -> None:
         """As in transformers, but a model does not ignore the weights that its parts by themselves would ignore."""
         super().post_init()
         self._keys_to_ignore_on_load_unexpected = set(type(self)._keys_to_ignore_on_load_unexpected or ())
         # or a Trainer that goes on would miss the tied weights in its log, which a checkpoint holds once
-        self._keys_to_ignore_on_save |= set(self.all_tied_weights_keys)
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *self.all_tied_weights_keys}
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Self":
         """As in torch, but a frozen pretrained encoder has no dropout."""
         super().train(mode)
         encoder = getattr(self, "encoder", None)
@@ -216,7 +245,13 @@ class YanPretrainedMixin:
         return {self.latents: True, self.encoder: is_trained, self.get_input_embeddings(): is_trained and has_words}
 
     @can_return_tuple
-    def encode_pretrained(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs) -> BaseModelOutput:
+    def encode_pretrained(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
         """The forward pass of a `YanModel` with a pretrained encoder.
 
         The encoder sees the valid tokens of a row side by side, whatever is between or before them, so that padding
@@ -246,7 +281,7 @@ class YanPretrainedMixin:
         return self.config.encoder is not None and not any(weight.requires_grad for weight in weights)
 
     @torch.no_grad()
-    def encoder_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def encoder_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """States (B, S', H) of a pretrained encoder for prompts (B, S), as `forward` takes them: `encoder_outputs`.
 
         S' counts the model's own answer slots, which come first, and the prompt, its valid tokens first.
@@ -258,7 +293,13 @@ class YanPretrainedMixin:
         given = {name: value for name, value in prompt.items() if value is not None}
         return self.base_model.encoder(**given, return_dict=True).last_hidden_state
 
-    def take_states(self, encoder_outputs, input_ids=None, inputs_embeds=None, **_) -> BaseModelOutput:
+    def take_states(
+        self,
+        encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...],
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
         """What `YanModel` gives for a prompt, from the states of its pretrained encoder.
 
         Raises:
@@ -267,13 +308,14 @@ class YanPretrainedMixin:
         if not self.keeps_states:
             raise ValueError("encoder_outputs: must be None but for a pretrained encoder with freeze_encoder=True")
         states = encoder_outputs if torch.is_tensor(encoder_outputs) else encoder_outputs[0]
-        shape = *(inputs_embeds if input_ids is None else input_ids).shape[:2], self.config.encoder.hidden_size
+        given = next(each for each in (input_ids, inputs_embeds) if each is not None)
+        shape = *given.shape[:2], self.config.encoder_hidden_size
         if tuple(states.shape) != shape:
             raise ValueError(f"encoder_outputs of shape {tuple(states.shape)}: must be {shape}, answer slots included")
         return BaseModelOutput(last_hidden_state=self.base_model.latents(states.to(self.dtype)))
 
     @torch.no_grad()
-    def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]):
+    def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Normalise the latents by their mean and deviation over batches of texts, in every dimension by itself.
 
         The decoder goes on decoding what it decoded. Call it before training: the flow has to learn the new latents.
@@ -287,7 +329,8 @@ class YanPretrainedMixin:
         model = self.base_model
         if self.config.encoder is None:
             raise ValueError("encoder=None: latents are measured with a pretrained encoder alone")
-        was_training, count, total, squares = model.training, 0, 0.0, 0.0
+        was_training, count = model.training, 0
+        total = squares = torch.zeros((), dtype=torch.float64)
         model.eval()
         for batch in batches:
             given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
@@ -310,7 +353,7 @@ class YanPretrainedMixin:
             self.decoder.transform.take_back(scale, shift)
 
 
-def _load_tokenizer(name_or_path, hub_options):
+def _load_tokenizer(name_or_path: str, hub_options: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub_options)
         num_words = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
@@ -321,7 +364,9 @@ def _load_tokenizer(name_or_path, hub_options):
     return tokenizer
 
 
-def _default_fields(encoder, tokenizer, fields: dict) -> dict:
+def _default_fields(
+    encoder: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]
+) -> dict[str, Any]:
     """All fields of the config: those that are given, and for the others what fits encoder and tokenizer."""
     num_ids = 1 + max(tokenizer.get_vocab().values())
     if num_ids > encoder.vocab_size:
@@ -342,13 +387,13 @@ def _default_fields(encoder, tokenizer, fields: dict) -> dict:
     return fields
 
 
-def _on_meta(encoder):
+def _on_meta(encoder: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"), init.no_init_weights():
         return build_backbone(encoder)
 
 
 @torch.no_grad()
-def _load_encoder(model, name_or_path, hub_options):
+def _load_encoder(model: Any, name_or_path: str, hub_options: dict[str, Any]) -> None:
     """Load the encoder's weights into a new model, and the head of its masked-language model into the decoder."""
     encoder = model.base_model.encoder
     is_masked = backbone_class(model.config.encoder) is AutoModel
@@ -381,7 +426,9 @@ def _load_encoder(model, name_or_path, hub_options):
         model.decoder.transform.norm.weight.fill_(1 / (words.float().square().mean().sqrt() * words.shape[1] ** 0.5))
 
 
-def _masked_head(loaded, missing, shape):
+def _masked_head(
+    loaded: PreTrainedModel, missing: set[str], shape: torch.Size
+) -> tuple[nn.Linear, nn.LayerNorm, nn.Linear] | None:
     """Dense layer, norm and output layer of a masked-language head; None if it has another form or no weights."""
     inside, output = set(loaded.base_model.modules()), loaded.get_output_embeddings()
     parts = [(name, part) for name, part in loaded.named_modules() if part not in inside and part is not output]
@@ -393,7 +440,7 @@ def _masked_head(loaded, missing, shape):
     return layers[0][1], norms[0][1], output
 
 
-def _start_from_head(model, dense, norm, output):
+def _start_from_head(model: Any, dense: nn.Linear, norm: nn.LayerNorm, output: nn.Linear) -> None:
     """Let the decoder compute the logits of the masked-language head, up to what a projection loses."""
     transform, projection = model.decoder.transform, model.base_model.latents.projection
     transform.dense.weight.copy_(dense.weight if projection is None else dense.weight @ projection.weight.pinverse())

@@ -3,8 +3,19 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_yan import YanConfig
-from .generation_yan import YanGenerationConfig, YanGenerationOutput  # noqa: F401  for __init__
-from .modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel, YanPreTrainedModel  # noqa: F401
+from .generation_config_yan import YanGenerationConfig
+from .generation_yan import YanGenerationOutput
+from .modeling_yan import YanForAutoencoding, YanForFlowGeneration, YanModel, YanPreTrainedModel
+
+__all__ = [
+    "YanConfig",
+    "YanForAutoencoding",
+    "YanForFlowGeneration",
+    "YanGenerationConfig",
+    "YanGenerationOutput",
+    "YanModel",
+    "YanPreTrainedModel",
+]
 
 AutoConfig.register("yan", YanConfig, exist_ok=True)
 YanConfig.register_for_auto_class()

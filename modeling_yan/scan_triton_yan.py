@@ -23,6 +23,8 @@ try:
 except ImportError:
     triton = None
 
+HAS_TRITON = triton is not None
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 CHUNK_STEPS = 32  # of time
 STATE_TILE = 32, 16  # channels of a program, and entries of the states of a thread
 WALK_TILE = 64  # entries of the state of which one program walks over the chunks
@@ -200,7 +202,9 @@ if triton is not None:
         tl.store(grad_a_ptr + border, grad_a, mask=is_state)
 
 
-def _borders(values, dt, a_matrix, maps, chunk: int, reverse: bool) -> torch.Tensor:
+def _borders(
+    values: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, maps: torch.Tensor, chunk: int, reverse: bool
+) -> torch.Tensor:
     """States (K, G, B, N, E) before all chunks, or in reverse their gradients after all chunks.
 
     `values` and `maps` are x and b; in reverse the gradient of y, and c.
@@ -226,7 +230,9 @@ def _launch(inner: int, size: int, channels: int, entries_of_thread: int) -> tup
     return triton.cdiv(inner, channels), {"ENTRIES": entries, "CHANNELS": channels, "num_warps": num_warps}
 
 
-def triton_scan(x, dt, a_matrix, b, c, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+def triton_scan(
+    x: torch.Tensor, dt: torch.Tensor, a_matrix: torch.Tensor, b: torch.Tensor, c: torch.Tensor, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y, shaped like x, and the states (K, G, B, N, E) before each chunk.
 
     Args:
@@ -248,7 +254,16 @@ def triton_scan(x, dt, a_matrix, b, c, chunk: int) -> tuple[torch.Tensor, torch.
     return y, borders
 
 
-def triton_scan_gradients(grad_y, x, dt, a_matrix, b, c, borders, chunk: int) -> tuple[torch.Tensor, ...]:
+def triton_scan_gradients(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    a_matrix: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    borders: torch.Tensor,
+    chunk: int,
+) -> Gradients:
     """Gradients of x, dt, a_matrix, b and c, given that of y; `borders` and `chunk` as of `triton_scan`.
 
     The sums over L, E and B are added up in a fixed order, so equal inputs give equal gradients.

@@ -4,10 +4,18 @@ import time
 from functools import reduce
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+
+from .generation_config_yan import YanGenerationConfig
+
+Cut = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens (B, L), how many of a row are kept, which are finished
 
 
-def all_criteria(stopping_criteria, options, tokenizer) -> StoppingCriteriaList:
+def all_criteria(
+    stopping_criteria: StoppingCriteriaList | None,
+    options: YanGenerationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> StoppingCriteriaList:
     """The criteria of a call, and one for its stop strings.
 
     Raises:
@@ -25,24 +33,24 @@ def all_criteria(stopping_criteria, options, tokenizer) -> StoppingCriteriaList:
 class Deadline:
     """Whether `max_time` seconds have passed since this was made; never if None."""
 
-    def __init__(self, max_time: float | None):
+    def __init__(self, max_time: float | None) -> None:
         self.end = None if max_time is None else time.monotonic() + max_time
 
     def has_passed(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
 
 
-def eos_ids(options):
+def eos_ids(options: YanGenerationConfig) -> list[int]:
     eos = options.eos_token_id
     return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
 
 
-def _is_eos(tokens, options):
-    ids = eos_ids(options)
-    return reduce(torch.logical_or, (tokens == eos for eos in ids)) if ids else torch.zeros_like(tokens, dtype=bool)
+def _is_eos(tokens: torch.Tensor, options: YanGenerationConfig) -> torch.Tensor:
+    is_eos = torch.zeros_like(tokens, dtype=torch.bool)
+    return reduce(torch.logical_or, (tokens == eos for eos in eos_ids(options)), is_eos)
 
 
-def without_padding(ids, options) -> torch.LongTensor:
+def without_padding(ids: torch.Tensor, options: YanGenerationConfig) -> torch.Tensor:
     """A mask (B, S), 0 on pad tokens; if they are an EOS, too, only on those before and behind all other tokens."""
     pad = options.pad_token_id
     if pad is None:
@@ -53,7 +61,7 @@ def without_padding(ids, options) -> torch.LongTensor:
     return is_token
 
 
-def cut_at_eos(tokens, finished, options):
+def cut_at_eos(tokens: torch.Tensor, finished: torch.Tensor | None, options: YanGenerationConfig) -> Cut:
     """Pad what follows the first EOS, and all of a row that was finished before; `finished` may be None at first.
 
     Returns the tokens (B, L), how many of each row are kept (B,), and which rows are finished (B,).
@@ -66,7 +74,14 @@ def cut_at_eos(tokens, finished, options):
     return tokens.masked_fill(is_after, _fill_token(options)), tokens.shape[1] - is_after.sum(1), is_finished
 
 
-def cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
+def cut_at_criteria(
+    before: torch.Tensor,
+    tokens: torch.Tensor,
+    num_kept: torch.Tensor,
+    finished: torch.Tensor,
+    criteria: StoppingCriteriaList,
+    options: YanGenerationConfig,
+) -> Cut:
     """Pad what follows the token at which a criterion stops a row; arguments and results as of `cut_at_eos`."""
     tokens, is_over = tokens.clone(), torch.zeros_like(finished)
     for stop in range(1, tokens.shape[1] + 1):
@@ -76,6 +91,6 @@ def cut_at_criteria(before, tokens, num_kept, finished, criteria, options):
     return tokens, num_kept, finished | is_over
 
 
-def _fill_token(options):
+def _fill_token(options: YanGenerationConfig) -> int:
     """What stands behind the end of a row."""
     return options.pad_token_id if options.pad_token_id is not None else (eos_ids(options) or [0])[0]

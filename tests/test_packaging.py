@@ -70,6 +70,7 @@ def test_the_wheel_holds_every_module_and_nothing_but_the_package(wheel):
         names = set(archive.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("modeling_yan/**/*.py")}
     assert modules - names == set()
+    assert "modeling_yan/py.typed" in names  # so that type checkers read the types
     assert {name.split("/")[0] for name in names} == {"modeling_yan", DIST_INFO}
     assert any(name.endswith("LICENSE") for name in names)
 

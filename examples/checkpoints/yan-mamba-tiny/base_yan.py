@@ -1,0 +1,1 @@
+../../../modeling_yan/base_yan.py

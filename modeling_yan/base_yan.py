@@ -1,0 +1,48 @@
+"""What the mixins of the models may count on: the parts that the classes of `modeling_yan` have."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .configuration_yan import YanConfig
+
+if TYPE_CHECKING:  # their files import this one
+    from transformers import PreTrainedModel
+
+    from .decoding_yan import YanTransitions
+    from .modeling_yan import YanDecoder, YanModel
+    from .velocity_yan import YanFlow
+else:
+    PreTrainedModel = object  # the class itself is the last of every model's bases
+
+
+class YanBaseMixin(PreTrainedModel):
+    """A model of the family, and the terms of its loss."""
+
+    config_class: type[YanConfig]
+    config: YanConfig
+    loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
+    num_loss_rows = 0  # in that pass
+
+    def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int) -> None:
+        self.num_loss_rows = num_rows
+        self.loss_terms = {name: term.detach() for name, term in terms.items()}
+
+    if TYPE_CHECKING:  # not otherwise: transformers looks the names of annotations up
+        decoder: YanDecoder  # of the classes with a head
+        lm_head: nn.Linear
+
+        @property
+        def base_model(self) -> "YanModel": ...
+
+        def get_input_embeddings(self) -> nn.Embedding: ...
+
+
+class YanFlowMixin(YanBaseMixin):
+    """A model with a flow: the parts of `YanForFlowGeneration`."""
+
+    if TYPE_CHECKING:
+        model: YanModel
+        flow: YanFlow
+        transitions: YanTransitions | None
