@@ -129,3 +129,12 @@ def test_the_workflow_runs_the_versions_of_python_that_the_metadata_names():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     named = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.cfg").read_text())
     assert workflow["jobs"]["check"]["strategy"]["matrix"]["python"] == named
+
+
+def test_every_check_has_a_name_by_which_it_is_called():
+    checks = re.findall(r"^(\w+)\(\) \{", (ROOT / ".ci" / "check").read_text(), re.M)
+    callers = "".join((ROOT / ".ci" / name).read_text() for name in ("run", "versions"))
+    calls = re.findall(r"^(?:\S+ )?\.ci/check ([a-z ]+)$", callers, re.M)
+    assert sorted(" ".join(calls).split()) == sorted(checks)
+    sessions = re.findall(r'"(\w+)"|def (\w+)\(session', (ROOT / "noxfile.py").read_text())
+    assert {"lint", "types", "docs", "tests", "slow"} <= {name for pair in sessions for name in pair} & set(checks)
