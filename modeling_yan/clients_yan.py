@@ -40,7 +40,7 @@ def watch_trainers() -> None:
 def refuse_prompt_learning(model: Any) -> None:
     """Raise ValueError for a model of PEFT that learns a prompt: `generate` would not see it."""
     config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
+    if config is not None and getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
             "has no place for learned prompts"

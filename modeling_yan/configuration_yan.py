@@ -191,19 +191,18 @@ class YanConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
     mask_token_id: int | None = 3
 
-    if TYPE_CHECKING:  # as `__post_init__` leaves them; fields of the objective are arguments, too
+    if not TYPE_CHECKING:  # what may be given
+        intermediate_size: int | None = None
+        time_step_rank: int | None = None
+        encoder: dict | PreTrainedConfig | None = None
+        objective: dict | PreTrainedConfig | None = None
+    else:  # what `__post_init__` makes of it; fields of the objective are arguments, too
         intermediate_size: int
         time_step_rank: int
         encoder: PreTrainedConfig | None
         objective: YanObjectiveConfig
 
         def __init__(self, **fields: Any) -> None: ...
-
-    else:
-        intermediate_size: int | None = None
-        time_step_rank: int | None = None
-        encoder: dict | PreTrainedConfig | None = None
-        objective: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         drop_removed(kwargs)

@@ -7,13 +7,12 @@ K experts, N solver steps.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.configuration_utils import CompileConfig
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .canvas_yan import Canvas, CanvasNoise, CanvasPlan, encode_and_solve
@@ -41,6 +40,14 @@ MODES_WITHOUT_GRAPHS: dict[str | None, str] = {
     "max-autotune": "max-autotune-no-cudagraphs",
 }
 _programs: dict[str, Callable[..., Canvas]] = {}
+
+
+class Streamer(Protocol):
+    """What `generate` hands tokens to as they come, such as a streamer of transformers."""
+
+    def put(self, value: torch.Tensor, /) -> None: ...
+
+    def end(self) -> None: ...
 
 
 @dataclass
@@ -83,7 +90,7 @@ class YanGenerationMixin(YanOptionsMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        streamer: BaseStreamer | None = None,
+        streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -232,7 +239,7 @@ class YanGenerationMixin(YanOptionsMixin):
         seed: int,
         index: int,
         num_without_eos: int,
-        streamer: BaseStreamer | None,
+        streamer: Streamer | None,
     ) -> Canvas:
         """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
         draws_tokens = options.do_sample and options.crf_decoding and self._draws_tokens()

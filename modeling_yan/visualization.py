@@ -2,14 +2,22 @@
 
 import base64
 import html
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from .canvas_yan import OnDraft
 from .evaluation.speed import num_new_tokens
+from .modeling_yan import YanForFlowGeneration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 MAX_DRAFTS = 8  # the last ones, in the picture; the page has all
 PAGE_FORM = """<!doctype html>
@@ -48,32 +56,40 @@ class Path2D:
     straightness: Any
 
 
-class DraftTokens(list):
+class DraftTokens(list[torch.Tensor]):
     """A streamer that keeps the tokens (B, L) after every step, and hands them on at once."""
 
-    def __init__(self, hand_on: Callable | None = None):
+    def __init__(self, hand_on: OnDraft | None = None) -> None:
         super().__init__()
         self.hand_on = hand_on
 
-    def put(self, tokens):
+    def put(self, tokens: torch.Tensor) -> None:
         """The prompt, or a finished canvas: nothing to keep."""
 
-    def put_draft(self, tokens):
+    def put_draft(self, tokens: torch.Tensor) -> None:
         """Keep a draft."""
         self.append(tokens.cpu())
         if self.hand_on is not None:
             self.hand_on(self[-1])
 
-    def end(self):
+    def end(self) -> None:
         """The end of the text: nothing to do."""
 
 
-def follow(model, tokenizer, prompt: str, num_flow_steps: int | None = None) -> Path2D:
+def follow(
+    model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, num_flow_steps: int | None = None
+) -> Path2D:
     """Write the first canvas for a prompt, without sampling, and keep how it came about."""
     return follow_all(model, tokenizer, prompt, num_flow_steps=num_flow_steps, do_sample=False)[0]
 
 
-def follow_all(model, tokenizer, prompt: str, on_draft: Callable | None = None, **options) -> list[Path2D]:
+def follow_all(
+    model: "YanForFlowGeneration",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    on_draft: OnDraft | None = None,
+    **options: Any,
+) -> list[Path2D]:
     """Write the first canvas of every text for a prompt, with options of `generate`, and keep how they came about.
 
     `on_draft` gets the token ids (B, L) after every step, while the next one is still to come.
@@ -81,7 +97,7 @@ def follow_all(model, tokenizer, prompt: str, on_draft: Callable | None = None, 
     drafts = DraftTokens(on_draft)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     settings = {**options, "return_prompt": False, "return_dict_in_generate": True}
-    output = model.generate(**inputs, **settings, streamer=drafts)
+    output: Any = model.generate(**inputs, **settings, streamer=drafts)
     trajectories, gates = output.trajectory[0].transpose(1, 2).float().cpu(), output.gate[0].float().cpu()
     experts = [None] * len(gates) if output.experts is None else output.experts[0].tolist()
     sequences = output.sequences.cpu()[:, : gates.shape[1]]
@@ -93,17 +109,25 @@ def follow_all(model, tokenizer, prompt: str, on_draft: Callable | None = None, 
     ]
 
 
-def words_of(model, tokenizer, ids) -> list[str]:
+def words_of(model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor) -> list[str]:
     """The tokens (L,) of a text up to its end, each as what is read."""
     (length,) = num_new_tokens(ids[None], model.generation_config.eos_token_id)
-    return [tokenizer.decode([token]).strip() or "␣" for token in ids[:length]]
+    return [str(tokenizer.decode([token])).strip() or "␣" for token in ids[:length]]
 
 
-def _path_of(model, tokenizer, tokens, drafts, trajectory, gate, experts) -> Path2D:
+def _path_of(
+    model: "YanForFlowGeneration",
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: torch.Tensor,
+    drafts: list[torch.Tensor],
+    trajectory: torch.Tensor,
+    gate: torch.Tensor,
+    experts: list[int] | None,
+) -> Path2D:
     """A path from the tokens (L,), the drafts of all canvases, and the first one's trajectory (L, N + 1, D)."""
 
-    def text_of(ids):
-        return tokenizer.decode(ids[: len(words_of(model, tokenizer, ids))], skip_special_tokens=True)
+    def text_of(ids: torch.Tensor) -> str:
+        return str(tokenizer.decode(ids[: len(words_of(model, tokenizer, ids))], skip_special_tokens=True))
 
     drafts, names = drafts[: trajectory.shape[1] - 1], words_of(model, tokenizer, tokens)
     trajectory = trajectory[: len(names)]
@@ -122,7 +146,7 @@ def _path_of(model, tokenizer, tokens, drafts, trajectory, gate, experts) -> Pat
     )
 
 
-def _on_two_axes(trajectory):
+def _on_two_axes(trajectory: torch.Tensor) -> tuple[torch.Tensor, tuple[float, float]]:
     """Points (T, N + 1, D) on their first two principal axes, and the axes' shares of the variance."""
     points = trajectory.flatten(0, 1)
     points = points - points.mean(0)
@@ -132,14 +156,14 @@ def _on_two_axes(trajectory):
     return (points @ axes[:2].T).unflatten(0, trajectory.shape[:2]), tuple(shares)
 
 
-def draw(path: Path2D):
+def draw(path: Path2D) -> "Figure":
     """A path as a figure of matplotlib."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 11), layout="constrained")
     rows = [["path", "gate"], ["path", "usage"], ["straightness", "straightness"], ["drafts", "drafts"]]
-    places = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2])
+    places = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2])  # type: ignore[arg-type]
     num_experts = path.gate.shape[1]
     palette = [colormaps["tab10"](index % 10) for index in range(num_experts)]
     experts = path.gate.argmax(1).tolist() if path.experts is None else path.experts
@@ -156,7 +180,7 @@ def draw(path: Path2D):
     return figure
 
 
-def _draw_path(axes, path, colors):
+def _draw_path(axes: "Axes", path: Path2D, colors: list[Any]) -> None:
     for token, points, color in zip(path.tokens, path.points, colors, strict=True):
         axes.plot(*points.T, "-o", color=color, markersize=3, linewidth=1)
         axes.annotate(token, points[-1], xytext=(4, 4), textcoords="offset points", parse_math=False)
@@ -167,18 +191,18 @@ def _draw_path(axes, path, colors):
     axes.legend()
 
 
-def _draw_gate(axes, path):
+def _draw_gate(axes: "Axes", path: Path2D) -> None:
     image = axes.imshow(path.gate.T, aspect="auto", vmin=0, vmax=1, cmap="Greys")
     axes.set(title="The gate's probability of each expert", ylabel="expert", yticks=range(path.gate.shape[1]))
     _name_tokens(axes, path)
     axes.figure.colorbar(image, ax=axes)
 
 
-def _name_tokens(axes, path):
+def _name_tokens(axes: "Axes", path: Path2D) -> None:
     axes.set_xticks(range(len(path.tokens)), path.tokens, rotation=60, ha="right", parse_math=False)
 
 
-def _write_drafts(axes, path):
+def _write_drafts(axes: "Axes", path: Path2D) -> None:
     first = max(0, len(path.drafts) - MAX_DRAFTS)
     lines = [f"step {step}   {shorten(path.drafts[step - 1], 140)}" for step in range(first + 1, len(path.drafts) + 1)]
     axes.text(0, 1, "\n".join(lines), va="top", transform=axes.transAxes, parse_math=False)
@@ -201,7 +225,7 @@ def page_of(path: Path2D, prompt: str, picture: bytes) -> str:
     )
 
 
-def _table(head, rows):
+def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A table of HTML."""
     lines = [("th", head), *(("td", row) for row in rows)]
     cells = ("".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in row) for kind, row in lines)

@@ -4,7 +4,10 @@ Letters: B batch, L sequence length, D hidden size.
 """
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,11 +26,16 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from ..layers_yan import YanShortConvolution
 from ..mamba_yan import mask_padding
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Base
+else:
+    Base = object  # the mixins stand before a model of transformers
+
 
 class CausalShortConvolution(YanShortConvolution):
     """Adds to every token a depthwise convolution of it and those before it, as many tokens as the kernel is wide."""
 
-    def forward(self, hidden_states, padding_mask=None):
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """States (B, L, D) to (B, L, D); `padding_mask` (B, L) is 0 on padding at either end."""
         visible = mask_padding(hidden_states, padding_mask).transpose(1, 2)
         visible = F.pad(visible, (self.kernel_size[0] - 1, 0))
@@ -37,21 +45,21 @@ class CausalShortConvolution(YanShortConvolution):
 class ConvolvedAttention(nn.Module):
     """A self-attention of transformers behind a short convolution, which looks where the attention may look."""
 
-    def __init__(self, attention: nn.Module, hidden_size: int, kernel_size: int, is_causal: bool):
+    def __init__(self, attention: nn.Module, hidden_size: int, kernel_size: int, is_causal: bool) -> None:
         super().__init__()
         convolution = CausalShortConvolution if is_causal else YanShortConvolution
         self.convolution = convolution(hidden_size, kernel_size)
         self.attention = attention
 
-    def forward(self, hidden_states, padding_mask=None, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """What `attention` returns for the convolved states (B, L, D)."""
         return self.attention(self.convolution(hidden_states, padding_mask), **kwargs)
 
 
-class Convolved:
+class Convolved(Base):
     """Mixin for a model that starts as it does in transformers."""
 
-    def _initialize_weights(self, module, is_custom_code: bool = False):
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Of classes that are not its own, transformers passes over modules without a parameter of their own as if they
         # had been initialised. But T5 scales its projections there: they would start with a deviation of 1.
         super()._initialize_weights(module)
@@ -60,12 +68,18 @@ class Convolved:
 class ConvolvedStack(Convolved):
     """Mixin for a stack of layers: hands the padding mask on to the convolutions inside, and starts them as YAN's."""
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, YanShortConvolution):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
-    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As without convolutions, for a mask (B, L).
 
         Raises:
@@ -80,10 +94,11 @@ class ConvolvedStack(Convolved):
 class ConvolvedLlama(ConvolvedStack, LlamaModel):
     """Llama's layers with convolutions that are causal unless the config says that the model is not."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         sizes = config.hidden_size, config.attention_conv_kernel
-        for layer in self.layers:
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
             layer.self_attn = ConvolvedAttention(layer.self_attn, *sizes, getattr(config, "is_causal", True))
         self.post_init()
 
@@ -91,10 +106,11 @@ class ConvolvedLlama(ConvolvedStack, LlamaModel):
 class ConvolvedT5Stack(ConvolvedStack, T5Stack):
     """T5's encoder or decoder with convolutions, causal in the decoder."""
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         sizes = config.d_model, config.attention_conv_kernel
-        for layer in (block.layer[0] for block in self.block):
+        blocks: Iterable[Any] = self.block
+        for layer in (block.layer[0] for block in blocks):
             layer.SelfAttention = ConvolvedAttention(layer.SelfAttention, *sizes, config.is_decoder)
         self.post_init()
 
@@ -113,7 +129,7 @@ class ConvolvedDecoder(Convolved, LlamaForCausalLM):
 
     config_class = ConvolvedDecoderConfig
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.model = ConvolvedLlama(config)
         self.post_init()
@@ -133,7 +149,7 @@ class ConvolvedEncoderDecoder(Convolved, T5ForConditionalGeneration):
 
     config_class = ConvolvedEncoderDecoderConfig
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         self.encoder, self.decoder = (ConvolvedT5Stack(stack.config) for stack in (self.encoder, self.decoder))
         self.post_init()

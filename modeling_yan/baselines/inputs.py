@@ -51,14 +51,14 @@ CONVOLVED = {f"{kind}_conv": kind for kind in INPUT_ADAPTERS}
 INPUT_ADAPTERS |= {name: INPUT_ADAPTERS[kind] for name, kind in CONVOLVED.items()}
 
 
-def pad_left(input_ids: torch.LongTensor, attention_mask: torch.LongTensor):
+def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, S) with the valid tokens of every row at its right end, in their order."""
     order = attention_mask.argsort(dim=1, stable=True)
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
 @torch.no_grad()
-def write_targets(model, batch: Batch) -> torch.LongTensor:
+def write_targets(model: Any, batch: Batch) -> torch.Tensor:
     """What a baseline writes for the sources of a batch, as ids (B, L) with padding behind EOS; L as the labels."""
     ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
     length = batch["labels"].shape[1]
@@ -67,6 +67,6 @@ def write_targets(model, batch: Batch) -> torch.LongTensor:
     return torch.nn.functional.pad(written, (0, length - written.shape[1]), value=model.config.pad_token_id)
 
 
-def num_given(model, prompts) -> int:
+def num_given(model: Any, prompts: torch.Tensor) -> int:
     """Tokens that come before the new ones in what `generate` returns for prompts (B, S)."""
     return 1 if model.config.is_encoder_decoder else prompts.shape[1]

@@ -4,6 +4,8 @@ The objective is that of LLaDA (arXiv 2502.09992, algorithm 2), the sampler its 
 Letters: B batch, S prompt length, L canvas length, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel, PreTrainedModel
@@ -55,7 +57,7 @@ class MaskedDiffusion(PreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
 
-    def __init__(self, config):
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__(config)
         self.model = ConvolvedLlama(config) if config.attention_conv_kernel else LlamaModel(config)
         for module in self.model.modules():
@@ -66,14 +68,19 @@ class MaskedDiffusion(PreTrainedModel):
         self.generation_config = GenerationConfig(**token_ids, max_new_tokens=config.canvas_length)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.model.embed_tokens = value
 
     def forward(
-        self, input_ids, attention_mask=None, labels=None, canvas_length: int | None = None, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        canvas_length: int | None = None,
+        **kwargs: Any,
     ) -> MaskedLMOutput:
         """The objective on targets `labels` (B, Lt), or the logits (B, L, V) of a canvas of masks behind the prompt.
 
@@ -100,7 +107,9 @@ class MaskedDiffusion(PreTrainedModel):
         loss = (losses.view(target.shape) * is_masked / share).mean()
         return MaskedLMOutput(loss=loss, logits=logits[:, : labels.shape[1]])
 
-    def canvas_logits(self, input_ids, attention_mask, canvas):
+    def canvas_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, canvas: torch.Tensor
+    ) -> torch.Tensor:
         """Logits (B, L, V) of a canvas (B, L) behind prompts (B, S) that are padded on the left."""
         mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -110,8 +119,14 @@ class MaskedDiffusion(PreTrainedModel):
 
     @torch.no_grad()
     def generate(
-        self, input_ids, attention_mask=None, max_new_tokens=None, num_diffusion_steps=None, min_new_tokens=0, **kwargs
-    ):
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        num_diffusion_steps: int | None = None,
+        min_new_tokens: int = 0,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Unmask `max_new_tokens` tokens in `num_diffusion_steps` equal steps; prompt and new tokens (B, S + L).
 
         Every step predicts all masked tokens and keeps those of the highest probability; there are at most as many
@@ -135,7 +150,7 @@ class MaskedDiffusion(PreTrainedModel):
         canvas = canvas.masked_fill(is_eos.cumsum(1) - is_eos.long() > 0, self.config.pad_token_id)
         return torch.cat([input_ids, canvas], dim=1)
 
-    def _unmask(self, canvas, logits, num_known: int):
+    def _unmask(self, canvas: torch.Tensor, logits: torch.Tensor, num_known: int) -> torch.Tensor:
         """The canvas with its known tokens and the most probable of the masked ones, `num_known` in all."""
         is_known = canvas != self.config.mask_token_id
         confidence, tokens = logits.float().softmax(-1).max(-1)
@@ -143,7 +158,7 @@ class MaskedDiffusion(PreTrainedModel):
         tokens = torch.where(is_known, canvas, tokens)
         return torch.full_like(canvas, self.config.mask_token_id).scatter(1, chosen, tokens.gather(1, chosen))
 
-    def _fill(self, labels, length: int):
+    def _fill(self, labels: torch.Tensor, length: int) -> torch.Tensor:
         """Targets (B, Lt) as a canvas (B, L), with EOS behind them."""
         if labels.shape[1] > length:
             raise ValueError(f"labels of {labels.shape[1]} tokens: must be at most the canvas of {length}")
@@ -157,7 +172,7 @@ class MaskedDiffusion(PreTrainedModel):
         return length
 
 
-def _pad_prompt(input_ids, attention_mask):
+def _pad_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts and mask (B, S) with the padding on the left: prompt and canvas touch, which a convolution sees."""
     return pad_left(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
 
@@ -168,7 +183,7 @@ def _check_steps(steps: int, length: int) -> int:
     return min(steps, length)
 
 
-def _check_options(options) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in NEUTRAL_OPTIONS:
             raise ValueError(f"generate of masked diffusion has no argument {name}")

@@ -8,6 +8,7 @@ writes the preset of plain flow matching, a YAN with one expert and wider feed-f
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -47,7 +49,7 @@ def _masked_diffusion(config: YanConfig, intermediate_size: int, kernel_size: in
     return MaskedDiffusion(MaskedDiffusionConfig(**settings, attention_conv_kernel=kernel_size))
 
 
-def _llama(config: YanConfig, intermediate_size: int) -> dict:
+def _llama(config: YanConfig, intermediate_size: int) -> dict[str, Any]:
     return {
         **_common(config),
         "intermediate_size": intermediate_size,
@@ -79,18 +81,19 @@ def _encoder_decoder(config: YanConfig, intermediate_size: int, kernel_size: int
 
 def _pretrained_encoder_decoder(config: YanConfig, intermediate_size: int) -> PreTrainedModel:
     """BERT's decoder with cross-attention on YAN's pretrained encoder, as wide as this and as deep as YAN's flow."""
+    encoder = cast(PreTrainedConfig, config.encoder)
     decoder = BertConfig(
         **_common(config),
-        hidden_size=config.encoder.hidden_size,
+        hidden_size=encoder.hidden_size,
         num_hidden_layers=config.num_flow_layers,
-        num_attention_heads=config.encoder.num_attention_heads,
+        num_attention_heads=encoder.num_attention_heads,
         intermediate_size=intermediate_size,
         is_decoder=True,
         add_cross_attention=True,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    settings = EncoderDecoderConfig.from_encoder_decoder_configs(config.encoder, decoder)
+    settings = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(settings, name, getattr(config, name))
     settings.decoder_start_token_id = config.bos_token_id
@@ -99,7 +102,7 @@ def _pretrained_encoder_decoder(config: YanConfig, intermediate_size: int) -> Pr
     return EncoderDecoderModel(settings)
 
 
-def _common(config: YanConfig) -> dict:
+def _common(config: YanConfig) -> dict[str, Any]:
     shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
     return {"tie_word_embeddings": True, **{name: getattr(config, name) for name in shared}}
 
@@ -143,7 +146,7 @@ def make_baseline(kind: str, config: YanConfig) -> PreTrainedModel:
     return make(config, fit_width(lambda width: make(config, width), count_parameters(config), kind))
 
 
-def match_size(config: YanConfig, **changes) -> YanConfig:
+def match_size(config: YanConfig, **changes: Any) -> YanConfig:
     """`config` with `changes`, and its feed-forward layers so wide that the number of parameters stays.
 
     With `num_experts=1` that is plain flow matching.

@@ -3,12 +3,14 @@
 Modules here import torch, transformers and the library inside functions alone, so that `yan --help` answers at once.
 """
 
+import argparse
 import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import cast
 
 from . import benchmark, chat, completion, demo, evaluate, export, generate, info, serve, training, visualize
 from .parsing import Parser
@@ -49,12 +51,12 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(words) -> int:
+def _run(words: Sequence[str]) -> int:
     try:
         options, others = _read(words)
         options.run(options, *others)
     except SystemExit as end:  # help or bad input, which the parser has answered
-        return end.code or 0
+        return cast(int, end.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -64,7 +66,7 @@ def _run(words) -> int:
     return 0
 
 
-def _read(words):
+def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     """The options of a command, and what its `run` gets besides: the words, of one that reads them itself."""
     options, others = build_parser().parse_known_args(words)
     if hasattr(options, "reads_words"):
@@ -76,7 +78,7 @@ def _read(words):
     return options, []
 
 
-def _complain(error, program, debug) -> int:
+def _complain(error: Exception, program: str, debug: bool) -> int:
     """Say what went wrong, in one line unless asked for all of it, and return the exit code."""
     is_input = isinstance(error, (ValueError, OSError, ImportError))
     if debug:

@@ -1,8 +1,9 @@
 """`yan chat`: a talk, line by line."""
 
+import argparse
 import sys
 
-from .parsing import add_command, add_model
+from .parsing import Commands, add_command, add_model
 from .writing import Writer, add_writing_options
 
 LAST_LINES = ("exit", "quit")
@@ -10,14 +11,14 @@ EXAMPLES = """  yan chat MODEL
   yan chat MODEL --stream --temperature 0.7"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(commands, "chat", chat, "Answer line by line, until exit or Ctrl-D.", EXAMPLES)
     add_model(parser)
     add_writing_options(parser)
 
 
-def chat(options):
+def chat(options: argparse.Namespace) -> None:
     """Answer every line; with a chat template the model sees the lines before it, too."""
     writer, messages = Writer(options), []
     has_template = writer.tokenizer.chat_template is not None
@@ -35,7 +36,7 @@ def chat(options):
         print(*answers, sep="\n", flush=True)
 
 
-def _read_line():
+def _read_line() -> str | None:
     """The next line that is not empty, or None at the end."""
     try:
         while not (line := input("> " if sys.stdin.isatty() else "").strip()):
@@ -45,7 +46,7 @@ def _read_line():
     return None if line in LAST_LINES else line
 
 
-def _prompt(writer, messages):
+def _prompt(writer: Writer, messages: list[dict[str, str]]) -> str:
     """The messages by the template, without the oldest exchanges where all of them would be too long."""
     for start in range(0, len(messages), 2):
         prompt = writer.tokenizer.apply_chat_template(messages[start:], tokenize=False, add_generation_prompt=True)
@@ -54,4 +55,4 @@ def _prompt(writer, messages):
             <= writer.model.config.max_prompt_length
         ):
             break
-    return prompt
+    return str(prompt)

@@ -1,6 +1,8 @@
 """`yan completion`: names of commands and options, and files, at the press of Tab."""
 
-from .parsing import add_command
+import argparse
+
+from .parsing import Commands, add_command
 
 EXAMPLES = """  yan completion bash > ~/.local/share/bash-completion/completions/yan
   source <(yan completion bash)
@@ -18,14 +20,14 @@ SCRIPT = r"""_yan() {{
 complete -o default -F _yan yan"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(commands, "completion", complete, "Print a script of completions for a shell.", EXAMPLES)
     parser.add_argument("shell", choices=("bash",), help="the shell")
     parser.set_defaults(commands=commands)
 
 
-def complete(options):
+def complete(options: argparse.Namespace) -> None:
     """Print the script. The options of train and finetune are not in it, they would take seconds to find out."""
     parsers = options.commands.choices
     cases = [

@@ -1,17 +1,18 @@
 """`yan demo`: a page in the browser that writes texts and shows how they come about."""
 
+import argparse
 import sys
 from pathlib import Path
 
 from .loading import load_config, load_model, load_tokenizer, prepare_library
-from .parsing import add_command, add_device, whole_number
+from .parsing import Commands, add_command, add_device, whole_number
 
 EXAMPLES = """  yan demo
   yan demo MODEL ANOTHER_MODEL --port 7861"""
 BUNDLED = Path(__file__).parents[2] / "examples" / "checkpoints"  # in a clone of the repository
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     purpose = "Open a page on this machine that writes texts and shows how they come about."
     parser = add_command(commands, "demo", demo, purpose, EXAMPLES)
@@ -22,7 +23,7 @@ def add_to(commands):
     add_device(parser)
 
 
-def demo(options):
+def demo(options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C."""
     names = options.models or bundled_models()
     prepare_library(is_quiet=not options.debug)

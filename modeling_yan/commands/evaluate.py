@@ -2,23 +2,24 @@
 
 import argparse
 import json
+from typing import Any
 
 from .loading import prepare_library
-from .parsing import add_command, add_device, add_model, whole_number
+from .parsing import Commands, Parser, add_command, add_device, add_model, whole_number
 
 EXAMPLES = """  yan evaluate MODEL --data pairs.jsonl --num_flow_steps 3 --max_new_tokens 32 --output results/yan
   yan evaluate my-gpt2 --data pairs.jsonl --max_new_tokens 32 --output results/gpt2 --compare results/yan
   yan evaluate yan decoder masked-diffusion --baseline decoder --data pairs.jsonl --output results/table"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(commands, "evaluate", evaluate, "Measure checkpoints on rows of source and target.", EXAMPLES)
     add_model(parser, nargs="+")
     add_evaluation_options(parser)
 
 
-def add_evaluation_options(parser):
+def add_evaluation_options(parser: Parser) -> None:
     """Add all options but the models."""
     parser.add_argument("--data", required=True, help=".jsonl or .jsonl.gz, rows with source and target")
     parser.add_argument("--output", required=True, help="a folder for metrics.json and predictions.jsonl")
@@ -52,7 +53,7 @@ def _option(entry: str) -> tuple[str, object]:
         return name, word
 
 
-def evaluate(options):
+def evaluate(options: argparse.Namespace) -> None:
     """Measure the models, write the reports and print them."""
     prepare_library(is_quiet=not options.debug)
     import torch
@@ -80,11 +81,12 @@ def evaluate(options):
         yan_options=dict(options.yan_options),
         **{name: getattr(options, name) for name in shared},
     )
-    settings = {"metrics": options.metrics or DEFAULT_METRICS, "encoder": options.encoder, "judge": options.judge}
+    settings: dict[str, Any] = {"encoder": options.encoder, "judge": options.judge}
+    settings["metrics"] = options.metrics or DEFAULT_METRICS
     description = {"data": options.data, "device": device}
     if len(options.model) > 1:
-        shared = {"device": device, "description": description, **settings}
-        reports = evaluate_models(options.model, rows, options.output, run_options, options.baseline, **shared)
+        settings |= {"device": device, "description": description}
+        reports = evaluate_models(options.model, rows, options.output, run_options, options.baseline, **settings)
         print(format_table(reports))
         return
     (name,) = options.model

@@ -1,9 +1,11 @@
 """`yan generate` and `yan fill`: texts for prompts."""
 
+import argparse
 import sys
+from collections.abc import Iterable
 
 from .loading import load_model, load_tokenizer, prepare_library
-from .parsing import add_command, add_device, add_model, whole_number
+from .parsing import Commands, add_command, add_device, add_model, whole_number
 from .writing import Writer, add_writing_options
 
 MASK = "<mask>"  # what a person writes, whatever the tokenizer's mask token is
@@ -14,7 +16,7 @@ FILL_EXAMPLES = """  yan fill MODEL "You are lucky in having <mask> a master."
   yan fill MODEL "He loosed <mask>, and forgave <mask> the debt." --steps 8"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the commands of this module."""
     parser = add_command(commands, "generate", generate, "Write the answers to prompts.", GENERATE_EXAMPLES)
     add_model(parser)
@@ -28,13 +30,13 @@ def add_to(commands):
     add_device(parser)
 
 
-def generate(options):
+def generate(options: argparse.Namespace) -> None:
     """Print the texts for every prompt, one a line."""
     texts = _texts(options)
     _print_answers(Writer(options), texts)
 
 
-def fill(options):
+def fill(options: argparse.Namespace) -> None:
     """Print every text with its gaps filled."""
     texts = _texts(options)
     prepare_library(is_quiet=not options.debug)
@@ -44,14 +46,14 @@ def fill(options):
         print(model.fill(tokenizer, text, options.max_gap_tokens, options.steps).text, flush=True)
 
 
-def _texts(options):
+def _texts(options: argparse.Namespace) -> Iterable[str]:
     """The texts that were given, or the lines of stdin."""
     if not options.text and sys.stdin.isatty():
         raise ValueError("text: must be given, or come as lines on stdin")
     return options.text or (line.rstrip("\n") for line in sys.stdin)
 
 
-def _print_answers(writer, prompts):
+def _print_answers(writer: Writer, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         for answer in writer(prompt):
             print(answer, flush=True)

@@ -1,24 +1,30 @@
 """`yan info`: what a checkpoint is."""
 
+import argparse
 import json
 import platform
+from typing import TYPE_CHECKING, Any
 
 from .loading import load_config, prepare_library
-from .parsing import add_command, add_model
+from .parsing import Commands, add_command, add_model
+
+if TYPE_CHECKING:
+    from ..configuration_yan import YanConfig
+
 
 EXAMPLES = """  yan info MODEL
   yan info MODEL --json"""
 PROMPT_LINE = "Prompts:"  # begins the paragraph of a model card that is about them
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     parser = add_command(commands, "info", info, "Show sizes, prompt form, licence and versions.", EXAMPLES)
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def info(options):
+def info(options: argparse.Namespace) -> None:
     """Print what is known of a checkpoint; its weights are not read."""
     prepare_library(is_quiet=not options.debug)
     facts = {"model": options.model, **_facts(load_config(options.model)), **_words(options.model)}
@@ -30,7 +36,7 @@ def info(options):
         print(f"{name:16} {', '.join(lines)}")
 
 
-def _facts(config) -> dict:
+def _facts(config: "YanConfig") -> dict[str, Any]:
     """Sizes and versions."""
     import torch
     import transformers
@@ -67,7 +73,7 @@ def _facts(config) -> dict:
     }
 
 
-def _words(name) -> dict:
+def _words(name: str) -> dict[str, Any]:
     """What the model card says of prompts and licence."""
     from huggingface_hub import ModelCard
     from transformers.utils import cached_file

@@ -3,9 +3,16 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..configuration_yan import YanConfig
+    from ..modeling_yan import YanForFlowGeneration
 
 
-def prepare_library(is_quiet: bool = False):
+def prepare_library(is_quiet: bool = False) -> None:
     """Load the library and, where it should be quiet, leave stderr to what the commands say."""
     from transformers.utils import logging
 
@@ -15,7 +22,7 @@ def prepare_library(is_quiet: bool = False):
         logging.disable_progress_bar()
 
 
-def load_config(name: str):
+def load_config(name: str) -> "YanConfig":
     """The config of a YAN checkpoint, or of the one that an adapter belongs to.
 
     Raises:
@@ -37,7 +44,7 @@ def load_config(name: str):
     return config
 
 
-def load_model(name: str, device: str | None = None):
+def load_model(name: str, device: str | None = None) -> "YanForFlowGeneration":
     """A `YanForFlowGeneration` in evaluation mode; if no device is named, on a GPU where there is one.
 
     Raises:
@@ -47,7 +54,8 @@ def load_model(name: str, device: str | None = None):
     from transformers import AutoModelForCausalLM
 
     load_config(name)
-    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"MODEL={name!r}: has no weights for {missing[0]} and {len(missing) - 1} more tensors")
@@ -57,7 +65,7 @@ def load_model(name: str, device: str | None = None):
         raise ValueError(f"device={device!r}: {error}") from error
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer beside a checkpoint."""
     from transformers import AutoTokenizer
 

@@ -2,31 +2,36 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any, NoReturn, TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-class OneLineErrors:
-    """A mixin for parsers: bad input gets one line on stderr and the exit code 2."""
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser for which bad input gets one line on stderr and the exit code 2."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 class ExampleFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Examples as they were written, and the default of every option that has one."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, False, argparse.SUPPRESS)
         return super()._get_help_string(action) if has_default else action.help
 
 
-class Parser(OneLineErrors, argparse.ArgumentParser):
+class Parser(OneLineErrors):
     """A parser of commands or of one command; options can't be abbreviated."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=ExampleFormatter, allow_abbrev=False, **settings)
 
 
-def add_command(commands, name: str, run: Callable, purpose: str, examples: str, **settings) -> Parser:
+def add_command(
+    commands: Commands, name: str, run: Callable[..., None], purpose: str, examples: str, **settings: Any
+) -> Parser:
     """Add a command to those of `yan`; `run` gets its options. Returns its parser, for the arguments."""
     parser = commands.add_parser(name, help=purpose, description=purpose, epilog=f"examples:\n{examples}", **settings)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all warnings")
@@ -34,12 +39,12 @@ def add_command(commands, name: str, run: Callable, purpose: str, examples: str,
     return parser
 
 
-def add_model(parser: Parser, **settings):
+def add_model(parser: Parser, **settings: Any) -> None:
     """Add MODEL, the first argument of most commands."""
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint", **settings)
 
 
-def add_device(parser: Parser):
+def add_device(parser: Parser) -> None:
     """Add --device."""
     parser.add_argument("--device", help="such as cpu or cuda:0; if not given, a GPU where there is one")
 
@@ -47,7 +52,7 @@ def add_device(parser: Parser):
 def whole_number(low: int) -> Callable[[str], int]:
     """Function from a word to a whole number of at least `low`, as the `type` of an argument."""
 
-    def parse(word):
+    def parse(word: str) -> int:
         if not word.removeprefix("-").isdecimal() or int(word) < low:
             raise argparse.ArgumentTypeError(f"{word!r}: must be a whole number of at least {low}")
         return int(word)

@@ -1,11 +1,12 @@
 """`yan serve`: a model behind OpenAI's HTTP interface."""
 
+import argparse
 import os
 import sys
 from importlib import import_module
 
 from .loading import load_config, prepare_library
-from .parsing import add_command, add_model, whole_number
+from .parsing import Commands, add_command, add_model, whole_number
 
 KEY = "YAN_API_KEY"  # an environment variable: words of a command line are seen by every user of a machine
 EXAMPLES = """  yan serve MODEL
@@ -16,7 +17,7 @@ EXAMPLES = """  yan serve MODEL
       -d '{"model": "MODEL", "prompt": "Where is the apple? Mary took the apple."}'"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     purpose = "Answer OpenAI's clients over HTTP, on this machine alone unless told otherwise."
     parser = add_command(commands, "serve", serve, purpose, EXAMPLES)
@@ -40,7 +41,7 @@ def add_to(commands):
     parser.add_argument("--timeout_s", type=whole_number(1), default=60, help="seconds until a request is given up")
 
 
-def serve(options):
+def serve(options: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     prepare_library(is_quiet=not options.debug)
     load_config(options.model)

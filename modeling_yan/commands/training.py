@@ -1,9 +1,16 @@
 """`yan train` and `yan finetune`: the options are those of the settings and trainers that they stand for."""
 
+import argparse
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from .loading import prepare_library
-from .parsing import ExampleFormatter, OneLineErrors, add_command
+from .parsing import Commands, ExampleFormatter, OneLineErrors, add_command
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
 
 TRAIN_EXAMPLES = """  yan train --recipe configuration/recipes/tiny-autoencoder.yaml --tokenizer tokenizer \\
       --train_file my.jsonl.gz --validation_file held-out.jsonl.gz --output_dir stage-one
@@ -18,7 +25,7 @@ FINETUNE_EXAMPLES = """  yan finetune --encoder distilbert-base-uncased --train_
       --output_dir adapter --lora"""
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the commands of this module."""
     purpose = "Train a model from scratch, in two stages."
     parser = add_command(commands, "train", train, purpose, TRAIN_EXAMPLES, add_help=False)
@@ -28,7 +35,7 @@ def add_to(commands):
     parser.set_defaults(reads_words=True)
 
 
-def train(options, words):
+def train(options: argparse.Namespace, words: list[str]) -> None:
     """Pre-train with the settings of the words."""
     prepare_library()
     from ..training import parse_arguments, pretrain
@@ -36,7 +43,7 @@ def train(options, words):
     pretrain(parse_arguments(words, _parser_maker(options)))
 
 
-def finetune(options, words):
+def finetune(options: argparse.Namespace, words: list[str]) -> None:
     """Fine-tune with the settings of the words."""
     prepare_library()
     from ..training.finetuning import finetune, parse_finetuning
@@ -44,7 +51,7 @@ def finetune(options, words):
     finetune(*parse_finetuning(words, _parser_maker(options)))
 
 
-def _parser_maker(options):
+def _parser_maker(options: argparse.Namespace) -> "Callable[..., HfArgumentParser]":
     """Function from dataclasses to a parser of their fields, with the examples of a command and errors of one line."""
     from transformers import HfArgumentParser
 

@@ -1,16 +1,17 @@
 """`yan visualize`: how a text comes about, as a picture and as one page of HTML."""
 
+import argparse
 from pathlib import Path
 
 from .loading import load_model, load_tokenizer, prepare_library
-from .parsing import add_command, add_device, add_model, whole_number
+from .parsing import Commands, add_command, add_device, add_model, whole_number
 
 EXAMPLES = """  yan visualize MODEL "Where is the apple? Mary took the apple." --output pictures
   yan visualize MODEL "You are lucky in having <mask> a master. Fill in." --steps 8 --output pictures"""
 PICTURE, PAGE = "path.png", "path.html"
 
 
-def add_to(commands):
+def add_to(commands: Commands) -> None:
     """Add the command."""
     purpose = "Draw the path of the latents, the experts and the drafts of a text."
     parser = add_command(commands, "visualize", visualize, purpose, EXAMPLES)
@@ -21,7 +22,7 @@ def add_to(commands):
     add_device(parser)
 
 
-def visualize(options):
+def visualize(options: argparse.Namespace) -> None:
     """Draw the first canvas of the text for a prompt."""
     if len(options.text) != 1:
         raise ValueError(f"text={options.text}: must be one prompt")

@@ -1,12 +1,18 @@
 """What the commands that write text share: their options, and a model with them."""
 
+import argparse
 import sys
+from typing import TYPE_CHECKING, Any
 
 from .loading import load_model, load_tokenizer, prepare_library
-from .parsing import add_device, whole_number
+from .parsing import Parser, add_device, whole_number
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
-def add_writing_options(parser):
+def add_writing_options(parser: Parser) -> None:
     """Add the options of generation."""
     parser.add_argument("--steps", type=whole_number(0), help="solver steps a canvas; the model's if not given")
     parser.add_argument("--num", type=whole_number(1), default=1, help="texts for each prompt")
@@ -20,7 +26,7 @@ def add_writing_options(parser):
 class Writer:
     """A model that writes texts for a prompt as the options of a command say."""
 
-    def __init__(self, options):
+    def __init__(self, options: argparse.Namespace) -> None:
         prepare_library(is_quiet=not options.debug)
         self.model, self.tokenizer = load_model(options.model, options.device), load_tokenizer(options.model)
         self.streams = options.stream
@@ -35,21 +41,21 @@ class Writer:
         settings = {"add_special_tokens": add_special_tokens, "return_token_type_ids": False, "return_tensors": "pt"}
         inputs = self.tokenizer(prompt, **settings).to(self.model.device)
         streamer = Drafts(self.tokenizer, self.model.generation_config.eos_token_id) if self.streams else None
-        sequences = self.model.generate(**inputs, **self.options, streamer=streamer)
+        sequences: Any = self.model.generate(**inputs, **self.options, streamer=streamer)
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
 
 class Drafts:
     """A streamer that shows on stderr what would be written if the flow ended after each of its steps."""
 
-    def __init__(self, tokenizer, eos_token_id):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | list[int] | None) -> None:
         self.tokenizer, self.eos_token_id, self.step = tokenizer, eos_token_id, 0
 
-    def put(self, tokens):
+    def put(self, tokens: "torch.Tensor") -> None:
         """The prompt, or a finished canvas: steps are counted anew."""
         self.step = 0
 
-    def put_draft(self, tokens):
+    def put_draft(self, tokens: "torch.Tensor") -> None:
         """Drafts (B, L), of which all up to the EOS is shown."""
         from ..evaluation.speed import num_new_tokens
 
@@ -58,5 +64,5 @@ class Drafts:
             text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
             print(f"step {self.step}  {text}", file=sys.stderr, flush=True)
 
-    def end(self):
+    def end(self) -> None:
         """The end of the text: nothing to do."""

@@ -6,33 +6,33 @@ B: rows of the batch; L: its width; N: tokens of all rows.
 from collections.abc import Sequence
 from itertools import chain
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import LongTensor
+from torch import Tensor
 
 MAX_MASK_RATIO = 0.5  # up to here there is always a kept token for every span to stand before
 
-Ids = Sequence[int] | np.ndarray
+Ids = Sequence[int] | np.ndarray[Any, Any]
 
 
 class Ragged(NamedTuple):
     """Rows of different lengths (B,), all their tokens (N,) in one array."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
+    tokens: np.ndarray[Any, Any]
+    lengths: np.ndarray[Any, Any]
 
 
 def mask_spans(
-    input_ids: LongTensor,
-    lengths: LongTensor,
+    input_ids: Tensor,
+    lengths: Tensor,
     mask_ratio: float,
     max_span_len: int,
     mask_token_id: int,
     pad_token_id: int,
     generator: torch.Generator | None = None,
-) -> LongTensor:
+) -> Tensor:
     """Text infilling: collapse random spans of each row into one mask token each, and close the row up to the left.
 
     Spans have 1 to `max_span_len` tokens (uniformly drawn, one of a row may be cut short) and never touch. A row of
@@ -64,8 +64,11 @@ def check_masking(mask_ratio: float, max_span_len: int) -> None:
 
 
 def draw_spans(
-    lengths: np.ndarray, mask_ratio: float | np.ndarray, max_span_len: int, generator: torch.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
+    lengths: np.ndarray[Any, Any],
+    mask_ratio: float | np.ndarray[Any, Any],
+    max_span_len: int,
+    generator: torch.Generator | None,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(B, n) first token and length of the spans to hide in rows of (B,) `lengths`, in order; lengths may be 0.
 
     `mask_ratio` is one number, or one a row.
@@ -81,7 +84,9 @@ def draw_spans(
     return gaps + spans.cumsum(1) - spans, spans
 
 
-def _draw_span_lengths(num_hidden: np.ndarray, max_span_len: int, generator: torch.Generator | None) -> np.ndarray:
+def _draw_span_lengths(
+    num_hidden: np.ndarray[Any, Any], max_span_len: int, generator: torch.Generator | None
+) -> np.ndarray[Any, Any]:
     """(B, n) lengths that add up to (B,) `num_hidden`, followed by zeros; the last that counts may be cut short."""
     shape = len(num_hidden), int(num_hidden.max())
     proposed = torch.randint(1, max_span_len + 1, shape, generator=generator).numpy()
@@ -90,7 +95,7 @@ def _draw_span_lengths(num_hidden: np.ndarray, max_span_len: int, generator: tor
     return spans[:, : np.count_nonzero(spans.any(0))]
 
 
-def hide_spans(rows: Ragged, starts: np.ndarray, spans: np.ndarray, mask_token_id: int) -> Ragged:
+def hide_spans(rows: Ragged, starts: np.ndarray[Any, Any], spans: np.ndarray[Any, Any], mask_token_id: int) -> Ragged:
     """The rows with every span collapsed into one mask token; `starts` and `spans` (B, n) as `draw_spans` gives."""
     tokens, lengths = rows.tokens.copy(), rows.lengths
     is_span = spans > 0
@@ -111,7 +116,7 @@ def check_length(name: str, value: int | None, least: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
 
 
-def lengths_of(sequences: Sequence[Ids]) -> np.ndarray:
+def lengths_of(sequences: Sequence[Ids]) -> np.ndarray[Any, Any]:
     return np.fromiter(map(len, sequences), np.int64, len(sequences))
 
 
@@ -127,13 +132,13 @@ def flatten(sequences: Sequence[Ids]) -> Ragged:
     return Ragged(tokens.astype(np.int64), lengths)
 
 
-def is_between(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
+def is_between(starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
     """(B, width), True from the column `starts` (B,) of a row to the one before `ends` (B,)."""
     index = np.arange(width)
     return (index >= starts[:, None]) & (index < ends[:, None])
 
 
-def pad_rows(rows: Ragged, width: int, value: int, starts: np.ndarray | None = None) -> np.ndarray:
+def pad_rows(rows: Ragged, width: int, value: int, starts: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
     """(B, width) with every row at its column `starts` (B,), 0 if None, and `value` around it."""
     starts = np.zeros_like(rows.lengths) if starts is None else starts
     filled = np.full((len(rows.lengths), width), value)

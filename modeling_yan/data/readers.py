@@ -25,7 +25,7 @@ PARQUET_BATCH = 100  # rows decoded at a time
 PlacedRow = tuple[str, Any]  # where it comes from, for messages, and the row
 
 
-def find_files(patterns: Iterable[str | os.PathLike]) -> list[Path]:
+def find_files(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The files of these names, in this order; a pattern such as `shards/*.jsonl.gz` gives its matches, sorted.
 
     Raises:
@@ -100,7 +100,7 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _read_text(path: Path, sample_by: str) -> Iterator[PlacedRow]:
     lines = ((number, line) for number, group in numbered_lines(path) for line in _split_lines(group))
     if sample_by == "line":
-        paragraphs: Iterable = ([numbered] for numbered in lines if numbered[1].strip())
+        paragraphs: Iterable[Any] = ([numbered] for numbered in lines if numbered[1].strip())
     else:
         runs = groupby(lines, key=lambda numbered: bool(numbered[1].strip()))
         paragraphs = (list(lines) for filled, lines in runs if filled)

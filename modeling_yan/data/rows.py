@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 Row = dict[str, Any]
 
 
-def read_rows(path: str | os.PathLike) -> list[Row]:
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """Read and check every row of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped.
 
     Raises:
@@ -34,7 +34,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write checked rows so that the file appears whole or not at all; equal rows give equal bytes.
 
     Raises:
@@ -95,7 +95,7 @@ def _check_string(value: Any, key: str, where: str) -> None:
         raise ValueError(f'{where}: "{key}" is not valid Unicode ({error.reason})') from error
 
 
-def _checked_path(path: str | os.PathLike) -> Path:
+def _checked_path(path: str | os.PathLike[str]) -> Path:
     if not str(path).endswith(SUFFIXES):
         raise ValueError(f"{path}: the name of a file of rows ends in {' or '.join(SUFFIXES)}")
     return Path(path)

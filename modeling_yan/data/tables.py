@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .readers import read_file
 from .rows import Row, check_row, numbered_lines
@@ -46,7 +46,7 @@ class PairColumns:
     target: str = "target"
     template: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.template is None:
             return
         allowed = "must be text with columns in braces, such as 'question: {question} context: {context}'"
@@ -71,7 +71,7 @@ class PairColumns:
         return [*dict.fromkeys(re.split(r"[.\[]", name)[0] for name in fields), self.target]
 
 
-def load_file(path: str | os.PathLike) -> "Dataset | list[Row]":
+def load_file(path: str | os.PathLike[str]) -> "Dataset | list[Row]":
     """The rows of a file, in its own columns.
 
     Raises:
@@ -199,7 +199,7 @@ def _field_of(column: str, columns: PairColumns) -> str:
 def _checked_row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: found {type(row).__name__}, and a row must be an object")
-    return row
+    return cast(Row, row)
 
 
 def _value_of(value: Any, names: Sequence[str] | None) -> Any:

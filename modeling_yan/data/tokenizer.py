@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..data.rows import Row
 from .rows import check_row, read_rows, row_texts
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"  # in the order of their ids, 0 to 3
@@ -67,7 +68,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
         if getattr(tokenizer, role) is None and getattr(tokenizer, stand_in) is not None:
             setattr(tokenizer, role, getattr(tokenizer, stand_in))
     # As in the project's own: the space before a mask belongs to it.
-    missing = {
+    missing: dict[str, str | AddedToken | Sequence[str | AddedToken]] = {
         role: AddedToken(token, lstrip=role == "mask_token", normalized=False, special=True)
         for role, token in ROLES.items()
         if getattr(tokenizer, role) is None
@@ -104,7 +105,7 @@ def read_texts(path: str) -> Iterator[str]:
     """The prose of a file: of rows (`.jsonl`, `.jsonl.gz`, `.parquet`), or of lines that are not blank (`.txt`)."""
     builder = {".txt": "text", ".parquet": "parquet"}.get(Path(path).suffix)
     if builder is None:
-        rows = read_rows(path)
+        rows: Iterable[Row] = read_rows(path)
     else:
         rows = load_dataset(builder, data_files=path, split="train", streaming=True)
         rows = ({name: value for name, value in row.items() if value is not None} for row in rows)

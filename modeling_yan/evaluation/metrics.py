@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -103,11 +104,11 @@ def rouge_scores(
 class _Tokenizer:
     """The object with a method `tokenize` that rouge-score asks for."""
 
-    def __init__(self, tokenize):
+    def __init__(self, tokenize: Callable[[str], list[str]]) -> None:
         self.tokenize = tokenize
 
 
-def check_rows(**columns: Sequence) -> None:
+def check_rows(**columns: Sequence[Any]) -> None:
     """Raise ValueError, naming the columns, unless they are lists of one and the same length above 0."""
     for name, column in columns.items():
         if isinstance(column, (str, bytes)):
@@ -120,11 +121,11 @@ def check_rows(**columns: Sequence) -> None:
         raise ValueError(f"{' and '.join(lengths)}: no rows, must be at least 1")
 
 
-def _label(label):
+def _label(label: Hashable) -> Hashable:
     return label.strip() if isinstance(label, str) else label
 
 
-def _f1(words, wanted):
+def _f1(words: list[str], wanted: list[str]) -> float:
     if not words or not wanted:
         return float(words == wanted)
     common = sum((Counter(words) & Counter(wanted)).values())
@@ -146,11 +147,12 @@ def masked_words_restored(prediction: str, source: str, target: str, masked: Seq
     return len(hidden & _common_positions(words, prediction.split())) / len(hidden)
 
 
-def _masked_positions(source, num_target_words, masked, mask_token):
+def _masked_positions(source: str, num_target_words: int, masked: Sequence[str], mask_token: str) -> set[int]:
     """Positions of the masked words in the target."""
     spans = [span.split() for span in masked]
     num_shown = num_target_words - sum(map(len, spans)) + len(spans)
-    shown, positions, position = source.split()[:num_shown], set(), 0
+    shown, position = source.split()[:num_shown], 0
+    positions: set[int] = set()
     remaining = iter(spans)
     for word in shown:
         is_span = not word.replace(mask_token, "")
@@ -161,14 +163,15 @@ def _masked_positions(source, num_target_words, masked, mask_token):
     return positions
 
 
-def _common_positions(words, others):
+def _common_positions(words: list[str], others: list[str]) -> set[int]:
     """Positions in `words` of one longest common subsequence with `others`."""
     lengths = [[0] * (len(others) + 1) for _ in range(len(words) + 1)]
     for i in reversed(range(len(words))):
         for j in reversed(range(len(others))):
             same = words[i] == others[j]
             lengths[i][j] = 1 + lengths[i + 1][j + 1] if same else max(lengths[i + 1][j], lengths[i][j + 1])
-    positions, i, j = set(), 0, 0
+    i = j = 0
+    positions: set[int] = set()
     while i < len(words) and j < len(others):
         if words[i] == others[j]:
             positions.add(i)

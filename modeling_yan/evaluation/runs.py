@@ -1,13 +1,21 @@
 """Running a checkpoint over rows of source and target: YAN, masked diffusion, or any autoregressive model."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .speed import num_new_tokens
 
@@ -59,9 +67,9 @@ class RunOptions:
     num_seeds: int = 5
     batch_size: int = 32
     template: str = "{source}"
-    yan_options: dict = field(default_factory=dict)
+    yan_options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_seeds", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -72,20 +80,26 @@ class RunOptions:
             raise ValueError(f"yan_options: {', '.join(own)} must not be there, a run sets these itself")
 
 
-def generate_answers(model, tokenizer, sources: Sequence[str], batch_size: int = 32, **options) -> list[str]:
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    batch_size: int = 32,
+    **options: Any,
+) -> list[str]:
     """The new text that `model.generate(..., **options)` writes for each source, without special tokens."""
     return generate_timed(model, tokenizer, sources, batch_size, **options).texts
 
 
 @torch.no_grad()
 def generate_timed(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[str],
     batch_size: int = 32,
     seed: Sequence[int] | int | None = None,
     max_source_length: int | None = None,
-    **options,
+    **options: Any,
 ) -> Generated:
     """Generate for each source, and count tokens and seconds.
 
@@ -99,7 +113,7 @@ def generate_timed(
         batch = _tokenize(tokenizer, sources[start : start + batch_size], max_source_length).to(model.device)
         if seed is not None:
             options["seed"] = _batch_seed(seed, start)
-        sequences, seconds = _timed(model.generate, **batch, **options)
+        sequences, seconds = _timed(cast(Any, model).generate, **batch, **options)
         # an encoder-decoder gives back its start token in place of the prompt
         new_tokens = sequences[:, 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
         result.texts += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
@@ -108,7 +122,13 @@ def generate_timed(
     return result
 
 
-def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str], options: RunOptions) -> list[Run]:
+def run_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    references: Sequence[str],
+    options: RunOptions,
+) -> list[Run]:
     """Generate for all sources in every way the model has, each without and with the reference's length.
 
     YAN runs "sampled", one pass a seed, with `do_sample=True` at temperature 1: a seed chooses the start noise. It
@@ -139,12 +159,12 @@ def run_model(model, tokenizer, sources: Sequence[str], references: Sequence[str
     return runs
 
 
-def is_yan(model) -> bool:
+def is_yan(model: PreTrainedModel) -> bool:
     """Whether the model is a YAN, also one that was loaded as remote code."""
     return model.config.model_type == "yan"
 
 
-def is_masked_diffusion(model) -> bool:
+def is_masked_diffusion(model: PreTrainedModel) -> bool:
     """Whether the model is a `MaskedDiffusion` of `modeling_yan.baselines`."""
     return model.config.model_type == "yan-masked-diffusion"
 
@@ -153,10 +173,10 @@ def load_for_generation(name: str, device: str = "cpu") -> PreTrainedModel:
     """The model of a folder or hub name, of whichever class it is that writes text, in evaluation mode."""
     is_encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name).to(device).eval()
+    return auto_class.from_pretrained(name).to(device).eval()  # type: ignore[arg-type]
 
 
-def _settings(model, options, decoding):
+def _settings(model: PreTrainedModel, options: RunOptions, decoding: str) -> dict[str, Any]:
     """Options of `generate` besides lengths and seed."""
     if is_masked_diffusion(model):
         return {"num_diffusion_steps": options.num_diffusion_steps}
@@ -168,7 +188,7 @@ def _settings(model, options, decoding):
     return {**options.yan_options, **steps, **noise}
 
 
-def _length(model, options):
+def _length(model: PreTrainedModel, options: RunOptions) -> dict[str, Any]:
     if is_masked_diffusion(model):
         canvas_length = options.canvas_length or model.config.canvas_length
         return {"max_new_tokens": min(options.max_new_tokens, canvas_length)}
@@ -176,25 +196,33 @@ def _length(model, options):
     return {"max_new_tokens": options.max_new_tokens, **canvas}
 
 
-def _oracle_length(model, length):
+def _oracle_length(model: PreTrainedModel, length: int) -> dict[str, Any]:
     if is_masked_diffusion(model):
         return {"max_new_tokens": min(length, model.config.canvas_length)}
     canvas = {"canvas_length": min(length, model.config.max_position_embeddings)} if is_yan(model) else {}
     return {"max_new_tokens": length, **canvas}
 
 
-def _generator(model, tokenizer, prompts, batch_size, settings, decoding, seed) -> Callable[..., Generated]:
+def _generator(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
+    settings: dict[str, Any],
+    decoding: str,
+    seed: int,
+) -> Callable[..., Generated]:
     """Function from the numbers of rows, and lengths, to what is generated for them."""
 
-    def generate(rows, **length):
-        own_seed = {"seed": (seed, length["max_new_tokens"])} if decoding == SAMPLED else {}
+    def generate(rows: Iterable[int], **length: Any) -> Generated:
+        own_seed: dict[str, Any] = {"seed": (seed, length["max_new_tokens"])} if decoding == SAMPLED else {}
         chosen = [prompts[row] for row in rows]
         return generate_timed(model, tokenizer, chosen, batch_size, **settings, **length, **own_seed)
 
     return generate
 
 
-def _by_length(model, generate, lengths) -> Generated:
+def _by_length(model: PreTrainedModel, generate: Callable[..., Generated], lengths: list[int]) -> Generated:
     """Generate all rows, those of equal reference length together."""
     result = Generated([""] * len(lengths), [0] * len(lengths), 0.0)
     for length in sorted(set(lengths)):
@@ -206,7 +234,9 @@ def _by_length(model, generate, lengths) -> Generated:
     return result
 
 
-def _tokenize(tokenizer, texts, max_length=None):
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
+) -> BatchEncoding:
     """Prompts as tensors, padded on the left, where a causal model needs it; YAN takes either side."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -218,7 +248,9 @@ def _tokenize(tokenizer, texts, max_length=None):
     return batch
 
 
-def _check_prompts(model, tokenizer, prompts, max_new_tokens):
+def _check_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None or model.config.is_encoder_decoder:
         return
@@ -231,12 +263,12 @@ def _check_prompts(model, tokenizer, prompts, max_new_tokens):
             raise ValueError(f"row {row}: the prompt has {len(ids)} tokens, must be at most {allowed}")
 
 
-def _batch_seed(seed, start):
+def _batch_seed(seed: Sequence[int] | int, start: int) -> int:
     entropy = [*(seed if isinstance(seed, Sequence) else [seed]), start]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _timed(function, **options):
+def _timed(function: Callable[..., Any], **options: Any) -> tuple[Any, float]:
     _synchronize()
     start = time.perf_counter()
     result = function(**options)
@@ -244,6 +276,6 @@ def _timed(function, **options):
     return result, time.perf_counter() - start
 
 
-def _synchronize():
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 
-def num_new_tokens(sequences: torch.LongTensor, eos_token_id: int | Sequence[int] | None) -> list[int]:
+def num_new_tokens(
+    sequences: torch.Tensor | Sequence[Sequence[int]], eos_token_id: int | Sequence[int] | None
+) -> list[int]:
     """Tokens of each row of new tokens (B, L), without the prompt, up to and including the first EOS.
 
     A row without EOS counts whole. What follows an EOS is padding and no work of the model.
@@ -22,7 +24,7 @@ def num_new_tokens(sequences: torch.LongTensor, eos_token_id: int | Sequence[int
     return is_before.sum(1).tolist()
 
 
-def tokens_per_second(sequences: torch.LongTensor, eos_token_id: int | Sequence[int] | None, seconds: float) -> float:
+def tokens_per_second(sequences: torch.Tensor, eos_token_id: int | Sequence[int] | None, seconds: float) -> float:
     """New tokens of all rows (B, L), counted by `num_new_tokens`, over the seconds that all of them took together.
 
     Raises:

@@ -18,7 +18,7 @@ TABLE_FIGURES = ("exact_match", "token_f1", "rougeL", "distinct_2", "tokens_per_
 def evaluate_models(
     names: Sequence[str],
     rows: Sequence[Row],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     options: RunOptions | None = None,
     baseline: str | None = None,
     device: str = "cpu",
@@ -58,7 +58,7 @@ def evaluate_models(
 def evaluate_files(
     names: Sequence[str],
     rows: Mapping[str, Sequence[Row]],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     *arguments: Any,
     description: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -69,13 +69,13 @@ def evaluate_files(
     """
     for file, rows_of_file in rows.items():
         folder = Path(output) / (Path(file).name.split(".")[0] if len(rows) > 1 else "")
-        about = {**(description or {}), "data": file}
-        reports = evaluate_models(names, rows_of_file, folder, *arguments, description=about, **settings)
+        settings["description"] = {**(description or {}), "data": file}
+        reports = evaluate_models(names, rows_of_file, folder, *arguments, **settings)
         yield f"{file}\n{format_table(reports)}"
 
 
 def join_reports(
-    folders: Sequence[str], rows: Sequence[Row], output: str | os.PathLike, baseline: str
+    folders: Sequence[str], rows: Sequence[Row], output: str | os.PathLike[str], baseline: str
 ) -> dict[str, dict[str, Any]]:
     """The tables and the result of `evaluate_models`, for folders that `evaluate_task` wrote for the same rows.
 
@@ -95,7 +95,7 @@ def join_reports(
     return reports
 
 
-def _write_tables(reports, output):
+def _write_tables(reports: Mapping[str, Any], output: str | os.PathLike[str]) -> None:
     write_whole(Path(output) / "table.json", json.dumps(table_rows(reports), indent=1) + "\n")
     write_whole(Path(output) / "table.md", format_table(reports) + "\n")
 
@@ -131,11 +131,11 @@ def format_table(reports: Mapping[str, Mapping[str, Any]], figures: Sequence[str
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _count(number) -> str:
+def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
-def _figure(figure) -> str:
+def _figure(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return ""
     digits = 0 if figure["mean"] >= 100 and math.isfinite(figure["mean"]) else 3
@@ -144,5 +144,5 @@ def _figure(figure) -> str:
     return f"{figure['mean']:.{digits}f}{spread}{interval}"
 
 
-def _test(test) -> str:
+def _test(test: Mapping[str, Any] | None) -> str:
     return "" if test is None else f"{test['difference']:+.3f} ({test['p_permutation']:.4f})"

@@ -5,8 +5,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 AR = "AR decoder"
 PROMPT_LENGTH = 64  # tokens
@@ -18,23 +20,25 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    start.record()
+    first.record()
     call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
 
 
-def summary(seconds: list[float]) -> dict:
+def summary(seconds: list[float]) -> dict[str, Any]:
     """Median and range of some timings, and the timings themselves, in seconds."""
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "all": seconds}
 
 
-def interleave(calls: dict[str, Callable], repeats: dict[str, int], device: torch.device) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Callable[[], object]], repeats: dict[str, int], device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of every call, in rounds, so that what slows the machine down for a while slows all of them down."""
-    seconds = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(max(repeats.values(), default=0)):
         for name, call in calls.items():
             if round_ < repeats[name]:
@@ -42,7 +46,7 @@ def interleave(calls: dict[str, Callable], repeats: dict[str, int], device: torc
     return seconds
 
 
-def machine_description(device: torch.device) -> dict:
+def machine_description(device: torch.device) -> dict[str, Any]:
     """What a reader has to know of the machine to judge the figures."""
     is_gpu = device.type == "cuda"
     return {
@@ -62,14 +66,14 @@ def processor_name() -> str:
 
 
 def time_generation(
-    model,
+    model: Any,
     lengths: Sequence[int] = (32,),
     batch_sizes: Sequence[int] = (1,),
     steps: Sequence[int] | None = None,
     beside_ar: bool = False,
     prompt_length: int | None = None,
     repeats: int = 5,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Seconds that texts of given lengths take, by any prompt: no text ends early.
 
     Texts longer than the model's canvas take several canvases. The AR model, `make_baseline("decoder")`, has random
@@ -115,7 +119,7 @@ def time_generation(
     return results
 
 
-def format_timings(results: list[dict]) -> str:
+def format_timings(results: list[dict[str, Any]]) -> str:
     """Timings as a table of Markdown; beside an AR model, how many times as fast a model is."""
     rivals = {(row["batch"], row["length"]): row["seconds"]["median"] for row in results if row["model"] == AR}
     head = ["texts", "tokens", "model", "ms (median)", "range", "tokens/s"] + ["times AR"] * bool(rivals)
@@ -134,26 +138,31 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _ar_model(model):
+def _ar_model(model: Any) -> PreTrainedModel:
     from ..baselines import make_baseline
 
     return make_baseline("decoder", model.config).to(model.device, model.dtype).eval()
 
 
-def _any_prompt(model, batch: int, length: int) -> torch.LongTensor:
+def _any_prompt(model: Any, batch: int, length: int) -> torch.Tensor:
     """Random ids (B, S)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).to(model.device)
 
 
-def _yan_call(model, prompt, length, num_flow_steps):
+def _yan_call(model: Any, prompt: torch.Tensor, length: int, num_flow_steps: int) -> Callable[[], object]:
     options = {"max_new_tokens": length, "min_new_tokens": length, "num_flow_steps": num_flow_steps}
     options |= {"canvas_length": min(length, model.config.canvas_length), "do_sample": False}
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
-def _ar_call(model, prompt, length):
-    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "use_cache": True}
+def _ar_call(model: Any, prompt: torch.Tensor, length: int) -> Callable[[], object]:
+    options: dict[str, Any] = {
+        "max_new_tokens": length,
+        "min_new_tokens": length,
+        "do_sample": False,
+        "use_cache": True,
+    }
     if prompt.device.type == "cuda":
         options["cache_implementation"] = "static"  # with which transformers compiles
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

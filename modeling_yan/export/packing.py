@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from torch import nn
 from ..expert_heads_yan import YanExpertHeads, YanTokenGroups
 
 TYPICAL_TOKENS = 128  # of a product, for which the layout is chosen; any other number works
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class SeparateHeads(nn.Module):
@@ -50,13 +53,13 @@ def separate_heads(model: nn.Module) -> None:
 class PackedLinear(nn.Linear):
     """A linear layer whose weight is packed. What is left of `weight` has a shape and a type, but no numbers."""
 
-    def forward(self, states):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
         states = states.to(self.weight.dtype)  # autocast may have narrowed them
         return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
 
 @torch.no_grad()
-def with_packed_weights(model: nn.Module):
+def with_packed_weights(model: Model) -> Model:
     """A copy of a model in float32 on the CPU whose linear layers have packed weights.
 
     A product of some hundred tokens otherwise spends a good part of its time on bringing the weight, as it lies in the
@@ -72,13 +75,12 @@ def with_packed_weights(model: nn.Module):
     model = copy.deepcopy(model).eval().requires_grad_(False)
     separate_heads(model)
     for layer in model.modules():
-        is_plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if is_plain and "forward" not in vars(layer):
+        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer):
             _pack(layer)
     return refuse_saving(model, "packed weights")
 
 
-def _pack(layer: nn.Linear):
+def _pack(layer: nn.Linear) -> None:
     """Pack it in its place, where hooks stay with it."""
     weight = layer.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -89,11 +91,11 @@ def _pack(layer: nn.Linear):
     layer.__class__ = PackedLinear
 
 
-def refuse_saving(model: nn.Module, what: str) -> nn.Module:
+def refuse_saving(model: Model, what: str) -> Model:
     """The model itself, whose `save_pretrained` from now on raises NotImplementedError."""
-    model.save_pretrained = partial(_refuse, what)
+    model.save_pretrained = partial(_refuse, what)  # type: ignore[assignment]
     return model
 
 
-def _refuse(what, *args, **kwargs):
+def _refuse(what: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(f"a model with {what} is no checkpoint: save the one that it was made from")

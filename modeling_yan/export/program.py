@@ -5,12 +5,14 @@ Letters of the shape comments: B prompts, S prompt length, L canvas length.
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 
 from ..canvas_yan import CanvasPlan, encode_and_solve
 from ..layers_yan import with_valid_first
+from ..modeling_yan import YanForFlowGeneration
 
 ANY_ROWS = 2  # of the example for any number of prompts: one row would be taken for a constant
 SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files that a program is saved in, by format
@@ -19,22 +21,24 @@ SUFFIXES = {"graph": ".pt2", "native": ".pt2", "onnx": ".onnx"}  # of the files 
 class YanCanvasProgram(nn.Module):
     """Prompt ids and mask to the token ids of one canvas; noise, steps and forbidden tokens are fixed."""
 
-    def __init__(self, model, canvas_length: int, plan: CanvasPlan, seed: int):
+    start_noise: torch.Tensor
+
+    def __init__(self, model: YanForFlowGeneration, canvas_length: int, plan: CanvasPlan, seed: int) -> None:
         super().__init__()
         self.model, self.plan = model, plan
         like = torch.zeros((), device=model.device)
         noise = model.start_noise((1, canvas_length), like, seed)
         self.register_buffer("start_noise", noise, persistent=False)
 
-    def forward(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> torch.LongTensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) for prompts and masks (B, S)."""
         attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
-        tensors = input_ids, attention_mask, self.start_noise, None, None, None
-        return encode_and_solve(self.model, *tensors, self.plan).tokens
+        noise = self.start_noise, None, None, None
+        return cast(torch.Tensor, encode_and_solve(self.model, input_ids, attention_mask, *noise, self.plan).tokens)
 
 
 def export_generation(
-    model,
+    model: YanForFlowGeneration,
     batch_size: int | None = 1,
     prompt_length: int | None = 64,
     canvas_length: int | None = None,
@@ -90,7 +94,7 @@ def _open_shapes(batch_size: int | None, prompt_length: int | None, longest: int
     return {"input_ids": shape, "attention_mask": shape}
 
 
-def check_program_path(path: str | os.PathLike, format: str = "graph"):
+def check_program_path(path: str | os.PathLike[str], format: str = "graph") -> None:
     """Raise ValueError where a program in this format can't be saved under this name."""
     if format not in SUFFIXES:
         raise ValueError(f"format={format!r}: must be one of {', '.join(SUFFIXES)}")
@@ -98,7 +102,7 @@ def check_program_path(path: str | os.PathLike, format: str = "graph"):
         raise ValueError(f"output={str(path)!r}: must end in {SUFFIXES[format]}")
 
 
-def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike, format: str = "graph"):
+def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str], format: str = "graph") -> None:
     """Write a program of `export_generation` to a file.
 
     "graph" runs with `torch.export.load(path).module()(ids, mask)`. "native" is machine code for this kind of

@@ -6,13 +6,14 @@ import warnings
 from torch import nn
 from torch.ao import quantization
 
+from ..modeling_yan import YanForFlowGeneration
 from .packing import refuse_saving, separate_heads
 
 PARTS = ("model.layers", "flow.layers", "flow.experts", "decoder", "lm_head")  # not the gate nor the time embedding
 EXACT = ("x_proj", "dt_proj", "out_proj")  # Mamba's step sizes, and outputs a hundred deviations from the mean
 
 
-def with_int8_weights(model):
+def with_int8_weights(model: YanForFlowGeneration) -> YanForFlowGeneration:
     """A copy of a `YanForFlowGeneration` in float32 on the CPU that has int8 weights in its linear layers.
 
     The inputs of a layer are quantised as they come, by one scale for the whole batch, so a prompt may get other

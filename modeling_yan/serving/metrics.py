@@ -1,6 +1,7 @@
 """Figures of a server in Prometheus' text form."""
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -12,21 +13,22 @@ VANISHED = 499  # the status of a client that left before its answer was written
 class Metrics:
     """Counts of one process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("yan_requests", "Requests that were answered", ["endpoint", "status"], **own)
         self.seconds = Histogram("yan_request_seconds", "From request to answer", ["endpoint"], buckets=SECONDS, **own)
         self.tokens = Counter("yan_tokens", "Tokens that were read and written", ["kind"], **own)
         self.batches = Histogram("yan_batch_size", "Prompts that one was written with", buckets=SIZES, **own)
         self.open = Gauge("yan_open_requests", "Requests that wait or are being written", **own)
 
-    def count(self, endpoint: str, status: int, started: float, usage: dict | None = None):
+    def count(self, endpoint: str, status: int, started: float, usage: dict[str, Any] | None = None) -> None:
         """A request that is over; `started` is its `time.monotonic()`."""
         self.requests.labels(endpoint, status).inc()
         self.seconds.labels(endpoint).observe(time.monotonic() - started)
-        for kind in ("prompt", "completion") if usage else ():
-            self.tokens.labels(kind).inc(usage[f"{kind}_tokens"])
+        if usage is not None:
+            for kind in ("prompt", "completion"):
+                self.tokens.labels(kind).inc(usage[f"{kind}_tokens"])
 
     def text(self, num_open: int) -> bytes:
         self.open.set(num_open)

@@ -11,6 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
@@ -46,19 +47,19 @@ class Options(BaseModel):
 class Writer:
     """A model that writes batches."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         self.writer = make_writer(settings, settings.device)
         self.write.set_max_batch_size(settings.batch_size)
         self.write.set_batch_wait_timeout_s(settings.batch_wait_s)
 
     @serve.batch()  # the sizes are set above
-    async def write(self, jobs: list[Job]) -> AsyncIterator[list]:
+    async def write(self, jobs: list[Job]) -> AsyncIterator[list[Any]]:
         """Rounds of pieces, one list of them for every job, and the size of the batch first."""
         yield [[{"batch": len(jobs)}]] * len(jobs)
         async for round_ in iterate_in_threadpool(self.writer.write(jobs)):
             yield round_
 
-    async def __call__(self, job: Job) -> AsyncIterator[list]:
+    async def __call__(self, job: Job) -> AsyncIterator[list[Any]]:
         """Rounds of pieces of one job, which is written with those that come at the same time."""
         async for pieces in self.write(job):
             yield pieces
@@ -67,18 +68,18 @@ class Writer:
 class Ticket:
     """A job on its way to a writer, and what comes back of it."""
 
-    def __init__(self, job: Job, writers):
+    def __init__(self, job: Job, writers: Any) -> None:
         self.job, self.writers, self.num_open_texts = job, writers, job.num_texts
         self.hand_in()
 
-    def hand_in(self):
+    def hand_in(self) -> None:
         self.response = self.writers.remote(self.job)
 
 
 class RayRoutes(Routes):
     """The routes of `yan serve`, in front of the writers."""
 
-    def __init__(self, settings: Settings, writers):
+    def __init__(self, settings: Settings, writers: Any) -> None:
         super().__init__(settings, make_reader(settings))
         self.writers = writers.options(stream=True)
 
@@ -93,7 +94,7 @@ class RayRoutes(Routes):
     def _submit(self, job: Job) -> Ticket:
         return Ticket(job, self.writers)
 
-    async def _read(self, ticket: Ticket, deadline: float) -> AsyncIterator[dict]:
+    async def _read(self, ticket: Ticket, deadline: float) -> AsyncIterator[dict[str, Any]]:
         """The pieces of a job, which is handed in again if its writer dies before a part of its text was sent."""
         has_begun = False
         while ticket.num_open_texts:
@@ -120,10 +121,10 @@ class RayRoutes(Routes):
 class Front:
     """What speaks HTTP."""
 
-    def __init__(self, settings: Settings, writers):
+    def __init__(self, settings: Settings, writers: Any) -> None:
         self.routes = RayRoutes(settings, writers)
 
-    def __serve_build_asgi_app__(self):
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return self.routes.app()
 
 

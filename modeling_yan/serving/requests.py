@@ -4,7 +4,11 @@ import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 ROLES = ("system", "developer", "user", "assistant")
 # accepted, and of no influence on a text
@@ -27,7 +31,7 @@ NEUTRAL = {
 class RequestError(ValueError):
     """What is wrong with a request: the text, its HTTP status, the field and OpenAI's code for it."""
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
 
@@ -63,11 +67,11 @@ class Job:
         return dict(self.settings).get("num_return_sequences", 1)
 
 
-def is_whole(value, low: int, high: int) -> bool:
+def is_whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_number(value, low: float, high: float) -> bool:
+def is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -98,7 +102,7 @@ def field_rules(limits: Limits) -> dict[str, tuple[Callable[[Any], bool], str]]:
     }
 
 
-def _are_strings(value, most: int) -> bool:
+def _are_strings(value: Any, most: int) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, list) and len(strings) <= most and all(isinstance(s, str) and s for s in strings)
 
@@ -111,12 +115,14 @@ class RequestReader:
         new_tokens: Tokens of a text where a request does not say. is_yan: Whether YAN's own fields are allowed.
     """
 
-    def __init__(self, tokenizer, limits: Limits, new_tokens: int, is_yan: bool = True):
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", limits: Limits, new_tokens: int, is_yan: bool = True
+    ) -> None:
         self.tokenizer, self.limits, self.new_tokens = tokenizer, limits, min(new_tokens, limits.new_tokens)
         self.rules = field_rules(limits)
         self.is_yan = is_yan
 
-    def completion(self, body: bytes) -> tuple[dict, list[Job]]:
+    def completion(self, body: bytes) -> tuple[dict[str, Any], list[Job]]:
         """The fields of a request to /v1/completions, and a job for every prompt."""
         fields = self._fields(body, "prompt")
         prompts = [fields["prompt"]] if isinstance(fields["prompt"], str) else fields["prompt"]
@@ -124,7 +130,7 @@ class RequestReader:
             raise _wrong("prompt", fields["prompt"], "a string or a list of strings; token ids are not supported")
         return fields, self._jobs(fields, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], "prompt")
 
-    def chat(self, body: bytes) -> tuple[dict, list[Job]]:
+    def chat(self, body: bytes) -> tuple[dict[str, Any], list[Job]]:
         """The fields of a request to /v1/chat/completions, and its job."""
         fields = self._fields(body, "messages")
         messages = fields["messages"]
@@ -137,7 +143,7 @@ class RequestReader:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return fields, self._jobs(fields, [ids], "messages")
 
-    def _fields(self, body: bytes, needed: str) -> dict:
+    def _fields(self, body: bytes, needed: str) -> dict[str, Any]:
         """The checked fields of a body, without those that ask for nothing."""
         try:
             fields = json.loads(body)
@@ -153,7 +159,7 @@ class RequestReader:
                 self._check(name, value)
         return fields
 
-    def _check(self, name: str, value):
+    def _check(self, name: str, value: Any) -> None:
         if name in NEUTRAL:
             if value not in NEUTRAL[name] or isinstance(value, bool) != isinstance(NEUTRAL[name][0], bool):
                 raise RequestError(f"{name}={reprlib.repr(value)}: not supported by this server", name)
@@ -164,7 +170,7 @@ class RequestReader:
         if not is_allowed(value):
             raise _wrong(name, value, allowed)
 
-    def _jobs(self, fields: dict, prompts: list[list[int]], name: str) -> list[Job]:
+    def _jobs(self, fields: dict[str, Any], prompts: list[list[int]], name: str) -> list[Job]:
         limits, fields = self.limits, {**_stock_options(fields.get("generation_config")), **fields}
         for field in ("max_tokens", "temperature"):  # a generation config is checked as the fields are
             if field in fields:
@@ -187,7 +193,7 @@ class RequestReader:
         settings = tuple(self._settings(fields, number, temperature).items())
         return [Job(tuple(ids), settings, **options) for ids in prompts]
 
-    def _settings(self, fields, number, temperature) -> dict:
+    def _settings(self, fields: dict[str, Any], number: int, temperature: float) -> dict[str, Any]:
         """Keywords of `generate`."""
         new_tokens = fields.get("max_completion_tokens", fields.get("max_tokens", self.new_tokens))
         settings = {"max_new_tokens": new_tokens, "do_sample": temperature > 0}
@@ -197,11 +203,11 @@ class RequestReader:
         return settings | own
 
 
-def _wrong(name: str, value, allowed: str) -> RequestError:
+def _wrong(name: str, value: Any, allowed: str) -> RequestError:
     return RequestError(f"{name}={reprlib.repr(value)}: must be {allowed}", name)
 
 
-def _message(message) -> dict:
+def _message(message: Any) -> dict[str, Any]:
     """A message with its text as one string."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise _wrong("messages", message, f"objects with a role, one of {', '.join(ROLES)}, and content")
@@ -213,7 +219,7 @@ def _message(message) -> dict:
     return {"role": message["role"], "content": content}
 
 
-def _stock_options(text: str | None) -> dict:
+def _stock_options(text: str | None) -> dict[str, Any]:
     """Fields for what `transformers chat` sends as a generation config."""
     if text is None:
         return {}

@@ -3,9 +3,10 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -25,16 +26,18 @@ ROUTES = {  # path: method, and the function's name
     "/load_model": ("POST", "load_model"),
 }
 
+Numbered = tuple[int, dict[str, Any]]  # a piece, and the number of its job
+
 
 class Routes:
     """The routes of a model. An engine gives `_submit`, `_read` and `_forget`."""
 
-    def __init__(self, settings: Settings, reader: RequestReader):
+    def __init__(self, settings: Settings, reader: RequestReader) -> None:
         super().__init__()
         self.settings, self.reader, self.metrics = settings, reader, Metrics()
         self.name, self.num_open = settings.name or settings.model, 0
 
-    def authorize(self, request: Request):
+    def authorize(self, request: Request) -> None:
         """Refuse a request without the key."""
         key = self.settings.api_key
         if key is None or request.url.path in OPEN_PATHS:
@@ -44,31 +47,33 @@ class Routes:
             body = error_body("wrong or missing API key", 401, code="invalid_api_key")
             raise HTTPException(401, body, headers={"WWW-Authenticate": "Bearer"})
 
-    async def completions(self, request: Request):
+    async def completions(self, request: Request) -> Response:
         return await self._answer(request, self.reader.completion, is_chat=False)
 
-    async def chat_completions(self, request: Request):
+    async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, self.reader.chat, is_chat=True)
 
-    async def models(self):
+    async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
 
-    async def model(self, name: str):
+    async def model(self, name: str) -> dict[str, Any]:
         if name != self.name:
             raise _shaped(RequestError(f"model={name!r}: must be {self.name!r}", "model", 404, "model_not_found"))
         return self._card()
 
-    async def show_metrics(self):
+    async def show_metrics(self) -> Response:
         return Response(self.metrics.text(self.num_open), media_type="text/plain; version=0.0.4")
 
-    async def load_model(self):
+    async def load_model(self) -> Response:
         """What `transformers chat` asks for first: the model is there."""
         return Response(event({"status": "ready", "model": self.name, "cached": True}), media_type="text/event-stream")
 
-    def _card(self) -> dict:
+    def _card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
 
-    async def _answer(self, request: Request, read, is_chat: bool):
+    async def _answer(
+        self, request: Request, read: Callable[[bytes], tuple[dict[str, Any], list[Job]]], is_chat: bool
+    ) -> Response:
         started, endpoint = time.monotonic(), "chat" if is_chat else "completions"
         try:
             fields, jobs = read(await self._body(request))
@@ -101,7 +106,15 @@ class Routes:
         except StarletteHTTPException as error:  # of LitServe, too, for a body that is too large
             raise RequestError(f"the body must have at most {most} bytes", status=error.status_code) from None
 
-    async def _stream(self, fields, answer: Answer, first, pieces, started: float, endpoint: str):
+    async def _stream(
+        self,
+        fields: dict[str, Any],
+        answer: Answer,
+        first: Numbered,
+        pieces: AsyncGenerator[Numbered, None],
+        started: float,
+        endpoint: str,
+    ) -> AsyncIterator[str]:
         """The events of a stream."""
         status = VANISHED
         try:
@@ -119,7 +132,7 @@ class Routes:
             self.metrics.count(endpoint, status, started, answer.usage())
             await pieces.aclose()
 
-    async def _pieces(self, jobs: list[Job]) -> AsyncIterator[tuple[int, dict]]:
+    async def _pieces(self, jobs: list[Job]) -> AsyncGenerator[Numbered, None]:
         """The pieces of all jobs, each with the number of its job; the jobs are written together."""
         if self.num_open >= self.settings.max_queue:
             raise RequestError(f"{self.num_open} requests are open: try again later", status=429, code="queue_full")
@@ -136,16 +149,16 @@ class Routes:
             for ticket in tickets:
                 self._forget(ticket)
 
-    def _submit(self, job: Job):
+    def _submit(self, job: Job) -> Any:
         """Hand a job in, and return what `_read` reads."""
         raise NotImplementedError
 
-    async def _read(self, ticket, deadline: float) -> AsyncIterator[dict]:
+    async def _read(self, ticket: Any, deadline: float) -> AsyncIterator[dict[str, Any]]:
         """The pieces of a job."""
         raise NotImplementedError
         yield
 
-    def _forget(self, ticket):
+    def _forget(self, ticket: Any) -> None:
         """Nobody waits for a job any more."""
 
 
@@ -159,7 +172,7 @@ async def _read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def checked(pieces: list[dict]) -> list[dict]:
+def checked(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The pieces of a round.
 
     Raises:
@@ -179,7 +192,7 @@ def died() -> RequestError:
     return RequestError("a replica died while it wrote", status=502)
 
 
-def _body_of(error: RequestError) -> dict:
+def _body_of(error: RequestError) -> dict[str, Any]:
     return error_body(error.message, error.status, error.param, error.code)
 
 
@@ -195,7 +208,7 @@ async def _show_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(content, status, headers=getattr(error, "headers", None))
 
 
-def shape_errors(app):
+def shape_errors(app: FastAPI) -> None:
     """Let a FastAPI app tell of every error in OpenAI's shape."""
     for error in (StarletteHTTPException, Exception):
         app.add_exception_handler(error, _show_error)

@@ -8,7 +8,8 @@ import signal
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
 
 import litserve
 from fastapi import Request
@@ -16,7 +17,7 @@ from litserve.loops import BatchedStreamingLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 
-from .requests import Job, RequestError
+from .requests import Job, RequestError, RequestReader
 from .routes import ROUTES, Routes, checked, died, shape_errors, too_late
 from .settings import Settings, make_reader, make_writer
 
@@ -26,7 +27,7 @@ POLL_S = 0.5  # how often a request that waits looks whether its replica still l
 class YanAPI(litserve.LitAPI):
     """What a replica does with a batch."""
 
-    def __init__(self, settings: Settings, spec: "OpenAIRoutes"):
+    def __init__(self, settings: Settings, spec: "OpenAIRoutes") -> None:
         super().__init__(
             max_batch_size=settings.batch_size,
             batch_timeout=settings.batch_wait_s,
@@ -35,30 +36,30 @@ class YanAPI(litserve.LitAPI):
         )
         self.settings = settings
 
-    def setup(self, device):
+    def setup(self, device: str) -> None:
         """Load the model in the process of a replica."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C, which the main process sees to
         self.writer = make_writer(self.settings, device)
 
-    def decode_request(self, request):
+    def decode_request(self, request: Any) -> Any:
         return request
 
-    def batch(self, inputs):
+    def batch(self, inputs: Iterable[Any]) -> list[Any]:
         return list(inputs)
 
-    def predict(self, jobs):
+    def predict(self, jobs: list[Job]) -> Iterator[list[Any]]:
         """Rounds of pieces, one list of them for every job, and the size of the batch first."""
         yield [[{"batch": len(jobs)}]] * len(jobs)
         yield from self.writer.write(jobs)
 
-    def unbatch(self, output):
+    def unbatch(self, output: Iterable[Any]) -> Iterator[Any]:
         yield from output
 
-    def encode_response(self, output):
+    def encode_response(self, output: Iterable[Any]) -> Any:
         for round_ in output:
             yield [json.dumps(pieces) for pieces in round_]
 
-    def authorize(self, request: Request):
+    def authorize(self, request: Request) -> None:
         """Refuse a request without the key."""
         self.spec.authorize(request)
 
@@ -66,24 +67,24 @@ class YanAPI(litserve.LitAPI):
 class OpenAIRoutes(Routes, LitSpec):
     """The routes. They run in the process that speaks HTTP; of a replica's process they are not part."""
 
-    def __init__(self, settings: Settings, reader):
+    def __init__(self, settings: Settings, reader: RequestReader) -> None:
         super().__init__(settings, reader)
-        self.short_since = None  # when a replica was missed first, of those that are not back yet
+        self.short_since: float | None = None  # when a replica was missed first, of those that are not back yet
         self.api_path = "/v1/completions"
         for path, (method, name) in ROUTES.items():
             self.add_endpoint(path, getattr(self, name), [method])
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"api_path": self.api_path, "_endpoints": []}
 
     @property
-    def stream(self):
+    def stream(self) -> bool:
         return True
 
-    def decode_request(self, request, context_kwargs=None):
+    def decode_request(self, request: Any, context_kwargs: dict[str, Any] | None = None) -> Any:
         return request
 
-    def encode_response(self, output, context_kwargs=None):
+    def encode_response(self, output: Iterable[Any], context_kwargs: dict[str, Any] | None = None) -> Any:
         return output
 
     def _submit(self, job: Job) -> "Ticket":
@@ -91,17 +92,17 @@ class OpenAIRoutes(Routes, LitSpec):
         self._hand_in(ticket)
         return ticket
 
-    def _forget(self, ticket: "Ticket"):
+    def _forget(self, ticket: "Ticket") -> None:
         self.response_buffer.pop(ticket.uid, None)
 
-    def _hand_in(self, ticket: "Ticket"):
+    def _hand_in(self, ticket: "Ticket") -> None:
         """Hand a job in, under a new name if for the second time: what comes of the old one is for nobody."""
         self._forget(ticket)
         ticket.uid, ticket.since, ticket.item.worker_id = str(uuid.uuid4()), time.monotonic(), None
         self.response_buffer[ticket.uid] = ticket.item
         self.request_queue.put((self.response_queue_id, ticket.uid, ticket.since, ticket.job))
 
-    async def _read(self, ticket: "Ticket", deadline: float) -> AsyncIterator[dict]:
+    async def _read(self, ticket: "Ticket", deadline: float) -> AsyncIterator[dict[str, Any]]:
         """The pieces of a job.
 
         A job whose replica has died is handed in again, unless a part of its text was sent already.
@@ -137,20 +138,21 @@ class OpenAIRoutes(Routes, LitSpec):
         elif self.short_since is None:
             self.short_since = time.monotonic()
         if ticket.item.worker_id is None:
-            return is_short and ticket.since < self.short_since
+            return self.short_since is not None and ticket.since < self.short_since
         return states.get(f"{self.api_path.split('/')[-1]}_{ticket.item.worker_id}") != WorkerSetupStatus.READY
 
 
 class Ticket:
     """A job on its way, and what came back of it."""
 
-    def __init__(self, job: Job):
-        self.job, self.uid, self.since = job, None, 0.0
+    def __init__(self, job: Job) -> None:
+        self.job, self.since = job, 0.0
+        self.uid: str | None = None
         self.item = ResponseBufferItem(event=asyncio.Event(), response_queue=deque())
         self.num_open_texts = job.num_texts
 
 
-def _opened(content, status) -> list[dict]:
+def _opened(content: Any, status: LitAPIStatus) -> list[dict[str, Any]]:
     """The pieces of a message of a replica.
 
     Raises:
@@ -191,11 +193,11 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], (EOFError, ConnectionError)))
 
 
-def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000):
+def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGINT or SIGTERM; requests that are open then are answered before the processes end."""
     server, main = make_server(settings), os.getpid()
 
-    def stop(*_):
+    def stop(*_: Any) -> None:
         if os.getpid() == main:
             raise KeyboardInterrupt
         os._exit(0)  # of a process that LitServe forked, and which has set no handler of its own

@@ -70,5 +70,5 @@ def make_writer(settings: Settings, device: str) -> BatchWriter:
     if AutoConfig.from_pretrained(settings.model).model_type == "yan":
         model = load_model(settings.model, device)  # refuses a folder without the flow's weights
     else:  # such as an autoregressive one to compare with
-        model = AutoModelForCausalLM.from_pretrained(settings.model).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(settings.model).to(device).eval()  # type: ignore[arg-type]
     return BatchWriter(model, load_tokenizer(settings.model), settings.threads)

@@ -5,19 +5,30 @@ import queue
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from .requests import Job
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..modeling_yan import YanForFlowGeneration
+
+
 logger = logging.getLogger(__name__)
-Pieces = list[dict]  # of one job: {"index", "text", "finish", "tokens"}, {"index", "draft"} or {"error", "status"}
+# of one job: {"index", "text", "finish", "tokens"}, {"index", "draft"} or {"error", "status"}
+Pieces = list[dict[str, Any]]
 
 
 class Text:
     """One text as it grows, and how it ends."""
 
-    def __init__(self, tokenizer, eos: set[int], stop: tuple[str, ...], limit: int):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", eos: set[int], stop: tuple[str, ...], limit: int) -> None:
         self.tokenizer, self.eos, self.stop, self.limit = tokenizer, eos, stop, limit
-        self.ids, self.sent, self.finish = [], "", None
+        self.ids: list[int] = []
+        self.sent = ""
+        self.finish: str | None = None
 
     def extend(self, ids: list[int], is_over: bool = False) -> str:
         """What the next tokens add to the text, the last ones if `is_over`.
@@ -46,8 +57,8 @@ class Text:
         end = next((place for place, token in enumerate(ids) if token in self.eos), len(ids))
         return self._decode(self.ids + ids[:end])[len(self.sent) :]
 
-    def _decode(self, ids) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _held(self, text: str) -> int:
         """Length of the longest end of the text that a stop string begins with."""
@@ -61,32 +72,35 @@ class Canvases:
 
     END = object()
 
-    def __init__(self, wants_drafts: bool):
-        self.events, self.has_prompt = queue.SimpleQueue(), False
+    def __init__(self, wants_drafts: bool) -> None:
+        self.events: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self.has_prompt = False
         if wants_drafts:
             self.put_draft = lambda tokens: self.events.put(("draft", tokens.tolist()))
 
-    def put(self, tokens):
+    def put(self, tokens: "torch.Tensor") -> None:
         """The prompt, which is passed over, and then canvases (B, L), or (B,) tokens of a model that writes one."""
         if self.has_prompt:
             self.events.put(("canvas", (tokens if tokens.dim() == 2 else tokens.unsqueeze(1)).tolist()))
         self.has_prompt = True
 
-    def end(self):
+    def end(self) -> None:
         """The end of the call is waited for instead, which may also be an error."""
 
 
 class BatchWriter:
     """Writes batches of jobs with a model, in one thread of its own."""
 
-    def __init__(self, model, tokenizer, threads: int | None = None):
+    def __init__(
+        self, model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", threads: int | None = None
+    ) -> None:
         import torch
 
         self.model, self.tokenizer = model, tokenizer
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        started = {} if threads is None else {"initializer": torch.set_num_threads, "initargs": (threads,)}
-        self.thread = ThreadPoolExecutor(1, **started)
+        set_up: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (threads,)}
+        self.thread = ThreadPoolExecutor(1, **({} if threads is None else set_up))
 
     def write(self, jobs: list[Job]) -> Iterator[list[Pieces]]:
         """Rounds of news, in each of them the pieces of every job."""
@@ -118,7 +132,9 @@ class BatchWriter:
         call.result()  # its error, if there is one
         yield _extended(texts, [[]] * len(texts), is_over=True)
 
-    def _generate(self, jobs, settings, streamer=None) -> list[list[int]]:
+    def _generate(
+        self, jobs: list[Job], settings: dict[str, Any], streamer: Canvases | None = None
+    ) -> list[list[int]]:
         """Ids of the new tokens of every text."""
         import torch
 
@@ -145,19 +161,19 @@ def group_jobs(jobs: list[Job]) -> list[list[int]]:
 
 
 def _spread(pieces: list[Pieces], numbers: list[int], num_jobs: int) -> list[Pieces]:
-    round_ = [[] for _ in range(num_jobs)]
+    round_: list[Pieces] = [[] for _ in range(num_jobs)]
     for number, found in zip(numbers, pieces, strict=True):
         round_[number] = found
     return round_
 
 
-def _extended(texts, rows, is_over: bool = False) -> list[Pieces]:
+def _extended(texts: list[list[Text]], rows: list[list[int]], is_over: bool = False) -> list[Pieces]:
     """The pieces of every job after more tokens of its texts, the last ones if `is_over`."""
-    rows, news = iter(rows), []
+    news, next_rows = [], iter(rows)
     for choices in texts:
         pieces = []
         for index, text in enumerate(choices):
-            ids = next(rows)
+            ids = next(next_rows)
             if text.finish is None:
                 new = text.extend(ids, is_over)
                 pieces.append({"index": index, "text": new, "finish": text.finish, "tokens": len(text.ids)})
@@ -165,7 +181,7 @@ def _extended(texts, rows, is_over: bool = False) -> list[Pieces]:
     return news
 
 
-def _drafts(texts, rows) -> list[Pieces]:
+def _drafts(texts: list[list[Text]], rows: list[list[int]]) -> list[Pieces]:
     return [
         [] if choices[0].finish else [{"index": 0, "draft": choices[0].draft(row)}]
         for choices, row in zip(texts, rows, strict=True)

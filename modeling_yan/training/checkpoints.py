@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from accelerate import Accelerator
+
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"checkpoint-(\d+)")
 ASIDE = ".unfinished-"  # what a killed save or a killed removal leaves behind
@@ -22,7 +24,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def claim(output_dir: str | os.PathLike) -> Iterator[None]:
+def claim(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Make the folder, and have this process alone train into it. The system lets go when the process dies.
 
     Raises:
@@ -40,19 +42,19 @@ def claim(output_dir: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The whole checkpoints of a folder, oldest first."""
     matches = [(NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def remove_unfinished(output_dir: str | os.PathLike) -> None:
+def remove_unfinished(output_dir: str | os.PathLike[str]) -> None:
     """Clear away what killed runs left half written."""
     for path in Path(output_dir).glob(ASIDE + "*"):
         shutil.rmtree(path)
 
 
-def write_checkpoint(accelerator, output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let every process `write` into a folder aside and rename that to `checkpoint-{step}`.
 
     Raises:

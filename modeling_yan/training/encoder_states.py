@@ -5,22 +5,24 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedConfig
 
 from ..data import FlowCollator
 from ..data.rows import Row
+from ..modeling_yan import YanForFlowGeneration
 
 BATCH = 32  # rows that are encoded together
 NUM_BYTES = 4  # of a number
 WRITTEN_BYTES = 2**26  # about so many at a time
 
 
-class RowsWithStates(torch.utils.data.Dataset):
+class RowsWithStates(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows, each with the `states` (S, H) of the encoder for its source, read from the disk by memory map.
 
     They are computed for a collator's batches, and for the model's own answer slots before every source. The file's
@@ -38,10 +40,12 @@ class RowsWithStates(torch.utils.data.Dataset):
         OSError: There is no room for the file; the message says how much it needs.
     """
 
-    def __init__(self, rows: Sequence[Row], model, collator: FlowCollator, folder: str | os.PathLike):
+    def __init__(
+        self, rows: Sequence[Row], model: YanForFlowGeneration, collator: FlowCollator, folder: str | os.PathLike[str]
+    ) -> None:
         if not model.keeps_states:
             raise ValueError("freeze_encoder=False: must be True, for a pretrained encoder, to keep its states")
-        self.rows, self.width = rows, model.config.encoder.hidden_size
+        self.rows, self.width = rows, model.config.encoder_hidden_size
         prompts = _token_ids(rows, collator)
         num_tokens = sum(map(len, prompts)) + len(prompts) * model.config.num_answer_slots
         size = num_tokens * self.width * NUM_BYTES
@@ -79,7 +83,7 @@ class RowsWithStates(torch.utils.data.Dataset):
 class StatesCollator:
     """Batches of another collator; where rows have `states`, with these as `encoder_outputs` (B, S, H)."""
 
-    def __init__(self, collator: FlowCollator):
+    def __init__(self, collator: FlowCollator) -> None:
         self.collator = collator
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -95,7 +99,7 @@ class StatesCollator:
         return {**batch, "encoder_outputs": states}
 
 
-def _token_ids(rows, collator) -> list[torch.Tensor]:
+def _token_ids(rows: Sequence[Row], collator: FlowCollator) -> list[torch.Tensor]:
     """What the encoder reads of every row, without its padding."""
     starts = range(0, len(rows), BATCH)
     batches = (collator(rows[start : start + BATCH]) for start in starts)
@@ -106,9 +110,10 @@ def _token_ids(rows, collator) -> list[torch.Tensor]:
     ]
 
 
-def _key(prompts, model) -> str:
+def _key(prompts: list[torch.Tensor], model: YanForFlowGeneration) -> str:
     """A hash of all that the states depend on."""
-    digest = hashlib.sha256(model.config.encoder.to_json_string().encode())
+    encoder = cast(PreTrainedConfig, model.config.encoder)
+    digest = hashlib.sha256(encoder.to_json_string().encode())
     digest.update(repr((model.config.num_answer_slots, model.config.mask_token_id, str(model.dtype))).encode())
     for name, weight in model.base_model.encoder.state_dict().items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -117,7 +122,9 @@ def _key(prompts, model) -> str:
     return digest.hexdigest()[:32]
 
 
-def _encode(prompts, model, collator) -> Iterator[dict[str, np.ndarray]]:
+def _encode(
+    prompts: list[torch.Tensor], model: YanForFlowGeneration, collator: FlowCollator
+) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     """The states of every prompt as one list of numbers."""
     was_training, pad = model.training, collator.tokenizer.pad_token_id
     model.eval()
@@ -131,13 +138,15 @@ def _encode(prompts, model, collator) -> Iterator[dict[str, np.ndarray]]:
     model.train(was_training)
 
 
-def _with_room(rows, size, folder):
+def _with_room(
+    rows: Iterator[dict[str, np.ndarray[Any, Any]]], size: int, folder: str | os.PathLike[str]
+) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
     if shutil.disk_usage(folder).free < size:
         raise _no_room(size, folder)
     yield from rows
 
 
-def _no_room(size, folder) -> OSError:
+def _no_room(size: int, folder: str | os.PathLike[str]) -> OSError:
     free = shutil.disk_usage(folder).free
     return OSError(
         errno.ENOSPC,

@@ -9,17 +9,22 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     EarlyStoppingCallback,
     HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
 
+from ..cards_yan import YanModelCard
 from ..configuration_yan import LORA_MODULES, LORA_PARAMETERS
 from ..data import FlowCollator, prepare_tokenizer
 from ..data.rows import Row
@@ -29,7 +34,12 @@ from .encoder_states import RowsWithStates, StatesCollator
 from .optimization import make_groups
 from .samples import Samples
 
-DEFAULTS = {"logging_steps": 50, "warmup_steps": 0.05, "predict_with_generate": True, "remove_unused_columns": False}
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+
+DEFAULTS: dict[str, Any] = {"logging_steps": 50, "warmup_steps": 0.05}
+DEFAULTS |= {"predict_with_generate": True, "remove_unused_columns": False}
 DEFAULTS |= {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
 DEFAULTS |= {"load_best_model_at_end": True, "num_train_epochs": 0}  # 0: by the number of rows
@@ -91,7 +101,7 @@ class FinetuningArguments:
         metadata={"help": "compute a frozen pretrained encoder's states of the training rows once, and keep them"},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for one, other in (("train_file", "dataset"), ("model", "encoder")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"--{one}, or --{other}: must be given, and not both")
@@ -108,7 +118,7 @@ class FinetuningArguments:
         """Which columns become source and target."""
         return PairColumns(self.source_column, self.target_column, self.template)
 
-    def new_fields(self) -> dict:
+    def new_fields(self) -> dict[str, Any]:
         """The fields of a new model. ValueError unless they are a JSON object."""
         try:
             fields = json.loads(self.fields)
@@ -121,11 +131,11 @@ class FinetuningArguments:
     @property
     def origin(self) -> str:
         """What the rows are of."""
-        return self.train_file or self.dataset
+        return self.train_file or self.dataset or ""
 
 
 def parse_finetuning(
-    words: Sequence[str], make_parser: Callable = HfArgumentParser
+    words: Sequence[str], make_parser: Callable[..., Any] = HfArgumentParser
 ) -> tuple[FinetuningArguments, Seq2SeqTrainingArguments]:
     """Settings from the words of a command line; `make_parser` makes the parser of dataclasses."""
     parser = make_parser([FinetuningArguments, Seq2SeqTrainingArguments])
@@ -135,42 +145,41 @@ def parse_finetuning(
     # the best model can be kept only where each is saved that is measured
     parser.set_defaults(learning_rate=rate, load_best_model_at_end=given.eval_strategy == given.save_strategy != "no")
     try:
-        return parser.parse_args_into_dataclasses(words)
+        options, training = parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         parser.error(str(error))
+    return options, training
 
 
-def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
+def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -> None:
     """Train and save the model, or its adapter alone, and print its scores before and after.
 
     It is trained until its loss on the held-out rows has not fallen for three epochs; the best one is kept.
     """
     with training.main_process_first():  # the others find what it downloaded and converted
         rows, held_out, held_name = load_pairs(options, training.seed)
-    if options.encoder is None:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-    else:
-        model, tokenizer = _new_model(options.encoder, rows, options.new_fields())
+    model, tokenizer = _model_and_tokenizer(options, rows)
     if not training.num_train_epochs:
         training.num_train_epochs = choose_epochs(len(rows), training)
     is_main = training.process_index == 0
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     collator = FlowCollator(tokenizer, model=model)
-    trained, adapter = model, None
+    trained: PreTrainedModel = model
+    adapter, output_dir, train_rows = None, cast(str, training.output_dir), cast(Any, rows)
     if options.lora and options.encoder is not None:
         adapter = adapt_encoder(model, options.lora_rank)
     elif options.lora:
         trained = _with_lora(model, options.lora_rank)
     if options.cache_latents and model.keeps_states:
         with training.main_process_first():
-            rows = RowsWithStates(rows, model.to(training.device), collator, Path(training.output_dir, STATES))
+            model.to(training.device)  # type: ignore[arg-type]
+            train_rows = RowsWithStates(rows, model, collator, Path(output_dir, STATES))
     trainer = Seq2SeqTrainer(
         model=trained,
         args=training,
-        train_dataset=rows,
-        eval_dataset=held_out,
+        train_dataset=train_rows,
+        eval_dataset=cast(Any, held_out),
         data_collator=StatesCollator(collator),
         processing_class=tokenizer,
         compute_metrics=Samples(tokenizer, held_out, is_main),
@@ -182,7 +191,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments):
     if adapter is not None:
         adapter.merge_and_unload()
     after = trainer.evaluate()
-    command = next_command(training.output_dir, held_out)
+    command = next_command(output_dir, held_out)
     if trained is model:  # an adapter has peft's card
         fill_card(model.model_card, options, command, len(rows), after, len(held_out))
     trainer.save_model()
@@ -203,7 +212,7 @@ def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list
     if options.train_file is not None:
         rows = make_pairs(load_file(options.train_file), columns, options.train_file)
     else:
-        of = options.dataset, options.dataset_config
+        of = cast(str, options.dataset), options.dataset_config
         rows = make_pairs(load_split(*of, options.train_split), columns, f"{options.dataset}, {options.train_split}")
         if split is None and options.validation_file is None and has_split(*of, "validation"):
             split = "validation"
@@ -216,7 +225,19 @@ def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list
     return *hold_out(rows, options.validation_share, seed), name
 
 
-def _new_model(encoder, rows, fields):
+def _model_and_tokenizer(
+    options: FinetuningArguments, rows: Sequence[Row]
+) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
+    if options.encoder is not None:
+        return _new_model(options.encoder, rows, options.new_fields())
+    name = cast(str, options.model)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return cast(YanForFlowGeneration, AutoModelForCausalLM.from_pretrained(name)), tokenizer
+
+
+def _new_model(
+    encoder: str, rows: Sequence[Row], fields: dict[str, Any]
+) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
     """A model and its tokenizer on a pretrained encoder, with room for the longest target of the rows."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
@@ -230,7 +251,9 @@ def _new_model(encoder, rows, fields):
     return model, tokenizer
 
 
-def _two_rates(model, training, encoder_rate) -> torch.optim.Optimizer | None:
+def _two_rates(
+    model: nn.Module, training: Seq2SeqTrainingArguments, encoder_rate: float | None
+) -> torch.optim.Optimizer | None:
     """The optimizer of a pretrained encoder that learns at a rate of its own; None where the trainer makes one."""
     if encoder_rate is None:
         return None
@@ -239,13 +262,13 @@ def _two_rates(model, training, encoder_rate) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon)
 
 
-def choose_epochs(num_rows, training) -> int:
+def choose_epochs(num_rows: int, training: Seq2SeqTrainingArguments) -> int:
     """Epochs that make about `UPDATES` updates, over which the learning rate falls."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     return min(max(math.ceil(UPDATES / math.ceil(num_rows / batch)), MIN_EPOCHS), MAX_EPOCHS)
 
 
-def adapt_encoder(model: YanForFlowGeneration, rank: int):
+def adapt_encoder(model: YanForFlowGeneration, rank: int) -> "LoraModel":
     """Freeze a pretrained encoder and give each of its linear layers a LoRA adapter (arXiv 2106.09685).
 
     Flow and decoder are trained as before. `merge_and_unload` of what comes back leaves a model without adapters,
@@ -260,24 +283,31 @@ def adapt_encoder(model: YanForFlowGeneration, rank: int):
     return LoraModel(model.base_model.encoder, config, "default")
 
 
-def _with_lora(model, rank):
+def _with_lora(model: YanForFlowGeneration, rank: int) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
-    targets = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
+    targets: dict[str, Any] = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
     config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets)
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
-    return model
+    adapted: Any = get_peft_model(model, config)
+    adapted.print_trainable_parameters()
+    return adapted
 
 
-def next_command(folder, rows: Sequence[Row]) -> str:
+def next_command(folder: str | os.PathLike[str], rows: Sequence[Row]) -> str:
     """What to type next: the shortest prompt of some rows, in the form that the model was trained on."""
     prompt = min((row["source"] for row in rows), key=len)
     prompt = textwrap.shorten(prompt, LONGEST_EXAMPLE, placeholder=" ...")
     return f"yan generate {shlex.quote(str(folder))} {shlex.quote(prompt)}"
 
 
-def fill_card(card, options: FinetuningArguments, command: str, num_rows: int, scores: dict, num_held_out: int):
+def fill_card(
+    card: YanModelCard,
+    options: FinetuningArguments,
+    command: str,
+    num_rows: int,
+    scores: dict[str, Any],
+    num_held_out: int,
+) -> None:
     """Say in the model card what the model was trained on, how it is asked, and how well it answers."""
     columns = options.columns
     card.prompts = f"`{' '.join(columns.form.split())}`, of which it writes `{columns.target}`: `{command}`."

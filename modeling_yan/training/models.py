@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -24,7 +25,13 @@ MODELS = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False, config_overrides: str = ""):
+def load_model(
+    stage: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    resize_embeddings: bool = False,
+    config_overrides: str = "",
+) -> PreTrainedModel:
     """The stage's model: weights of a checkpoint, or a fresh one of a preset, fitted to the tokenizer.
 
     A baseline is always fresh, and as large as the YAN whose config there is; but a pretrained encoder is that of the
@@ -62,7 +69,7 @@ def load_model(stage: str, name: str, tokenizer, resize_embeddings: bool = False
     return model
 
 
-def _make_baseline(stage, name, config):
+def _make_baseline(stage: str, name: str, config: YanConfig) -> PreTrainedModel:
     model = make_baseline(stage, config)
     if config.encoder is not None and has_weights(name):
         source = YanForFlowGeneration.from_pretrained(name).model.encoder

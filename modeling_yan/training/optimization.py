@@ -2,11 +2,19 @@
 
 import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .arguments import PretrainingArguments
 
 
-def make_optimizer(arguments, model):
+def make_optimizer(
+    arguments: PretrainingArguments, model: PreTrainedModel
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW with the groups of `make_groups`, and the schedule of its learning rate."""
     rates = arguments.learning_rate, arguments.encoder_learning_rate
     betas = (arguments.adam_beta1, arguments.adam_beta2)
@@ -16,8 +24,8 @@ def make_optimizer(arguments, model):
 
 
 def make_groups(
-    model, weight_decay: float, learning_rate: float, encoder_learning_rate: float | None = None
-) -> list[dict]:
+    model: Any, weight_decay: float, learning_rate: float, encoder_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
     """The trained parameters for an optimizer of torch, in groups.
 
     Only the weights of linear layers, convolutions and experts decay: not biases, norms and embeddings, and not what a
@@ -33,7 +41,7 @@ def make_groups(
     """
     encoder = set() if encoder_learning_rate is None else _encoder_parameters(model, encoder_learning_rate)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_weight = name.endswith(("weight", "up_proj", "down_proj")) and parameter.dim() > 1
@@ -49,28 +57,28 @@ def make_groups(
     ]
 
 
-def _encoder_parameters(model, rate) -> set[int]:
+def _encoder_parameters(model: PreTrainedModel, rate: float) -> set[int]:
     encoder = model.get_encoder() if model.config.is_encoder_decoder else getattr(model.base_model, "encoder", None)
     if encoder is None:
         raise ValueError(f"encoder_learning_rate={rate}: must be None without a pretrained encoder")
     return {id(parameter) for parameter in encoder.parameters()}
 
 
-def follow_schedule(scheduler):
+def follow_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Set the learning rate that the schedule has at its place: that of a longer run is another than the saved one."""
     groups = scheduler.optimizer.param_groups
     for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
 
 
-def _constant(step, arguments):
+def _constant(step: int, arguments: PretrainingArguments) -> float:
     """Linear warm-up, constant, linear decay at the end."""
     warm = (step + 1) / max(1, arguments.warmup_steps)
     left = (arguments.max_steps - step) / max(1, arguments.decay_steps)
     return min(1.0, warm, left)
 
 
-def _cosine(step, arguments):
+def _cosine(step: int, arguments: PretrainingArguments) -> float:
     """Linear warm-up, then half a cosine to 0."""
     done = (step - arguments.warmup_steps) / max(1, arguments.max_steps - arguments.warmup_steps)
     return min((step + 1) / max(1, arguments.warmup_steps), (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2)
@@ -83,20 +91,22 @@ class MovingAverage:
     forgotten. The average has the parameters' own layout, so sharded ones stay sharded.
     """
 
-    def __init__(self, model, decay: float):
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.num_updates = decay, 0
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters: list[torch.Tensor] = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         """Take the present weights into the average."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self):
+    def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights."""
         self._exchange()
         try:
@@ -105,17 +115,17 @@ class MovingAverage:
             self._exchange()
 
     @torch.no_grad()
-    def _exchange(self):
+    def _exchange(self) -> None:
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""
         return {"num_updates": self.num_updates, "averages": self.averages}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.num_updates = state["num_updates"]
         for average, saved in zip(self.averages, state["averages"], strict=True):

@@ -3,9 +3,11 @@
 import random
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.rows import Row
 from ..evaluation import exact_match, rouge_l
@@ -24,12 +26,14 @@ class Samples:
         is_shown: Whether texts are printed, which one process of several does.
     """
 
-    def __init__(self, tokenizer, rows: Sequence[Row], is_shown: bool = True, number: int = 3):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], is_shown: bool = True, number: int = 3
+    ) -> None:
         self.tokenizer, self.rows = tokenizer, rows
         chosen = sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))
         self.shown = chosen if is_shown else []
 
-    def __call__(self, prediction) -> dict[str, float]:
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         written, wanted = self._decode(prediction.predictions), self._decode(prediction.label_ids)
         for index in self.shown:
             texts = {"source": self.rows[index]["source"], "wanted": wanted[index], "written": written[index]}
@@ -37,7 +41,7 @@ class Samples:
         pairs = list(zip(written, wanted, strict=True))
         return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in METRICS.items()}
 
-    def _decode(self, ids) -> list[str]:
+    def _decode(self, ids: Any) -> list[str]:
         known = np.where(ids < 0, self.tokenizer.pad_token_id, ids)
         return self.tokenizer.batch_decode(known, skip_special_tokens=True)
 

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState
 
@@ -52,7 +53,7 @@ def choose_learning_rate(
         return json.loads(path.read_text())["chosen"]
     trials = {rate: _try(arguments, rate, num_trial_steps) for rate in learning_rates}
     losses = {rate: _mean_loss(line) for rate, line in trials.items()}
-    chosen = min(losses, key=losses.get)
+    chosen = min(losses, key=losses.__getitem__)
     entries = [{"learning_rate": rate, "loss": losses[rate], "validation": line} for rate, line in trials.items()]
     record = {"stage": arguments.stage, "chosen": chosen, "updates": num_trial_steps, "trials": entries}
     aside = path.with_name(f".{path.name}.tmp")
@@ -61,10 +62,15 @@ def choose_learning_rate(
     return chosen
 
 
-def _try(arguments, rate, num_steps) -> dict[str, float]:
+def _try(arguments: PretrainingArguments, rate: float, num_steps: int) -> dict[str, float]:
     """The last validation of a trial; one whose loss is not finite has none."""
     folder = Path(arguments.output_dir) / TRIALS_FOLDER / f"{rate:g}"
-    settings = {"learning_rate": rate, "max_steps": num_steps, "save_steps": num_steps, "decay_steps": 0}
+    settings: dict[str, Any] = {
+        "learning_rate": rate,
+        "max_steps": num_steps,
+        "save_steps": num_steps,
+        "decay_steps": 0,
+    }
     trial = replace(
         arguments, **settings, lr_scheduler_type="constant_with_warmup", output_dir=str(folder), resume=True
     )
@@ -76,12 +82,12 @@ def _try(arguments, rate, num_steps) -> dict[str, float]:
     return [line for line in lines if any(name.endswith("/exact") for name in line)][-1]
 
 
-def _train(arguments) -> None:
+def _train(arguments: PretrainingArguments) -> None:
     AcceleratorState._reset_state(True)  # one state a process otherwise, with the settings of the run before
     pretrain(arguments)
 
 
-def _mean_loss(line) -> float:
+def _mean_loss(line: Mapping[str, float]) -> float:
     losses = [value for name, value in line.items() if name.endswith("/loss")]
     return sum(losses) / len(losses) if losses else math.inf
 
@@ -96,7 +102,7 @@ def _take_over(trial: Path, output_dir: Path) -> None:
     os.replace(aside, output_dir / checkpoint.name)
 
 
-def _check(arguments, learning_rates, trial_share) -> int:
+def _check(arguments: PretrainingArguments, learning_rates: Sequence[float], trial_share: float) -> int:
     if not learning_rates or not all(rate > 0 for rate in learning_rates):
         raise ValueError(f"learning_rates={list(learning_rates)}: must be one or more, each above 0")
     if not 0 < trial_share < 1:

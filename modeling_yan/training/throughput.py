@@ -6,9 +6,11 @@ costs twice its forward pass where weights are trained.
 """
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 PEAK_SIZE = 2048  # of the square matrices whose product measures the peak
 
@@ -19,7 +21,7 @@ def linear_flops(*modules: nn.Module) -> int:
     return 2 * sum(part.weight.numel() for part in parts)
 
 
-def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int = 0, num_flow_steps: int = 0) -> int:
+def training_flops(model: Any, batch_size: int, source: int, canvas: int = 0, num_flow_steps: int = 0) -> int:
     """Operations of one forward and backward pass of a stage's model.
 
     Args:
@@ -60,7 +62,7 @@ def training_flops(model: nn.Module, batch_size: int, source: int, canvas: int =
     )
 
 
-def baseline_flops(model: nn.Module, batch_size: int, source: int, target: int) -> int:
+def baseline_flops(model: Any, batch_size: int, source: int, target: int) -> int:
     """Operations of one forward and backward pass of a baseline, without the scores of its attention.
 
     Args:
@@ -74,7 +76,7 @@ def baseline_flops(model: nn.Module, batch_size: int, source: int, target: int) 
     return 3 * batch_size * tokens
 
 
-def _encoder_flops(model, length):
+def _encoder_flops(model: Any, length: int) -> int:
     config, pretrained = model.config, model.config.encoder
     if pretrained is not None:
         attention = 4 * pretrained.hidden_size * length * pretrained.num_hidden_layers
@@ -83,7 +85,7 @@ def _encoder_flops(model, length):
     return length * (linear_flops(model.model.layers) + attention)
 
 
-def _attention_flops(config, mixer, length):
+def _attention_flops(config: PreTrainedConfig, mixer: str, length: int) -> int:
     """Per token and layer: scores and weighted sum, which no linear layer counts."""
     return 4 * config.hidden_size * length if mixer == "attention" else 0
 
@@ -101,6 +103,6 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * PEAK_SIZE**3 / min(seconds[1:])
 
 
-def _synchronize(device):
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,12 +4,18 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..baselines import write_targets
 from ..checks_yan import IGNORE_INDEX
+from .arguments import PretrainingArguments
+from .sampler import TaskSampler
 from .stages import STAGES
 
 CELL_WIDTH = 60  # characters of a text in the printed table
@@ -25,7 +31,7 @@ class Sample:
     prediction: str
 
 
-class Samples(list):
+class Samples(list[Sample]):
     """Samples of one validation."""
 
     def as_table(self) -> str:
@@ -34,7 +40,7 @@ class Samples(list):
         lines = [["task", "source", "target", "prediction"], ["---"] * 4, *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def append_to(self, path: Path, step: int):
+    def append_to(self, path: Path, step: int) -> None:
         """Add one JSON object a sample to a file."""
         with path.open("a") as file:
             file.writelines(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n" for sample in self)
@@ -48,12 +54,14 @@ def _cell(text: str) -> str:
 class Validation:
     """The same held-out batches at every call, and the first rows of each task written out."""
 
-    def __init__(self, arguments, sampler, tokenizer):
+    def __init__(
+        self, arguments: PretrainingArguments, sampler: TaskSampler, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self.arguments, self.sampler, self.tokenizer = arguments, sampler, tokenizer
         self.stage = STAGES[arguments.stage]
 
     @torch.no_grad()
-    def run(self, model, accelerator) -> tuple[dict[str, float], Samples]:
+    def run(self, model: nn.Module, accelerator: Accelerator) -> tuple[dict[str, float], Samples]:
         """Per task: mean loss, share of target tokens restored, share of rows restored whole; and samples.
 
         A baseline's tokens are those that it writes by itself. Every call draws the same noise. Every process does
@@ -61,7 +69,8 @@ class Validation:
         """
         model.eval()
         torch.manual_seed(self.arguments.seed)  # an update seeds itself
-        line, samples = {}, Samples()
+        samples = Samples()
+        line: dict[str, float] = {}
         is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         for task in self.sampler.weights:
             rng, scores = random.Random(f"validation {self.arguments.seed}"), []
@@ -79,7 +88,9 @@ class Validation:
         model.train()
         return line, samples
 
-    def _predict(self, model, unwrapped, batch, is_sharded):
+    def _predict(
+        self, model: nn.Module, unwrapped: Any, batch: dict[str, Any], is_sharded: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss, and the token ids (B, L) that are held against the labels."""
         if not self.stage.is_baseline:
             outputs = model(**batch)
@@ -89,7 +100,7 @@ class Validation:
         loss = model(**self.stage.inputs(batch, self.tokenizer.pad_token_id)).loss
         return loss, write_targets(unwrapped, batch)
 
-    def _samples(self, task, model, batch, predictions):
+    def _samples(self, task: str, model: Any, batch: dict[str, Any], predictions: torch.Tensor) -> list[Sample]:
         count = self.arguments.num_samples
         batch = {name: value[:count] if torch.is_tensor(value) else value for name, value in batch.items()}
         labels, sources = batch["labels"], batch["input_ids"]
@@ -104,13 +115,13 @@ class Validation:
         texts = zip(sources, labels, predictions, strict=True)
         return [Sample(task, self._text(source, True), self._text(y), self._text(y_hat)) for source, y, y_hat in texts]
 
-    def _text(self, ids, with_masks=False) -> str:
+    def _text(self, ids: torch.Tensor, with_masks: bool = False) -> str:
         """The ids without what is ignored and without special tokens; masks are shown where they are the gaps."""
         special = set(self.tokenizer.all_special_ids) - ({self.tokenizer.mask_token_id} if with_masks else set())
-        return self.tokenizer.decode([token for token in ids.tolist() if token >= 0 and token not in special])
+        return str(self.tokenizer.decode([token for token in ids.tolist() if token >= 0 and token not in special]))
 
 
-def _scores(loss, predictions, labels) -> list[float]:
+def _scores(loss: torch.Tensor, predictions: torch.Tensor, labels: torch.Tensor) -> list[float]:
     is_target = labels != IGNORE_INDEX
     is_right = predictions == labels
     tokens = is_right[is_target].float().mean()

@@ -1,8 +1,10 @@
 """Fitting a trained model to a tokenizer with more tokens or other special tokens than it knows."""
 
+from typing import cast
+
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ROLES = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
 
@@ -13,7 +15,7 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.no_grad()
-def fit_to_tokenizer(model, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> int:
     """Make room for the tokens of a prepared tokenizer in a YAN model, in place, and take over its special tokens.
 
     The tokenizer learns how long a prompt may be (`model_max_length`).
@@ -49,15 +51,15 @@ def fit_to_tokenizer(model, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -
     return size - old_size
 
 
-def limit_prompts(tokenizer: PreTrainedTokenizerBase, config) -> None:
+def limit_prompts(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Tell a tokenizer, in place, where a model's prompts end: `truncation=True` then cuts, and pipelines may, too."""
     longest = getattr(config, "max_prompt_length", None) or getattr(config, "max_position_embeddings", None)
     if longest is not None:
         tokenizer.model_max_length = longest
 
 
-def _draw_new_rows(model, old_size: int, generator: torch.Generator) -> None:
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+def _draw_new_rows(model: PreTrainedModel, old_size: int, generator: torch.Generator) -> None:
+    embeddings, head = cast(nn.Embedding, model.get_input_embeddings()), model.get_output_embeddings()
     _draw_like_old(embeddings.weight, old_size, generator)
     if head is None:
         return
@@ -66,7 +68,7 @@ def _draw_new_rows(model, old_size: int, generator: torch.Generator) -> None:
     head.bias[old_size:] = head.bias[:old_size].mean()
 
 
-def _draw_like_old(weight: nn.Parameter, old_size: int, generator: torch.Generator) -> None:
+def _draw_like_old(weight: torch.Tensor, old_size: int, generator: torch.Generator) -> None:
     old = weight[:old_size].float()
     noise = torch.randn(len(weight) - old_size, weight.shape[1], generator=generator).to(weight.device)
     weight[old_size:] = (old.mean(0) + old.std(0, correction=0) * noise).to(weight.dtype)
