@@ -18,6 +18,8 @@ SIZES |= {"num_flow_layers": 1, "num_decoder_layers": 1, "max_position_embedding
 SIZES |= {"state_size": 4, "num_flow_steps": 2, "initializer_range": 0.2}
 SIZES |= {f"freeze_{part}": False for part in ("encoder", "decoder", "embeddings")}
 SLOTS = {"num_answer_slots": CANVAS, "attention_conv_kernel": 3}
+BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1}
+BERT |= {"num_attention_heads": 4, "intermediate_size": 32, "initializer_range": 0.2, "max_position_embeddings": 48}
 KINDS = {
     "paper": {},
     "shared": {"expert_scope": "sequence"},
@@ -30,6 +32,7 @@ KINDS = {
         "num_answer_slots": CANVAS,
     },
     "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "crf_rank": 4, **SLOTS},
+    "pretrained": {"train_expert_choice": "posterior", "encoder": BERT, "crf_rank": 4, "num_answer_slots": CANVAS},
 }
 TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss crf_loss gate_entropy load_balance_loss").split()
 every_kind = pytest.mark.parametrize("kind", KINDS)
