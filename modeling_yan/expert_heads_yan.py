@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
 from .compilation_yan import is_exporting, opaque_operator, select_rows, use_custom_ops
@@ -119,6 +120,9 @@ class YanTokenGroups:
         return self.found
 
 
+ExpertsFunction = Callable[["YanExpertHeads", torch.Tensor, YanTokenGroups], torch.Tensor]
+
+
 def _eager(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
     """One head after the other, each with its own tokens."""
     order, position, sizes = groups.sort()
@@ -131,20 +135,19 @@ def _eager(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups
     return select_rows(outputs, position)
 
 
-def _batched_mm(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
+def _all_heads(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
     """Every head with all tokens, of which each keeps what its own head says: no size depends on the data."""
     return _take_chosen(every_head(tokens, *heads.weights()), groups.chosen)
 
 
-def _grouped_mm(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
-    """Torch's product of sorted tokens and their heads, in the form that transformers has for all versions of it."""
-    from transformers.integrations.moe import _grouped_linear as multiply
+def _of_transformers(name: str) -> ExpertsFunction:
+    """A function of transformers' own registry, which sorts or copies anew at every call."""
 
-    order, position, sizes = groups.sort()
-    ends, chosen = sizes.cumsum(0, dtype=torch.int32), groups.chosen.flatten()[order]
-    up_proj, up_proj_bias, down_proj, down_proj_bias = heads.weights()
-    hidden = F.gelu(multiply(select_rows(tokens, order), up_proj, ends, up_proj_bias[chosen]))
-    return select_rows(multiply(hidden, down_proj, ends, down_proj_bias[chosen]), position)
+    def compute(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
+        chosen = groups.chosen.view(-1, 1)  # the best one expert of a token, with all the weight
+        return ALL_EXPERTS_FUNCTIONS[name](heads, tokens, chosen, tokens.new_ones(chosen.shape))
+
+    return compute
 
 
 def _sparse_heads(
@@ -187,35 +190,33 @@ def _triton(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroup
 def _auto(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
     """The fastest of the others that fits; sizes on the host would halt a GPU."""
     if tokens.is_cuda and not torch.is_grad_enabled():
-        return (_triton if _fits_kernels(heads, tokens) else _batched_mm)(heads, tokens, groups)
+        return (_triton if _fits_kernels(heads, tokens) else _all_heads)(heads, tokens, groups)
     return _eager(heads, tokens, groups)
-
-
-ExpertsFunction = Callable[["YanExpertHeads", torch.Tensor, YanTokenGroups], torch.Tensor]
 
 
 class YanExpertsInterface(GeneralInterface):
     """How the tokens' own heads are computed, by the name that `experts_implementation` gives a model.
 
-    A registry like `ALL_EXPERTS_FUNCTIONS` of transformers, of functions under the same names. Those of transformers
-    weigh several experts of a token, and sort the tokens at every call. Here a token has one expert, and tokens are
-    sorted once for all steps of a solve. Every head with all tokens is "batched_mm"; there a copy of a head for every
-    token. A function takes heads, tokens (T, D) and `YanTokenGroups`, and returns the outputs (T, D).
+    A registry like `ALL_EXPERTS_FUNCTIONS` of transformers, where "batched_mm" and "grouped_mm" come from. Functions
+    there weigh several experts of a token, and sort the tokens at every call. Here a token has one expert, and tokens
+    are sorted once for all steps of a solve. A function takes heads, tokens (T, D) and `YanTokenGroups`, and returns
+    the outputs (T, D).
 
     Example:
 
         >>> from modeling_yan.expert_heads_yan import EXPERTS_FUNCTIONS, YanExpertsInterface
         >>> YanExpertsInterface.register("mine", EXPERTS_FUNCTIONS["eager"])
         >>> list(EXPERTS_FUNCTIONS)
-        ['auto', 'eager', 'batched_mm', 'grouped_mm', 'triton', 'mine']
+        ['auto', 'eager', 'all_heads', 'batched_mm', 'grouped_mm', 'triton', 'mine']
         >>> del YanExpertsInterface._global_mapping["mine"]
     """
 
     _global_mapping: dict[str, ExpertsFunction] = {
         "auto": _auto,
         "eager": _eager,
-        "batched_mm": _batched_mm,
-        "grouped_mm": _grouped_mm,
+        "all_heads": _all_heads,
+        "batched_mm": _of_transformers("batched_mm"),
+        "grouped_mm": _of_transformers("grouped_mm"),
         "triton": _triton,
     }
 
@@ -251,9 +252,13 @@ class YanExpertHeads(nn.Module):
         up_proj, up_proj_bias, down_proj, down_proj_bias: (K, F, D), (K, F), (K, D, F) and (K, D).
     """
 
+    # what transformers' functions ask of experts
+    has_gate, has_bias, has_post_expert_norm, is_transposed, _is_expert_parallel = False, True, False, False, False
+    act_fn = staticmethod(F.gelu)
+
     def __init__(self, config: YanConfig, num_heads: int, width: int) -> None:
         super().__init__()
-        self.config, size = config, config.hidden_size
+        self.config, self.num_experts, size = config, num_heads, config.hidden_size
         self.up_proj = nn.Parameter(torch.empty(num_heads, width, size))
         self.up_proj_bias = nn.Parameter(torch.empty(num_heads, width))
         self.down_proj = nn.Parameter(torch.empty(num_heads, size, width))
@@ -277,7 +282,7 @@ class YanExpertHeads(nn.Module):
             if name.startswith(prefix) and re.match(r"\d+\..*lora_", name[len(prefix) :]):
                 raise ValueError(f"{name}: an adapter of single heads must be merged by the release that trained it")
         for layer, suffix, kind in HEAD_TENSORS:
-            names = [f"{prefix}{index}.{layer}.{kind}" for index in range(len(self.up_proj))]
+            names = [f"{prefix}{index}.{layer}.{kind}" for index in range(self.num_experts)]
             if all(name in state_dict for name in names):
                 state_dict[f"{prefix}{layer}{suffix}"] = torch.stack([state_dict.pop(name) for name in names])
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -288,13 +293,13 @@ class YanExpertHeads(nn.Module):
 
     def forward(self, states: torch.Tensor, groups: YanTokenGroups | None = None) -> torch.Tensor:
         """Outputs (B, L, D) of each token's own head for states (B, L, D); without groups (..., K, D) of all heads."""
-        if len(self.up_proj) == 1:
+        if self.num_experts == 1:
             output = feed_forward(states, *(tensor.squeeze(0) for tensor in self.weights()))
             return output.unsqueeze(-2) if groups is None else output
         if groups is None:
             return every_head(states.flatten(0, -2), *self.weights()).movedim(0, 1).unflatten(0, states.shape[:-1])
         # an exported program runs without this package, and all its sizes are fixed
-        name = "batched_mm" if is_exporting() else EXPERTS_FUNCTIONS.check(self.config._experts_implementation)
+        name = "all_heads" if is_exporting() else EXPERTS_FUNCTIONS.check(self.config._experts_implementation)
         compute: ExpertsFunction = EXPERTS_FUNCTIONS[name]
         return compute(self, states.flatten(0, 1), groups).view_as(states).to(states.dtype)  # autocast narrows heads
 
@@ -310,9 +315,11 @@ register_checkpoint_conversion_mapping(YanConfig.model_type, CONVERSIONS, overwr
 class YanExpertsMixin:
     """What a model does with `experts_implementation`, of `from_pretrained` or `set_experts_implementation`."""
 
+    _has_experts = False
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for its decorator
+        return cls._has_experts  # transformers looks for its decorator
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, of the functions that YAN's experts have."""

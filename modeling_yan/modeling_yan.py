@@ -362,6 +362,7 @@ class YanForFlowGeneration(
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+    _has_experts = True
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__(config)

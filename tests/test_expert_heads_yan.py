@@ -16,8 +16,9 @@ from modeling_yan.experts_yan import YanExperts
 NAMES = [
     "auto",
     "eager",
+    "all_heads",
     "batched_mm",
-    pytest.param("grouped_mm", marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="an older torch")),
+    "grouped_mm",
 ]
 FIRST = "flow.experts.heads.0.up_proj.weight"
 
@@ -87,7 +88,7 @@ def test_autocast_narrows_products_and_not_the_result(experts, name):
 
 
 def test_a_way_that_is_unknown_is_refused(tiny_model, tmp_path):
-    known = "must be one of auto, eager, batched_mm, grouped_mm, triton"
+    known = "must be one of auto, eager, all_heads, batched_mm, grouped_mm, triton"
     tiny_model.save_pretrained(tmp_path)
     for name in ("fast", "sonicmoe", ["eager"]):
         with pytest.raises(ValueError, match=rf"experts_implementation=.*{known}"):

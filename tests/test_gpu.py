@@ -250,7 +250,7 @@ def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
     assert set(joined) == {True, False}  # recorded, plain
 
 
-@pytest.mark.parametrize("name", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["eager", "all_heads", "batched_mm", "grouped_mm"])
 def test_every_way_to_compute_experts_is_recorded_or_runs_as_it_is(model, prompts, name):
     model, prompts = model.cuda(), prompts.cuda()
     expected = check_recorded(model, prompts)

@@ -44,7 +44,7 @@ def with_function(name):
     return prepare
 
 
-FORMS = {"package": with_package, "all": with_function("batched_mm")}
+FORMS = {"package": with_package, "all": with_function("all_heads")}
 if hasattr(F, "grouped_mm"):
     FORMS["grouped"] = with_function("grouped_mm")
 
