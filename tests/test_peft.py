@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from modeling_yan import YanForFlowGeneration
-from modeling_yan.configuration_yan import LORA_MODULES, LORA_PARAMETERS
+from modeling_yan.configuration_yan import LORA_PARAMETERS
 from modeling_yan.data import train_tokenizer
 
 peft = pytest.importorskip("peft")
@@ -37,7 +37,7 @@ def batch(tokenizer):
     return DataCollatorForSeq2Seq(tokenizer)(rows)
 
 
-EVERYTHING = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
+EVERYTHING = {"target_parameters": LORA_PARAMETERS}
 
 
 def adapt(model, **options):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from modeling_yan.clients_yan import token_output
+from modeling_yan.configuration_yan import LORA_PARAMETERS
 from modeling_yan.data import CompletionCollator, FlowCollator, train_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -117,14 +118,14 @@ def test_accumulation_leaves_the_logged_loss_alone(make_model, tokenizer, tmp_pa
 def test_sft_trains_a_lora_adapter(model, tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    config = peft.LoraConfig(target_parameters=["heads.up_proj", "heads.down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(target_parameters=LORA_PARAMETERS, init_lora_weights=False)
     trainer = make_trainer(model, tokenizer, tmp_path, peft_config=config)
     start = {name: weight.clone() for name, weight in trainer.model.named_parameters() if "lora" in name}
     trainer.train()
     assert "nll_loss_per_dim" in trainer.state.log_history[0]
     weights = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
     assert all(torch.equal(weights[name], weight) for name, weight in before.items())
-    assert len(start) == 4 * 2 * 2
+    assert sum("experts" in name for name in start) == 2 * 2
     assert not any(weight.equal(start[name]) for name, weight in trainer.model.named_parameters() if "lora" in name)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..cards_yan import YanModelCard
-from ..configuration_yan import LORA_MODULES, LORA_PARAMETERS
+from ..configuration_yan import LORA_PARAMETERS
 from ..data import FlowCollator, prepare_tokenizer
 from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
@@ -286,8 +286,7 @@ def adapt_encoder(model: YanForFlowGeneration, rank: int) -> "LoraModel":
 def _with_lora(model: YanForFlowGeneration, rank: int) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model
 
-    targets: dict[str, Any] = {"target_modules": LORA_MODULES, "target_parameters": LORA_PARAMETERS}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **targets)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", target_parameters=LORA_PARAMETERS)
     adapted: Any = get_peft_model(model, config)
     adapted.print_trainable_parameters()
     return adapted
