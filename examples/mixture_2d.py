@@ -16,6 +16,7 @@ from torch import nn
 
 from modeling_yan.experts_yan import choose_experts
 from modeling_yan.flow_matching_yan import interpolate, load_balance, mixture_nll, sample_times, solve_flow
+from modeling_yan.visualization import saved_figure
 
 NUM_MODES = 8
 RADIUS, SPREAD = 2.0, 0.15
@@ -164,22 +165,17 @@ def print_table(title: str, distances: Distances):
 
 def draw(path: Path, target, results: dict[int, list[Result]], distances: Distances):
     """The figure: target, three-step samples of the first seed by expert, and share astray against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
 
     num_panels = 2 + len(results)
-    figure, axes = pyplot.subplots(1, num_panels, figsize=(4 * num_panels, 4.3), layout="constrained")
-    draw_points(axes[0], target, "0.35", "target: eight Gaussians")
-    for axis, (num_experts, runs) in zip(axes[1:], results.items()):
-        colours = "tab:red" if num_experts == 1 else matplotlib.colormaps["Dark2"](runs[0].experts.numpy() % 8)
-        title = "one expert" if num_experts == 1 else f"{num_experts} experts, one colour each"
-        draw_points(axis, runs[0].samples[3], colours, f"3 steps, {title}")
-    draw_shares(axes[-1], distances)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 4 * num_panels, 4.3) as figure:
+        axes = figure.subplots(1, num_panels)
+        draw_points(axes[0], target, "0.35", "target: eight Gaussians")
+        for axis, (num_experts, runs) in zip(axes[1:], results.items()):
+            colours = "tab:red" if num_experts == 1 else colormaps["Dark2"](runs[0].experts.numpy() % 8)
+            title = "one expert" if num_experts == 1 else f"{num_experts} experts, one colour each"
+            draw_points(axis, runs[0].samples[3], colours, f"3 steps, {title}")
+        draw_shares(axes[-1], distances)
 
 
 def draw_points(axis, points, colour, title: str):

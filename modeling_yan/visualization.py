@@ -2,8 +2,11 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +157,20 @@ def _on_two_axes(trajectory: torch.Tensor) -> tuple[torch.Tensor, tuple[float, f
     variances = sizes.square()
     shares = (variances[:2] / variances.sum()).tolist()
     return (points @ axes[:2].T).unflatten(0, trajectory.shape[:2]), tuple(shares)
+
+
+@contextmanager
+def saved_figure(path: str | PathLike[str], width: float, height: float, **options: Any) -> Iterator["Figure"]:
+    """A figure of matplotlib to draw on, of so many inches, which is written to `path` at the end.
+
+    It needs no window and no state of pyplot. `options` are those of `savefig`, such as `dpi`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, **{"dpi": 110, **options})
 
 
 def draw(path: Path2D) -> "Figure":

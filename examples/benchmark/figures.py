@@ -10,11 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from modeling_yan.visualization import saved_figure
 
 REFERENCE = "decoder"
 PARTS = ("encoder", "trunk", "experts", "decoder")
@@ -194,10 +192,8 @@ def main(arguments=None):
     contents = [chosen(json.loads(path.read_text()), options.models) for path in options.input]
     for content in [joined(contents)] if options.join else reversed(contents):
         for name, draw in figures_of(content).items():
-            figure, ax = plt.subplots(figsize=(8, 4.5))
-            draw(content, ax)
-            figure.savefig(options.folder / f"{name}.png", dpi=150, bbox_inches="tight")
-            plt.close(figure)
+            with saved_figure(options.folder / f"{name}.png", 8, 4.5, dpi=150, bbox_inches="tight") as figure:
+                draw(content, figure.subplots())
             print(options.folder / f"{name}.png")
 
 

@@ -1,12 +1,12 @@
 """CUDA graphs, how often to measure, and the limits of the machine that is measured on."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from modeling_yan.data.rows import write_whole
 from modeling_yan.evaluation.timing import (  # noqa: F401  for the scripts beside this one
     interleave,
     machine_description,
@@ -55,7 +55,4 @@ def machine_limits(device: torch.device, dtype: torch.dtype, repeats: int = 5) -
 
 def write_json(path: Path, content: dict):
     """Replace the file at once, so that a run that is stopped leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")

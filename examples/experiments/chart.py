@@ -17,6 +17,8 @@ import math
 import re
 from pathlib import Path
 
+from modeling_yan.visualization import saved_figure
+
 MEASURED = re.compile(r"(\d+\.\d+)(?: \((\d+\.\d+) to (\d+\.\d+)\))?")
 MARKUP = str.maketrans("", "", "*`")
 LONGEST_LABEL = 24
@@ -65,36 +67,30 @@ def read_section(page: Path, section: str) -> list[tuple[str, str, dict[str, dic
 
 def draw(panels: list[tuple[str, str, dict[str, dict[str, float]]]], path: Path):
     """Panels of title, figure and bars, as many side by side as have room; a model has one colour in all of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
 
     models = list(dict.fromkeys(model for _, _, bars in panels for model in bars))
-    colors = {model: pyplot.get_cmap("tab10")(index % 10) for index, model in enumerate(models)}
+    colors = {model: colormaps["tab10"](index % 10) for index, model in enumerate(models)}
     labelled, handles = max(map(len, models)) <= LONGEST_LABEL, {}  # longer names stand in a legend
     width = 0.8 + 0.55 * len(models)  # of a panel, in inches
     lines = math.ceil(width * len(panels) / WIDEST)
     columns = math.ceil(len(panels) / lines)
-    size = (1.2 + width * columns, 3.8 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, name, bars) in zip(axes.flat, panels):
-        means = [bar["mean"] for bar in bars.values()]
-        errors = [[abs(bar.get(end, math.nan) - bar["mean"]) for bar in bars.values()] for end in ("low", "high")]
-        drawn = axis.bar(list(bars), means, yerr=errors, capsize=3, color=[colors[model] for model in bars])
-        handles.update(zip(bars, drawn))
-        axis.tick_params(axis="x", rotation=60, labelbottom=labelled)
-        axis.set(title=title, ylabel=name.replace("_", " "))
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    if not labelled:
-        handles = {model: handles[model] for model in models}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 1.2 + width * columns, 3.8 * lines) as figure:
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for axis, (title, name, bars) in zip(axes.flat, panels):
+            means = [bar["mean"] for bar in bars.values()]
+            errors = [[abs(bar.get(end, math.nan) - bar["mean"]) for bar in bars.values()] for end in ("low", "high")]
+            drawn = axis.bar(list(bars), means, yerr=errors, capsize=3, color=[colors[model] for model in bars])
+            handles.update(zip(bars, drawn))
+            axis.tick_params(axis="x", rotation=60, labelbottom=labelled)
+            axis.set(title=title, ylabel=name.replace("_", " "))
+            axis.grid(axis="y", alpha=0.3)
+            axis.set_axisbelow(True)
+        if not labelled:
+            handles = {model: handles[model] for model in models}
+            figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
 
 
 def main(arguments: list[str] | None = None):

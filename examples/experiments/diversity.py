@@ -32,6 +32,7 @@ from modeling_yan.evaluation import (
     self_bleu,
 )
 from modeling_yan.training import expand_recipe
+from modeling_yan.visualization import saved_figure
 
 TESTED = ("best_exact_match", "best_rougeL")
 
@@ -88,29 +89,23 @@ def summarize(figures: dict[str, list[float]], baseline: dict[str, list[float]])
 
 def draw(table: list[dict], path: Path):
     """Share of different texts, and exact match of one and of the best candidate, against the temperature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {"different_texts": "share of different texts", "exact_match": "exact match, mean of the candidates"}
     panels["best_exact_match"] = "exact match, best candidate"
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained", sharey=True)
-    for axis, (name, title) in zip(axes, panels.items()):
-        for model in dict.fromkeys(row["model"] for row in table):
-            rows = [row for row in table if row["model"] == model]
-            drawn = [row for row in rows if row["temperature"] is not None]
-            (line,) = axis.plot(
-                [row["temperature"] for row in drawn], [row[name][0] for row in drawn], marker="o", label=model
-            )
-            for row in rows:
-                if row["temperature"] is None:
-                    axis.axhline(row[name][0], color=line.get_color(), linestyle="--", label=f"{model}, ranked")
-        axis.set(xlabel="temperature", title=title, ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 13, 3.8) as figure:
+        axes = figure.subplots(1, 3, sharey=True)
+        for axis, (name, title) in zip(axes, panels.items()):
+            for model in dict.fromkeys(row["model"] for row in table):
+                rows = [row for row in table if row["model"] == model]
+                drawn = [row for row in rows if row["temperature"] is not None]
+                (line,) = axis.plot(
+                    [row["temperature"] for row in drawn], [row[name][0] for row in drawn], marker="o", label=model
+                )
+                for row in rows:
+                    if row["temperature"] is None:
+                        axis.axhline(row[name][0], color=line.get_color(), linestyle="--", label=f"{model}, ranked")
+            axis.set(xlabel="temperature", title=title, ylim=(-0.02, 1.02))
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize="small")
 
 
 def main(arguments: list[str] | None = None):

@@ -4,7 +4,6 @@ They are trained by the same updates of as many rows as the other arms. An arm h
 names the encoder.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import FlowCollator, prepare_tokenizer, read_rows
+from modeling_yan.data.rows import replacing
 from modeling_yan.training.finetuning import adapt_encoder
 
 ONE_PASS_CHAIN, CLASSIFIER = "one pass, chain", "classifier"
@@ -46,11 +46,9 @@ def start_model(encoder: str, fields: dict, kind: str, rows: list[dict], folder:
     texts = [row["source"] for row in rows[:MEASURED_ROWS]]
     batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
     model.measure_latents(tokenizer(batch, return_tensors="pt", **limits) for batch in batches)
-    aside = folder.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    with replacing(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def one_pass_fields(config: YanConfig, fields: dict) -> dict:

@@ -27,6 +27,7 @@ from modeling_yan.evaluation import (
     usage_information,
 )
 from modeling_yan.training import expand_recipe
+from modeling_yan.visualization import saved_figure
 
 COMPONENTS = (1, 2, 4, 8, 16)
 
@@ -93,35 +94,29 @@ def used_experts(model, tokenizer, rows, batch_size) -> tuple[list[int], list[st
 
 def draw(latents: dict, usage: dict[str, list[float]], title: str, path: Path):
     """Explained variance, likelihood of mixtures, and expert shares by class of token."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for name, found in latents.items():
-        shares, likelihoods = found["explained_variance"], found["mixture_likelihood"]
-        axes[0].plot(list(shares), list(shares.values()), marker="o", label=name)
-        gains = [value - likelihoods[1] for value in likelihoods.values()]
-        axes[1].plot(list(likelihoods), gains, marker="o", label=name)
-    axes[0].set(xlabel="principal components", ylim=(0, 1.02), title="share of variance explained")
-    axes[1].set(xlabel="Gaussians in the mixture", title="log-likelihood gained over one Gaussian")
-    axes[1].set_ylabel("held out, nats a dimension")
-    for axis in axes[:2]:
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    lefts = [0.0] * len(usage)
-    for expert in range(len(next(iter(usage.values())))):
-        shares = [row[expert] for row in usage.values()]
-        axes[2].barh(list(usage), shares, left=lefts, label=f"expert {expert}")
-        lefts = [left + share for left, share in zip(lefts, shares)]
-    axes[2].set(xlim=(0, 1), title="expert by kind of token")
-    axes[2].legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 14, 4) as figure:
+        axes = figure.subplots(1, 3)
+        for name, found in latents.items():
+            shares, likelihoods = found["explained_variance"], found["mixture_likelihood"]
+            axes[0].plot(list(shares), list(shares.values()), marker="o", label=name)
+            gains = [value - likelihoods[1] for value in likelihoods.values()]
+            axes[1].plot(list(likelihoods), gains, marker="o", label=name)
+        axes[0].set(xlabel="principal components", ylim=(0, 1.02), title="share of variance explained")
+        axes[1].set(xlabel="Gaussians in the mixture", title="log-likelihood gained over one Gaussian")
+        axes[1].set_ylabel("held out, nats a dimension")
+        for axis in axes[:2]:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        lefts = [0.0] * len(usage)
+        for expert in range(len(next(iter(usage.values())))):
+            shares = [row[expert] for row in usage.values()]
+            axes[2].barh(list(usage), shares, left=lefts, label=f"expert {expert}")
+            lefts = [left + share for left, share in zip(lefts, shares)]
+        axes[2].set(xlim=(0, 1), title="expert by kind of token")
+        axes[2].legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        figure.suptitle(title)
 
 
 def main(arguments: list[str] | None = None):

@@ -22,6 +22,7 @@ from torch import nn
 from modeling_yan.experts_yan import choose_experts
 from modeling_yan.flow_matching_yan import interpolate, load_balance, mixture_nll, sample_times, solve_flow
 from modeling_yan.training import expand_recipe
+from modeling_yan.visualization import saved_figure
 
 NUM_MODES, SPREAD = 8, 0.15
 RADIUS = {2: 2.0, 16: 4.0}  # of the centres, about where the noise is
@@ -152,30 +153,24 @@ def over_seeds(runs: list[dict]) -> dict:
 
 def draw(results: list[dict], title: str, path: Path):
     """Share astray against the number of steps, a panel per dimension, a line per setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     dimensions = sorted({entry["dimension"] for entry in results})
-    figure, axes = pyplot.subplots(1, len(dimensions), figsize=(6 * len(dimensions), 4), layout="constrained")
-    for axis, dimension in zip(axes if len(dimensions) > 1 else [axes], dimensions):
-        for entry in (entry for entry in results if entry["dimension"] == dimension):
-            means = [entry["errors"][steps]["astray"]["mean"] for steps in STEPS]
-            ends = [
-                [abs(entry["errors"][steps]["astray"][end] - mean) for steps, mean in zip(STEPS, means)]
-                for end in ("low", "high")
-            ]
-            axis.errorbar(STEPS, means, ends, marker="o", capsize=3, label=entry["label"])
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(STEPS, STEPS)
-        axis.minorticks_off()
-        axis.set(xlabel="Euler steps", ylim=(-0.03, 1.03), title=f"{dimension} dimensions")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 6 * len(dimensions), 4) as figure:
+        axes = figure.subplots(1, len(dimensions), squeeze=False)[0]
+        for axis, dimension in zip(axes, dimensions):
+            for entry in (entry for entry in results if entry["dimension"] == dimension):
+                means = [entry["errors"][steps]["astray"]["mean"] for steps in STEPS]
+                ends = [
+                    [abs(entry["errors"][steps]["astray"][end] - mean) for steps, mean in zip(STEPS, means)]
+                    for end in ("low", "high")
+                ]
+                axis.errorbar(STEPS, means, ends, marker="o", capsize=3, label=entry["label"])
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(STEPS, STEPS)
+            axis.minorticks_off()
+            axis.set(xlabel="Euler steps", ylim=(-0.03, 1.03), title=f"{dimension} dimensions")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.suptitle(title)
 
 
 def main(arguments: list[str] | None = None):

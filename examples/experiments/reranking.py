@@ -36,6 +36,7 @@ from modeling_yan.evaluation import (
 )
 from modeling_yan.flow_matching_yan import as_one_token, interpolate, token_nll
 from modeling_yan.training import expand_recipe
+from modeling_yan.visualization import saved_figure
 
 FIGURES = ("exact_match", "rougeL")
 
@@ -144,23 +145,16 @@ def summarize(chosen: dict[str, list[str]], targets: list[str]) -> list[dict]:
 
 def draw(tables: dict[str, list[dict]], path: Path):
     """Exact match of every way, a panel a file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (3.4 * len(tables), 3.4)
-    figure, axes = pyplot.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, table) in zip(axes[0], tables.items()):
-        cells = [row["exact_match"] for row in table]
-        means = [cell["mean"] for cell in cells]
-        lows, highs = ([abs(cell[end] - cell["mean"]) for cell in cells] for end in ("low", "high"))
-        colors = ["tab:blue"] * (len(table) - 1) + ["lightgrey"]
-        axis.bar([row["choice"] for row in table], means, yerr=[lows, highs], capsize=3, color=colors)
-        axis.tick_params(axis="x", rotation=60)
-        axis.set(title=name, ylabel="exact match")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 3.4 * len(tables), 3.4) as figure:
+        axes = figure.subplots(1, len(tables), squeeze=False)
+        for axis, (name, table) in zip(axes[0], tables.items()):
+            cells = [row["exact_match"] for row in table]
+            means = [cell["mean"] for cell in cells]
+            lows, highs = ([abs(cell[end] - cell["mean"]) for cell in cells] for end in ("low", "high"))
+            colors = ["tab:blue"] * (len(table) - 1) + ["lightgrey"]
+            axis.bar([row["choice"] for row in table], means, yerr=[lows, highs], capsize=3, color=colors)
+            axis.tick_params(axis="x", rotation=60)
+            axis.set(title=name, ylabel="exact match")
 
 
 def main(arguments: list[str] | None = None):

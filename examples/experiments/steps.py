@@ -24,6 +24,7 @@ from modeling_yan.evaluation import (
     rouge_scores,
 )
 from modeling_yan.training import expand_recipe
+from modeling_yan.visualization import saved_figure
 
 FIGURES = ("exact_match", "rougeL")
 
@@ -50,25 +51,19 @@ def summarize(runs: dict[int, dict]) -> list[dict]:
 
 def draw(table: list[dict], title: str, path: Path):
     """Both figures against the number of steps, with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    steps = [row["steps"] for row in table]
-    for name, label in zip(FIGURES, ("exact match", "ROUGE-L")):
-        means = [row[name]["mean"] for row in table]
-        lows, highs = ([abs(row[name][end] - row[name]["mean"]) for row in table] for end in ("low", "high"))
-        axis.errorbar(steps, means, [lows, highs], marker="o", capsize=3, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(steps, steps)
-    axis.minorticks_off()
-    axis.set(xlabel="Euler steps", ylim=(0, 1), title=title)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with saved_figure(path, 6, 4) as figure:
+        axis = figure.subplots()
+        steps = [row["steps"] for row in table]
+        for name, label in zip(FIGURES, ("exact match", "ROUGE-L")):
+            means = [row[name]["mean"] for row in table]
+            lows, highs = ([abs(row[name][end] - row[name]["mean"]) for row in table] for end in ("low", "high"))
+            axis.errorbar(steps, means, [lows, highs], marker="o", capsize=3, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(steps, steps)
+        axis.minorticks_off()
+        axis.set(xlabel="Euler steps", ylim=(0, 1), title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def main(arguments: list[str] | None = None):

@@ -32,6 +32,7 @@ from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.baselines import INPUT_ADAPTERS, count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import read_rows, train_tokenizer, write_rows
+from modeling_yan.data.rows import replacing, write_whole
 from modeling_yan.evaluation import load_for_generation, self_bleu
 from modeling_yan.evaluation.metrics import token_f1_scores
 from modeling_yan.evaluation.runs import generate_answers
@@ -148,9 +149,7 @@ def taught_rows(name: str, task: Task, recipe: dict, options) -> str:
         texts = generate_answers(
             model, tokenizer, [row["source"] for row in rows], 100, max_new_tokens=length, do_sample=False
         )
-        aside = path.with_name("taught.tmp.jsonl.gz")
-        write_rows(aside, [{**row, "target": text or row["target"]} for row, text in zip(rows, texts, strict=True)])
-        aside.rename(path)
+        write_rows(path, [{**row, "target": text or row["target"]} for row, text in zip(rows, texts, strict=True)])
     return str(path)
 
 
@@ -219,10 +218,9 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     train_stage("autoencoder", home / "preset", autoencoder, first, train_file, task, recipe, options, {})
     start = home / "start"  # the first stage with this arm's config
     if not start.exists():
-        aside = home / "start.tmp"
-        shutil.copytree(autoencoder, aside, ignore=shutil.ignore_patterns("checkpoint-*", "runs"), dirs_exist_ok=True)
-        config.save_pretrained(aside)
-        aside.rename(start)
+        with replacing(start) as aside:
+            shutil.copytree(autoencoder, aside, ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+            config.save_pretrained(aside)
     train_stage("flow", start, home / "model", updates - first, *run)
     return home / "model"
 
@@ -340,10 +338,7 @@ def run_arm(name: str, task: Task, recipe: dict, options):
     figures["parameters"] = model.num_parameters() - unused
     figures["commit"] = current_commit()
     figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))
-    path = folder.parent / "figures.json"
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(figures, indent=1) + "\n")
-    aside.replace(path)
+    write_whole(folder.parent / "figures.json", json.dumps(figures, indent=1) + "\n")
 
 
 def current_commit() -> str:
@@ -365,10 +360,7 @@ def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
         "torch": torch.__version__,
         "runs": runs,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(table, indent=1) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(table, indent=1) + "\n")
 
 
 def collect(output_dir: Path, table: Path, recipe: dict, num_rows: int) -> dict:

@@ -23,6 +23,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_yan  # noqa: F401  the Auto classes know YAN by it
+from modeling_yan.data.rows import replacing, write_whole
 from modeling_yan.serving.requests import Job
 from modeling_yan.serving.writing import BatchWriter
 
@@ -64,9 +65,7 @@ def write_part(prompts: list[str], batch_size: int, path: Path):
         batch = prompts[start : start + batch_size]
         for prompt, text in zip(batch, write_batch(batch), strict=True):
             lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(lines))
 
 
 def write_batch(prompts: list[str]) -> list[str]:
@@ -118,11 +117,9 @@ def write_missing(rows: Dataset, options) -> int:
 def join_parts(options, num_rows: int) -> Path:
     """All parts as one file."""
     target = options.output_dir / "texts.jsonl"
-    draft = target.with_suffix(".draft")
-    with draft.open("wb") as out:
+    with replacing(target) as aside, aside.open("wb") as out:
         for path in part_paths(options, num_rows):
             out.write(path.read_bytes())
-    os.replace(draft, target)
     return target
 
 

@@ -4,9 +4,11 @@ A row is either a text, `{"text": ...}`, or a pair, `{"source": ..., "target": .
 are, so a text row may well have a `source` that names the book it comes from.
 """
 
+import contextlib
 import gzip
 import json
 import os
+import shutil
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 ALLOWED = 'a row is a JSON object with a non-empty string "text", or with strings "source" and non-empty "target"'
 SUFFIXES = (".jsonl", ".jsonl.gz")
+UNFINISHED = ".unfinished-"  # begins the name of what is not there as a whole yet
 
 Row = dict[str, Any]
 
@@ -44,7 +47,37 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     lines = [_dump(row, f"{path}, line {number}") for number, row in enumerate(rows, start=1)]
     if not lines:
         raise ValueError(f"{path}: there are no rows to write")
-    _replace_file(path, _packed("".join(lines).encode("utf-8"), path))
+    write_whole(path, _packed("".join(lines).encode("utf-8"), path))
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `path`, to write a file or a folder to: it takes the place of `path` if the block succeeds.
+
+    So others see `path` whole or not at all. What a killed process leaves begins with `UNFINISHED`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file so that it appears whole or not at all; a text in UTF-8."""
+    with replacing(path) as aside:
+        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def row_texts(row: Row) -> list[str]:
@@ -115,13 +148,3 @@ def _dump(row: Row, where: str) -> str:
 def _packed(content: bytes, path: Path) -> bytes:
     # Without a fixed time in the header, equal rows would give different files.
     return gzip.compress(content, mtime=0) if path.suffix == ".gz" else content
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

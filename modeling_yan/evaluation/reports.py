@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.rows import write_whole
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
 from .embeddings import (
     bert_scores,
@@ -304,14 +305,3 @@ def _cells(figure):
 def _test_cells(test):
     p_values = "  ".join(f"{name} {value:.4f}" for name, value in test.items() if name.startswith("p_"))
     return f"{test['difference']:+10.3f}  {test['low']:+.3f} to {test['high']:+.3f}  {p_values}"
-
-
-def write_whole(path: Path, content: str):
-    """Write a text so that its file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from .reports import Row, compare_runs, evaluate_task, read_predictions, write_whole
+from ..data.rows import write_whole
+from .reports import Row, compare_runs, evaluate_task, read_predictions
 from .runs import RunOptions, load_for_generation
 
 TABLE_FIGURES = ("exact_match", "token_f1", "rougeL", "distinct_2", "tokens_per_row", "tokens_per_second")

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..data.rows import UNFINISHED, remove
+
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"checkpoint-(\d+)")
-ASIDE = ".unfinished-"  # what a killed save or a killed removal leaves behind
 LOCK = ".lock"
 
 
@@ -50,8 +51,8 @@ def list_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 def remove_unfinished(output_dir: str | os.PathLike[str]) -> None:
     """Clear away what killed runs left half written."""
-    for path in Path(output_dir).glob(ASIDE + "*"):
-        shutil.rmtree(path)
+    for path in Path(output_dir).glob(UNFINISHED + "*"):
+        remove(path)
 
 
 def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -60,7 +61,7 @@ def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, writ
     Raises:
         OSError: It could not be written; nothing of it is left, and the checkpoints before it are as they were.
     """
-    aside, checkpoint = output_dir / f"{ASIDE}{step}", output_dir / f"checkpoint-{step}"
+    aside, checkpoint = output_dir / f"{UNFINISHED}{step}", output_dir / f"checkpoint-{step}"
     if accelerator.is_main_process:
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -83,7 +84,7 @@ def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, writ
 def remove_old(output_dir: Path, num_kept: int) -> None:
     """Remove all but the newest checkpoints; a removal that is killed leaves no half of one."""
     for checkpoint in list_checkpoints(output_dir)[:-num_kept]:
-        aside = output_dir / f"{ASIDE}{checkpoint.name}"
+        aside = output_dir / f"{UNFINISHED}{checkpoint.name}"
         os.replace(checkpoint, aside)
         shutil.rmtree(aside)
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from ..checks_yan import IGNORE_INDEX
 from ..data import load_rows, prepare_tokenizer, read_rows
-from ..data.rows import SUFFIXES
+from ..data.rows import SUFFIXES, replacing, write_whole
 from .arguments import PretrainingArguments
 from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .loading import load_updates
@@ -463,9 +463,8 @@ class Training:
             return
         for path in list_checkpoints(output_dir)[-1].iterdir():
             if path.is_file():
-                aside = output_dir / f".{path.name}.tmp"
-                shutil.copyfile(path, aside)
-                os.replace(aside, output_dir / path.name)
+                with replacing(output_dir / path.name) as aside:
+                    shutil.copyfile(path, aside)
 
 
 def to_device(batch, device):
@@ -478,9 +477,7 @@ def _cut_log(path, step):
     if not path.exists():
         return
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    os.replace(aside, path)
+    write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def _flat(settings):

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
+from ..data.rows import replacing, write_whole
 from .arguments import PretrainingArguments
 from .checkpoints import list_checkpoints
 from .loop import LOG_FILE, pretrain
@@ -56,9 +57,7 @@ def choose_learning_rate(
     chosen = min(losses, key=losses.__getitem__)
     entries = [{"learning_rate": rate, "loss": losses[rate], "validation": line} for rate, line in trials.items()]
     record = {"stage": arguments.stage, "chosen": chosen, "updates": num_trial_steps, "trials": entries}
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return chosen
 
 
@@ -96,10 +95,8 @@ def _take_over(trial: Path, output_dir: Path) -> None:
     """Put the trial's log and then its checkpoint into the run's folder, the checkpoint whole or not at all."""
     shutil.copyfile(trial / LOG_FILE, output_dir / LOG_FILE)
     checkpoint = list_checkpoints(trial)[-1]
-    aside = output_dir / f".{checkpoint.name}.copy"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside)
-    os.replace(aside, output_dir / checkpoint.name)
+    with replacing(output_dir / checkpoint.name) as aside:
+        shutil.copytree(checkpoint, aside)
 
 
 def _check(arguments: PretrainingArguments, learning_rates: Sequence[float], trial_share: float) -> int:

@@ -3,7 +3,7 @@ import gzip
 import pytest
 
 from modeling_yan.data import read_rows, write_rows
-from modeling_yan.data.rows import row_texts
+from modeling_yan.data.rows import replacing, row_texts, write_whole
 
 ROWS = [{"text": "Ein Käfer ☃.", "source": "a book"}, {"source": "", "target": "yes", "kind": "x"}]
 
@@ -97,3 +97,35 @@ def test_missing_files_and_other_names(tmp_path):
 def test_row_texts():
     assert row_texts(ROWS[0]) == ["Ein Käfer ☃."]
     assert row_texts(ROWS[1]) == ["", "yes"]
+
+
+def replace_by_half(path, is_folder=False):
+    with replacing(path) as aside:
+        if is_folder:
+            aside.mkdir()
+        (aside / "a" if is_folder else aside).write_text("half")
+        raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("content", ["ä\n", b"\x00\n"])
+def test_a_file_is_replaced_whole_or_not_at_all(content, tmp_path):
+    path = tmp_path / "folder" / "file.txt"
+    write_whole(path, "before")
+    with pytest.raises(OSError, match="full"):
+        replace_by_half(path)
+    assert path.read_text() == "before"
+    write_whole(path, content)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert [each.name for each in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+    with pytest.raises(OSError, match="full"):
+        replace_by_half(path, is_folder=True)
+    assert not list(tmp_path.iterdir())
+    with replacing(path) as aside:
+        aside.mkdir()
+        (aside / "a").write_text("whole")
+        assert not path.exists()
+    assert sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")) == ["folder", "folder/a"]

@@ -86,6 +86,7 @@ class TestResuming:
         folder = Path(interrupted.output_dir)
         (folder / ".unfinished-6").mkdir()
         (folder / ".unfinished-6" / "model.safetensors").write_bytes(b"half")
+        (folder / ".unfinished-9-config.json").write_bytes(b"half")
         pretrain(replace(interrupted, resume=True))
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
         assert not list(folder.glob(".unfinished-*"))
