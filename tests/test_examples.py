@@ -18,6 +18,7 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_quickstart_shows_three_drafts_of_every_answer_of_both_models():
     output = run("quickstart.py")
     assert "yan-transformer-tiny: 3.0 million" in output
