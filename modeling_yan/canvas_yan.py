@@ -9,7 +9,7 @@ K experts, N solver steps, C candidates of a token.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional as F
@@ -153,10 +153,11 @@ def solve_canvas(
     canvas = _decoded(model, x_1, noise, plan)
     canvas.num_trunk_passes = velocity.num_trunk_passes
     if canvas.tokens is not None:  # a gate that is NaN still chooses an expert
-        canvas.tokens = canvas.tokens.masked_fill(velocity.gate_log_probs.isnan().any(-1), -1)
+        is_lost = cast(torch.Tensor, velocity.gate_log_probs).isnan().any(-1)
+        canvas.tokens = canvas.tokens.masked_fill(is_lost, -1)
     if plan.keep_path:
         canvas.trajectory, canvas.experts = torch.stack(path, 1), velocity.experts
-        canvas.gate = velocity.gate_log_probs.exp()
+        canvas.gate = cast(torch.Tensor, velocity.gate_log_probs).exp()
     return canvas
 
 
@@ -298,11 +299,10 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         by_text = has_choice and plan.expert_choice == "argmax"
         judge = partial(self.best_experts, plan=plan) if by_text else None
         temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
-        drawn = noise.expert_uniform, noise.expert_ranks
-        return YanExpertChoice(plan.expert_choice, *drawn, temperature, judge)  # type: ignore[arg-type]  # a LongTensor
+        return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
 
     @torch.no_grad()
-    def best_experts(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor | None:
+    def best_experts(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
         """The experts (B, L) that are the most probable together with the text that they lead to.
 
         The gate alone does not know: of sixteen experts that are about as probable, some lead to far better texts. Of
@@ -313,7 +313,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
             ends: What every expert's head predicts, (B, L, K, D). prior: A `YanExpertPrior`. plan: A `CanvasPlan`.
         """
         if prior.scope == "token":
-            return prior.choose("argmax")
+            return cast(torch.Tensor, prior.choose("argmax"))
         return self._best_chain(ends, prior, plan) if prior.scope == "chain" else self._best_of_all(ends, prior, plan)
 
     def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:

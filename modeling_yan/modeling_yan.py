@@ -128,7 +128,7 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> "Self":
         """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -382,7 +382,7 @@ class YanForFlowGeneration(
         return super()._apply(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "Self":
         """As in transformers; the freeze switches are applied anew, because loading replaces the parameters.
 
         Where the folder is an adapter's, all of its base is frozen, and stays so.

@@ -5,6 +5,7 @@ Letters of the shape comments: B batch, L canvas length, D hidden size, K expert
 
 from collections.abc import Iterable
 from functools import reduce
+from typing import cast
 
 import torch
 
@@ -70,7 +71,7 @@ class YanObjectiveMixin(YanCanvasMixin):
         velocity = self.velocity_field(condition, x_0.shape[1], num_flow_steps, choice=choice)
         return solve_flow(velocity, x_0, num_flow_steps)
 
-    def _most_probable(self, ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor | None:
+    def _most_probable(self, ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor:
         """The experts that `generate` chooses without sampling."""
         return self.best_experts(ends, prior, CanvasPlan.of_config(self.config, self.config.num_flow_steps))
 
@@ -172,13 +173,15 @@ class YanObjectiveMixin(YanCanvasMixin):
             return self._one_pass_objective(canvas, condition)
         num_tokens = canvas.numel()
 
-        def choose(ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor | None:
+        def choose(ends: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor:
             log_likelihood = self._expert_log_likelihood(ends, canvas)
             terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / num_tokens
             terms["expert_information"] = prior.information(log_likelihood).mean().detach()
             posterior = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood)
             terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
-            return posterior.choose("sample") if self.training else self._most_probable(ends, prior)
+            if not self.training:
+                return self._most_probable(ends, prior)
+            return cast(torch.Tensor, posterior.choose("sample"))
 
         x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
         choice = YanExpertChoice(judge=choose if config.num_experts > 1 else None)

@@ -38,14 +38,15 @@ class SeparateHeads(nn.Module):
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
-    layer = nn.Linear(*weight.T.shape, device="meta")
+    width_out, width_in = weight.shape
+    layer = nn.Linear(width_in, width_out, device="meta")
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
 
 
 def separate_heads(model: nn.Module) -> None:
     """Give each head of the experts, where a model has them, linear layers of its own."""
-    experts = model.flow.experts if hasattr(model, "flow") else None
+    experts: Any = getattr(getattr(model, "flow", None), "experts", None)
     if hasattr(experts, "heads"):
         experts.heads = SeparateHeads(experts.heads)
 

@@ -5,7 +5,7 @@ Letters of the shape comments: B prompts, S prompt length, L canvas length.
 
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def export_generation(
         return torch.export.export(program, (ids, torch.ones_like(ids)), dynamic_shapes=shapes, strict=False)
 
 
-def _open_shapes(batch_size: int | None, prompt_length: int | None, longest: int) -> dict[str, dict]:
+def _open_shapes(batch_size: int | None, prompt_length: int | None, longest: int) -> dict[str, dict[int, Any]]:
     """The dimensions of ids and mask that are left open, as `torch.export` takes them."""
     is_open = {0: batch_size is None, 1: prompt_length is None}
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("prompt", max=longest)}
