@@ -20,7 +20,7 @@ from .base_yan import YanFlowMixin
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
 from .compilation_yan import is_exporting, select_rows, use_custom_ops
 from .configuration_yan import YanConfig
-from .layers_yan import ZeroInitLinear
+from .linear_yan import ZeroInitLinear
 
 if TYPE_CHECKING:  # its file imports this one
     from .canvas_yan import CanvasPlan

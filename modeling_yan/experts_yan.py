@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .chains_yan import as_markov, best_ending, best_path, chain_marginals, draw_path, log_partition
 from .configuration_yan import YanConfig
 from .expert_heads_yan import YanExpertHeads, YanTokenGroups
-from .layers_yan import ZeroInitLinear
+from .linear_yan import ZeroInitLinear
 
 
 class YanGate(nn.Module):

@@ -4,7 +4,6 @@ Letters of the shape comments: B batch, L sequence length, S source length, D hi
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .checks_yan import can_look_at
-from .compilation_yan import is_bare, opaque_operator, select_rows, use_custom_ops
+from .compilation_yan import opaque_operator, select_rows, use_custom_ops
 from .configuration_yan import YanConfig
-from .flow_matching_yan import hashed_normal
+from .linear_yan import (
+    YanIdentityLinear,
+    YanMimeticLinear,
+    dtype_of,
+    is_unmodified_linear,
+    linear_each,
+)
 from .mamba_yan import YanBidirectionalMamba, mask_padding
 
 SELF_LOGIT = 5.0  # soft: a token sees its neighbourhood and its equals
@@ -158,60 +163,6 @@ def sinusoid_angles(positions: torch.Tensor, num_frequencies: int, longest_perio
     return positions.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)
 
 
-class YanMimeticLinear(nn.Linear):
-    """A linear layer whose weights start as a fixed function of their shape and a seed: two of them start equal.
-
-    As queries and keys they make a state attend first to what is like it, in token and in position. `logit` is the
-    attention logit of a state of unit variance with itself: one number for all heads, or one for each half of them.
-    (Mimetic initialisation, arXiv 2305.09828.)
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, logit: float | tuple[float, float], seed: int | None = None
-    ) -> None:
-        super().__init__(in_features, out_features)
-        self.logit, self.seed = logit, seed or 0
-
-    @torch.no_grad()
-    def reset_mimetic(self, num_heads: int) -> None:
-        num_narrow = -(-num_heads // 2)
-        first, second = self.logit if isinstance(self.logit, tuple) else (self.logit, self.logit)
-        logits = torch.tensor([first] * num_narrow + [second] * (num_heads - num_narrow))
-        head_dim = self.out_features // num_heads
-        deviations = (logits / (self.in_features * math.sqrt(head_dim))).sqrt().repeat_interleave(head_dim)
-        init.copy_(self.weight, deviations.unsqueeze(-1) * hashed_normal(self.seed, self.weight.shape))
-
-
-def joins_products(layers: Sequence[nn.Linear], states: torch.Tensor) -> bool:
-    """Whether `linear_each` takes one product: in compiled generation on a GPU, where launches cost more than work."""
-    if len(layers) < 2 or not states.is_cuda or not use_custom_ops() or torch.is_grad_enabled():
-        return False
-    return all(is_unmodified_linear(layer) and layer.weight.device == states.device for layer in layers)
-
-
-def is_unmodified_linear(layer: nn.Module) -> bool:
-    """Whether it is nothing but a product: not a layer with an adapter or a hook, or with a quantized weight."""
-    return is_bare(layer, nn.Linear, YanMimeticLinear, YanIdentityLinear)
-
-
-def dtype_of(layer: nn.Module) -> torch.dtype:
-    """What a linear layer computes in: the type of its weight or, where that is quantized to integers, of its bias."""
-    tensors = [tensor for tensor in (layer.weight, layer.bias) if torch.is_tensor(tensor)]  # methods in torch.ao
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-
-
-def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Each layer's output for the same states (B, L, D).
-
-    Where the products are joined, so are the weights, anew in every generation. That costs less than it saves, and
-    leaves them where adapters, optimizers and checkpoints look for them.
-    """
-    if not joins_products(layers, states):
-        return [layer(states) for layer in layers]
-    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    return F.linear(states, weight, bias).split([layer.out_features for layer in layers], dim=-1)
-
-
 class YanAttention(nn.Module):
     """Multi-head attention of a sequence to itself, or to another one whose keys and values are handed in."""
 
@@ -270,14 +221,6 @@ def _with_lost_rows(output: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     return output.masked_fill(is_lost.view(-1, *[1] * (output.dim() - 1)), torch.nan)
 
 
-class YanIdentityLinear(nn.Linear):
-    """A square linear layer that starts as the identity."""
-
-    @torch.no_grad()
-    def reset_identity(self) -> None:
-        init.copy_(self.weight, torch.eye(len(self.weight)))
-
-
 class YanCrossAttention(YanAttention):
     """Attention of the canvas to the prompt, which starts as a copy of it, position by position.
 
@@ -291,10 +234,6 @@ class YanCrossAttention(YanAttention):
         self.k_proj = YanMimeticLinear(config.hidden_size, config.hidden_size, CROSS_LOGIT)
         self.v_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
         self.o_proj = YanIdentityLinear(config.hidden_size, config.hidden_size)
-
-
-class ZeroInitLinear(nn.Linear):
-    """A linear layer that starts at zero."""
 
 
 class YanShortConvolution(nn.Conv1d):

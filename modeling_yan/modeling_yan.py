@@ -34,28 +34,19 @@ from .layers_yan import (
     YanDecoderLayer,
     YanEmbeddings,
     YanEncoderLayer,
-    YanIdentityLinear,
-    YanMimeticLinear,
     YanPositionEmbedding,
     YanShortConvolution,
-    ZeroInitLinear,
     attention_mask_for,
     count_positions,
     positions_from_start,
     select_positions,
     with_valid_first,
 )
+from .linear_yan import YanIdentityLinear, YanMimeticLinear, ZeroInitLinear
 from .mamba_yan import YanMamba
 from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
 from .outputs_yan import YanAutoencodingOutput, YanFlowOutput
-from .pretrained_yan import (
-    YanHeadTransform,
-    YanLatents,
-    YanPretrainedMixin,
-    YanProjection,
-    build_backbone,
-    check_fit,
-)
+from .pretrained_yan import YanHeadTransform, YanLatents, YanPretrainedMixin, YanProjection, build_backbone, check_fit
 from .velocity_yan import YanFlow
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from .configuration_yan import YanConfig
 from .expert_heads_yan import YanTokenGroups
 from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate, YanGateTransitions
 from .flow_matching_yan import solver_times
-from .layers_yan import YanFlowLayer, YanTimeEmbedding, ZeroInitLinear, attention_mask_for, linear_each
+from .layers_yan import YanFlowLayer, YanTimeEmbedding, attention_mask_for
+from .linear_yan import ZeroInitLinear, linear_each
 
 
 @dataclass

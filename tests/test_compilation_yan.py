@@ -20,6 +20,7 @@ from modeling_yan import (
     expert_heads_yan,
     flow_matching_yan,
     layers_yan,
+    linear_yan,
     mamba_yan,
 )
 from modeling_yan.compilation_yan import is_exporting, opaque_operator, select_rows, use_custom_ops
@@ -282,7 +283,7 @@ def test_a_compiled_program_is_told_from_an_exported_one():
 def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):
     model, (ids, mask, _) = lively_model(num_flow_layers=3, cross_attention_layers=[0, 2]), batch()
     plain, joined = generated(model, ids, mask), []
-    monkeypatch.setattr(layers_yan, "joins_products", lambda layers, states: joined.append(len(layers)) or True)
+    monkeypatch.setattr(linear_yan, "joins_products", lambda layers, states: joined.append(len(layers)) or True)
     actual = generated(model, ids, mask)
     assert set(joined) == ({2, 3} if model.config.encoder_mixer == "attention" else {2})
     assert torch.equal(actual.sequences, plain.sequences)

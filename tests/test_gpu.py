@@ -12,7 +12,15 @@ import pytest
 import torch
 from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanForFlowGeneration, cuda_graphs_yan, expert_heads_yan, generation_yan, layers_yan, mamba_yan
+from modeling_yan import (
+    YanForFlowGeneration,
+    cuda_graphs_yan,
+    expert_heads_yan,
+    generation_yan,
+    layers_yan,
+    linear_yan,
+    mamba_yan,
+)
 from modeling_yan.canvas_yan import CanvasPlan, encode_and_solve
 from modeling_yan.experts_yan import YanExperts
 
@@ -244,8 +252,8 @@ def test_what_waits_for_the_gpu_is_not_recorded_and_does_no_harm(model, prompts,
 
 
 def test_joined_products_write_the_plain_tokens(model, prompts, monkeypatch):
-    model, prompts, joined, joins = model.cuda(), prompts.cuda(), [], layers_yan.joins_products
-    monkeypatch.setattr(layers_yan, "joins_products", lambda *args: joined.append(joins(*args)) or joined[-1])
+    model, prompts, joined, joins = model.cuda(), prompts.cuda(), [], linear_yan.joins_products
+    monkeypatch.setattr(linear_yan, "joins_products", lambda *args: joined.append(joins(*args)) or joined[-1])
     check_recorded(model, prompts)
     assert set(joined) == {True, False}  # recorded, plain
 

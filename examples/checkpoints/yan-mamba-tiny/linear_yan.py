@@ -1,0 +1,1 @@
+../../../modeling_yan/linear_yan.py
