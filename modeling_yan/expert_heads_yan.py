@@ -20,7 +20,18 @@ from transformers.utils.generic import GeneralInterface
 from .compilation_yan import is_exporting, opaque_operator, select_rows, use_custom_ops
 from .configuration_yan import YanConfig
 from .experts_triton_yan import has_kernels_for, triton_heads
-from .layers_yan import feed_forward
+from .layers_yan import gelu_linear
+
+
+def one_head(
+    tokens: torch.Tensor,
+    up_proj: torch.Tensor,
+    up_proj_bias: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_proj_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Outputs (..., D) of one head, whose weights are (F, D), (F,), (D, F) and (D,), for tokens (..., D)."""
+    return F.linear(gelu_linear(tokens, up_proj, up_proj_bias), down_proj, down_proj_bias)
 
 
 def every_head(
@@ -131,7 +142,7 @@ def _eager(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups
         outputs = grouped_linear(F.gelu(grouped_linear(tokens, sizes, *weights[:2])), sizes, *weights[2:])
     else:
         each = zip(tokens.split(sizes.tolist()), *(tensor.unbind() for tensor in weights), strict=True)
-        outputs = torch.cat([feed_forward(*part_and_weights) for part_and_weights in each])
+        outputs = torch.cat([one_head(*part_and_weights) for part_and_weights in each])
     return select_rows(outputs, position)
 
 
@@ -144,7 +155,7 @@ def _of_transformers(name: str) -> ExpertsFunction:
     """A function of transformers' own registry, which sorts or copies anew at every call."""
 
     def compute(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
-        chosen = groups.chosen.view(-1, 1)  # the best one expert of a token, with all the weight
+        chosen = groups.chosen.view(-1, 1)  # the one expert of a token has all the weight
         return ALL_EXPERTS_FUNCTIONS[name](heads, tokens, chosen, tokens.new_ones(chosen.shape))
 
     return compute
@@ -294,7 +305,7 @@ class YanExpertHeads(nn.Module):
     def forward(self, states: torch.Tensor, groups: YanTokenGroups | None = None) -> torch.Tensor:
         """Outputs (B, L, D) of each token's own head for states (B, L, D); without groups (..., K, D) of all heads."""
         if self.num_experts == 1:
-            output = feed_forward(states, *(tensor.squeeze(0) for tensor in self.weights()))
+            output = one_head(states, *(tensor.squeeze(0) for tensor in self.weights()))
             return output.unsqueeze(-2) if groups is None else output
         if groups is None:
             return every_head(states.flatten(0, -2), *self.weights()).movedim(0, 1).unflatten(0, states.shape[:-1])

@@ -319,19 +319,11 @@ def fuses_gelu(layer: nn.Linear, states: torch.Tensor) -> bool:
     return states.is_cuda and is_unmodified_linear(layer) and _takes_gelu_product(states, layer.weight)
 
 
-def feed_forward(
-    states: torch.Tensor,
-    up_proj: torch.Tensor,
-    up_proj_bias: torch.Tensor,
-    down_proj: torch.Tensor,
-    down_proj_bias: torch.Tensor,
-) -> torch.Tensor:
-    """W' gelu(W x + b) + b' of states (..., D), from weights W (F, D), W' (D, F) and their biases."""
-    if _takes_gelu_product(states, up_proj):
-        hidden = _gelu_operator(states, up_proj, up_proj_bias)
-    else:
-        hidden = F.gelu(F.linear(states, up_proj, up_proj_bias))
-    return F.linear(hidden, down_proj, down_proj_bias)
+def gelu_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """gelu(W x + b) of states (..., D)."""
+    if _takes_gelu_product(states, weight):
+        return _gelu_operator(states, weight, bias)
+    return F.gelu(F.linear(states, weight, bias))
 
 
 class YanFeedForward(nn.Module):

@@ -66,9 +66,9 @@ class TestCost:
         assert [len(states) for _, (states,) in calls] == [len(prompts)]
 
     def test_each_token_passes_through_its_own_expert_only(self, model, prompts, monkeypatch):
-        seen, compute = [], expert_heads_yan.feed_forward
+        seen, compute = [], expert_heads_yan.one_head
         monkeypatch.setattr(
-            expert_heads_yan, "feed_forward", lambda tokens, *args: seen.append(len(tokens)) or compute(tokens, *args)
+            expert_heads_yan, "one_head", lambda tokens, *args: seen.append(len(tokens)) or compute(tokens, *args)
         )
         model.flow.gate.expert_proj.weight.data.zero_()  # all are equally probable
         output = model.generate(prompts, num_flow_steps=3, expert_choice="sample", return_dict_in_generate=True)
