@@ -39,7 +39,7 @@ def length_of(text):
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 @torch.no_grad()
 def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty):
-    model, ids = make_lively(make_model, crf_rank=rank), torch.randint(4, 64, (8, 6))
+    model, ids = make_lively(make_model, crf_rank=rank), torch.randint(4, 64, (32, 6))
     options = {"num_flow_steps": 1, "return_prompt": False, "length_penalty": penalty}
     options |= {"max_new_tokens": 8, "return_dict_in_generate": True}
     output = model.generate(ids, **options)
@@ -53,9 +53,9 @@ def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty)
     else:
         scores = token_log_likelihood(logits, texts).sum(-1)
     lengths = torch.tensor([length_of(text) for text in texts.tolist()])
-    best = ((scores.view(8, 3) + gate_log_probs) / lengths.view(8, 3) ** penalty).argmax(-1)
+    best = ((scores.view(32, 3) + gate_log_probs) / lengths.view(32, 3) ** penalty).argmax(-1)
     assert len(best.unique()) > 1  # not always the gate's favourite
-    chosen = ranked.sequences.view(8, 3, -1)[torch.arange(8), best]
+    chosen = ranked.sequences.view(32, 3, -1)[torch.arange(32), best]
     width = output.sequences.shape[1]
     assert torch.equal(output.sequences, chosen[:, :width])
     assert (chosen[:, width:] == model.generation_config.pad_token_id).all()
