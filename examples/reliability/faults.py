@@ -24,8 +24,9 @@ import transformers
 from safetensors.torch import load_file
 
 from modeling_yan.data import train_tokenizer, write_rows
+from modeling_yan.data.rows import UNFINISHED
 from modeling_yan.training import PretrainingArguments, pretrain
-from modeling_yan.training.checkpoints import ASIDE, list_checkpoints
+from modeling_yan.training.checkpoints import list_checkpoints
 
 PRESET = Path(__file__).parents[2] / "configuration" / "yan-transformer-tiny"
 FIELDS = (
@@ -103,7 +104,7 @@ def newest_step(settings) -> int:
 
 def is_saving(settings) -> bool:
     """Whether a checkpoint is half written."""
-    return any(Path(settings.output_dir).glob(ASIDE + "*"))
+    return any(path.is_dir() for path in Path(settings.output_dir).glob(UNFINISHED + "*"))
 
 
 def wait_until(condition, seconds: float = PATIENCE) -> float:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from modeling_yan.data.rows import UNFINISHED
 from modeling_yan.training import PretrainingArguments, pretrain
-from modeling_yan.training.checkpoints import ASIDE, list_checkpoints
+from modeling_yan.training.checkpoints import list_checkpoints
 
 LONGEST_WAIT = 120.0  # seconds for a checkpoint to begin
 LONGEST_NAP = 0.2  # seconds of what comes after one: of a start, or of some updates
@@ -40,7 +41,7 @@ def live(settings) -> int:
 
 def is_saving(output_dir: Path) -> bool:
     """Whether a checkpoint is half written."""
-    return any(output_dir.glob(ASIDE + "*"))
+    return any(path.is_dir() for path in output_dir.glob(UNFINISHED + "*"))
 
 
 def newest_step(output_dir: Path) -> int:
