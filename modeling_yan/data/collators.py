@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import LongTensor
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -32,7 +32,8 @@ from .masking import (
 
 logger = logging.get_logger(__name__)
 
-Batch = dict[str, LongTensor]
+Batch = dict[str, torch.Tensor]  # of torch.long
+Array = npt.NDArray[Any]
 
 
 class SeededDraws:
@@ -65,7 +66,7 @@ class SeededDraws:
         # As bytes: tensors and generators go to a spawned worker through shared memory, which can fail.
         return {**vars(self), "generator": self.generator.get_state().numpy().tobytes()}
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, generator=torch.Generator())
         self.generator.set_state(torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8))
 
@@ -130,21 +131,20 @@ class AutoencoderCollator:
         self.num_truncated = 0
 
     def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
-        rows = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
-        generator = self.draws(rows) if generator is None else generator
-        is_pair = np.array(["target" in row for row in rows])
-        texts = [row["target"] if "target" in row else row["input_ids"] for row in rows]
+        encoded = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
+        generator = self.draws(encoded) if generator is None else generator
+        is_pair = np.array(["target" in row for row in encoded])
+        texts = [row["target"] if "target" in row else row["input_ids"] for row in encoded]
         text = flatten(self._choose_windows(texts, generator))
         mask_ratio = np.where(is_pair, self.target_mask_ratio, self.mask_ratio)
         spans = draw_spans(text.lengths, mask_ratio, self.max_span_len, generator)
         shown = hide_spans(text, *spans, self.tokenizer.mask_token_id)
         if is_pair.any():
-            input_ids, labels = self._add_sources(rows, text, shown)
+            input_ids, labels = self._add_sources(encoded, text, shown)
         else:
             width, eos_token_id = self._width(int(text.lengths.max())), self.tokenizer.eos_token_id
             input_ids, labels = pad_rows(shown, width, eos_token_id), pad_rows(text, width, eos_token_id)
-        input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(labels)}
+        return _as_tensors(input_ids=input_ids, labels=labels, attention_mask=np.ones_like(labels))
 
     def set_epoch(self, epoch: int) -> None:
         """Let the draws be a function of the seed, the epoch and the batch alone."""
@@ -165,11 +165,11 @@ class AutoencoderCollator:
         if max(map(len, texts)) <= self.max_length:
             return texts
         excess = np.maximum(lengths_of(texts) - self.max_length, 0)
-        self.num_truncated += np.count_nonzero(excess)
+        self.num_truncated += int(np.count_nonzero(excess))
         starts = torch.rand(len(texts), generator=generator, dtype=torch.float64).numpy() * (excess + 1)
         return [ids[start : start + self.max_length] for ids, start in zip(texts, starts.astype(np.int64).tolist())]
 
-    def _add_sources(self, rows: Sequence[EncodedRow], text: Ragged, shown: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    def _add_sources(self, rows: Sequence[EncodedRow], text: Ragged, shown: Ragged) -> tuple[Array, Array]:
         """`input_ids` and `labels` of a batch with pairs: its sources, its texts, and what is shown of those."""
         eos_token_id, lengths = self.tokenizer.eos_token_id, text.lengths
         slot_starts, slot_ends = self._slots(rows, lengths)
@@ -193,17 +193,17 @@ class AutoencoderCollator:
             labels[is_in_place] = np.where(pad_rows(loss_mask, width, 0), labels[is_in_place], IGNORE_INDEX)
         return input_ids, labels
 
-    def _slots(self, rows: Sequence[EncodedRow], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, rows: Sequence[EncodedRow], lengths: Array) -> tuple[Array, Array]:
         """(B,) start and end of every row's answer slot; equal if it has none, or too small a one for the text."""
         starts, ends = np.array([row.get("answer_span", (0, 0)) for row in rows]).T
         ends = np.minimum(ends, self.max_length)
         return starts, np.where(ends - starts >= lengths, ends, starts)
 
-    def _cut_sources(self, sources: Sequence[Ids], lengths: np.ndarray, has_slot: np.ndarray) -> list[Ids]:
+    def _cut_sources(self, sources: Sequence[Ids], lengths: Array, has_slot: Array) -> list[Ids]:
         """The part of every source that fits, beside its text unless that has its slot there."""
         given = lengths_of(sources)
         kept = np.minimum(given, self.max_length - lengths * ~has_slot)
-        self.num_truncated += np.count_nonzero(given > kept)
+        self.num_truncated += int(np.count_nonzero(given > kept))
         starts = np.where(has_slot, 0, given - kept)
         return [ids[start:stop] for ids, start, stop in zip(sources, starts.tolist(), (starts + kept).tolist())]
 
@@ -241,14 +241,9 @@ class FlowCollator:
         model: PreTrainedModel | None = None,
     ):
         limits = {"max_source_length": max_source_length, "canvas_length": canvas_length}
-        if model is not None:
-            limits = _fit_to_model(limits, model.config)
-        for name, length in limits.items():
-            check_length(name, length)
         check_length("multiple_of", multiple_of)
         self.tokenizer = tokenizer
-        self.max_source_length = limits["max_source_length"]
-        self.canvas_length = limits["canvas_length"]
+        self.max_source_length, self.canvas_length = _checked_limits(limits, model)
         self.multiple_of = multiple_of
         self.num_truncated = 0
         self.num_cut_targets = 0
@@ -257,18 +252,17 @@ class FlowCollator:
         check_rows(rows)
         for row in rows:
             entry(row, "source"), entry(row, "target")
-        rows = encode_rows(self.tokenizer, rows)
-        source = flatten([self._cut_source(row["source"], row["answer_span"]) for row in rows])
+        encoded = encode_rows(self.tokenizer, rows)
+        source = flatten([self._cut_source(row["source"], row["answer_span"]) for row in encoded])
         source_width = _bucket(int(source.lengths.max()), self.multiple_of, self.max_source_length)
         starts = (
             source_width - source.lengths if self.tokenizer.padding_side == "left" else np.zeros_like(source.lengths)
         )
-        batch = {
-            "input_ids": pad_rows(source, source_width, self.tokenizer.pad_token_id, starts),
-            "attention_mask": is_between(starts, starts + source.lengths, source_width).astype(np.int64),
-            "labels": self._end_targets([row["target"] for row in rows]),
-        }
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return _as_tensors(
+            input_ids=pad_rows(source, source_width, self.tokenizer.pad_token_id, starts),
+            attention_mask=is_between(starts, starts + source.lengths, source_width).astype(np.int64),
+            labels=self._end_targets([row["target"] for row in encoded]),
+        )
 
     def _cut_source(self, ids: Ids, answer_span: tuple[int, int]) -> Ids:
         if not len(ids) and self.tokenizer.bos_token_id is None:
@@ -283,9 +277,9 @@ class FlowCollator:
         self.num_truncated += 1
         start, stop = answer_span
         stop = min(stop, limit) if stop > start else 0  # a slot stays, and with it what stands before it
-        return flatten([[*ids[:stop], *ids[stop + excess :]]]).tokens
+        return np.concatenate([flatten([part]).tokens for part in (ids[:stop], ids[stop + excess :])])
 
-    def _end_targets(self, targets: Sequence[Ids]) -> np.ndarray:
+    def _end_targets(self, targets: Sequence[Ids]) -> Array:
         target = flatten([ids[: self.canvas_length] for ids in targets])
         width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
         labels = pad_rows(target, width, IGNORE_INDEX)
@@ -294,18 +288,29 @@ class FlowCollator:
             longest = max(map(len, targets))
             limit = f"canvas_length={self.canvas_length}, of which an EOS takes one"
             _warn_of_cut(f"a target of {longest} tokens to {limit}", "num_cut_targets")
-        self.num_cut_targets += np.count_nonzero(~has_end)
+        self.num_cut_targets += int(np.count_nonzero(~has_end))
         labels[has_end, target.lengths[has_end]] = self.tokenizer.eos_token_id
         return labels
 
 
-def _fit_to_model(limits: dict[str, int | None], config) -> dict[str, int]:
-    """The lengths, those of the model in the place of None; ValueError for one that it can't take."""
-    longest = {"max_source_length": config.max_prompt_length, "canvas_length": config.canvas_length}
+def _checked_limits(limits: dict[str, int | None], model: PreTrainedModel | None) -> list[int]:
+    """The lengths, those of the model in the place of None.
+
+    Raises:
+        ValueError: One is missing where there is no model, is below 1, or is more than the model can take.
+    """
+    longest: dict[str, int] = {}
+    if model is not None:
+        longest = {"max_source_length": model.config.max_prompt_length, "canvas_length": model.config.canvas_length}
     for name, length in limits.items():
-        if length is not None and length > longest[name]:
+        if length is not None and length > longest.get(name, length):
             raise ValueError(f"{name}={length}: must be at most {longest[name]}, which is what the model takes")
-    return {name: longest[name] if length is None else length for name, length in limits.items()}
+        check_length(name, longest.get(name) if length is None else length)
+    return [longest[name] if length is None else length for name, length in limits.items()]
+
+
+def _as_tensors(**arrays: Array) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _warn_of_cut(what: str, counter: str) -> None:

@@ -165,7 +165,7 @@ def build_pairs(
     rng = random.Random(seed)
 
     def make(row: Row, crop: str) -> Row | None:
-        if task == CLASSIFICATION:
+        if label_column is not None and task == CLASSIFICATION:
             return classification(crop, row[label_column], **details)
         return TEXT_TASKS[task](crop, rng, mask_token, **details)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -125,7 +126,7 @@ class PretrainingArguments:
         default=0.0, metadata={"help": "peak of one device for the FLOPs utilisation; measured by a product if 0"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low in AT_LEAST.items():
             value = getattr(self, name)
             if name == "encoder_learning_rate" and value is None:
@@ -185,7 +186,7 @@ def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[s
     return [word for name, value in recipe.items() for word in _as_words(known[name], value)] + words
 
 
-def _as_words(action: Action, value) -> list[str]:
+def _as_words(action: Action, value: Any) -> list[str]:
     option = f"--{action.dest}"
     if action.nargs == 0:
         return [option] if value else []

@@ -4,7 +4,7 @@ So there is no state to save: a run that stopped goes on at the same place in th
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration_yan import YanConfig
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
 from ..data.encoding import encode_rows, pair_fields
 from .stages import find_stage
-from .streams import PAIRS, TEXT, DrawnRows, Row, Rows, TaskSchedule, cut, split_kinds
+from .streams import PAIRS, TEXT, DrawnRows, Filled, Row, Rows, TaskSchedule, cut, split_kinds
 
 CANVAS_MULTIPLE = 8
 WIDE_CANVAS_CHANCE = 0.3  # of a canvas wider than the batch needs, so that any width works at generation
@@ -31,7 +32,7 @@ class Group(NamedTuple):
     num_skipped: int
 
 
-class TaskSampler(Dataset):
+class TaskSampler(Dataset[Batch]):
     """Batches of the tasks that the rows and the stage allow, each task with its weight.
 
     Rows with source and target are the task "pairs". Rows with text are the task "text" in the autoencoder stage, and
@@ -67,7 +68,7 @@ class TaskSampler(Dataset):
         self,
         rows: Rows,
         tokenizer: PreTrainedTokenizerBase,
-        config,
+        config: YanConfig,
         stage: str,
         batch_size: int,
         length: int,
@@ -151,9 +152,10 @@ class TaskSampler(Dataset):
 
     def batch(self, task: str, rng: random.Random) -> Batch:
         """One batch of `task` drawn with `rng`. Raises ValueError if the rows are a stream."""
-        if not isinstance(self._rows[task], DrawnRows):
+        source = self._rows[task]
+        if not isinstance(source, DrawnRows):
             raise ValueError("single batches can't be drawn from a stream: give a list or a map-style data set")
-        rows, num_skipped = self._fill(task, self._rows[task].draw(rng), rng, self.batch_size)
+        rows, num_skipped = self._fill(task, source.draw(rng), rng, self.batch_size)
         self.num_skipped += num_skipped
         return self._collate(encode_rows(self.tokenizer, rows), rng)
 
@@ -167,11 +169,10 @@ class TaskSampler(Dataset):
         """Targets that did not fit into a canvas with their EOS."""
         return getattr(self._collator, "num_cut_targets", 0)
 
-    def _fill(
-        self, task: str, rows: Iterator[Row], rng: random.Random, size: int | None = None
-    ) -> tuple[list[Row], int]:
+    def _fill(self, task: str, rows: Iterator[Row], rng: random.Random, size: int | None = None) -> Filled:
         """As many rows as a group has, made for the task of the next that it can use, and how many it could not."""
-        size, made, tries, num_skipped = size or self.batch_size * self.bucket_batches, [], 0, 0
+        made: list[Row] = []
+        size, tries, num_skipped = size or self.batch_size * self.bucket_batches, 0, 0
         for row in rows:
             made_row = self._make_row(task, row, rng)
             tries = 0 if made_row else tries + 1
@@ -190,14 +191,16 @@ class TaskSampler(Dataset):
         if task == PAIRS:
             return pair_fields(row) if _is_usable_pair(row) else None
         text = crop_sentences(row.get("text") or "", self.max_words, rng)
-        return text and ({"text": text} if task == TEXT else self._make_pair(task, text, rng))
+        if not text:
+            return None
+        return {"text": text} if task == TEXT else self._make_pair(task, text, rng)
 
     def _make_pair(self, task: str, text: str, rng: random.Random) -> Row | None:
         details = {"count_tokens": lambda span: len(self.tokenizer.tokenize(span))} if task == "infilling" else {}
         pair = TEXT_TASKS[task](text, rng, self.tokenizer.mask_token, **details)
         return pair and pair_fields(pair)
 
-    def _make_collator(self, longest: int) -> Callable:
+    def _make_collator(self, longest: int) -> AutoencoderCollator | FlowCollator:
         config = self.config
         if self.stage.corrupts:
             options = {name: getattr(config.objective, name) for name in ("mask_ratio", "max_span_len")}
@@ -206,9 +209,9 @@ class TaskSampler(Dataset):
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:
-        if self.stage.corrupts:
-            return self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60)))
-        batch = self._collator(rows)
+        if isinstance(self._collator, AutoencoderCollator):
+            return dict(self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60))))
+        batch: Batch = dict(self._collator(rows))
         batch["canvas_length"] = width = batch["labels"].shape[1]
         if rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
@@ -232,7 +235,7 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}={size}: must be at least 1")
 
 
-def _check_weights(weights, tasks, origin):
+def _check_weights(weights: dict[str, float] | None, tasks: list[str], origin: str) -> dict[str, float]:
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     unknown = sorted(set(weights) - set(tasks))
     if unknown:

@@ -8,16 +8,17 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 Row = dict[str, Any]
 Filled = tuple[list[Row], int]  # the rows of a group, and how many rows gave nothing for it
 Fill = Callable[[Iterator[Row], random.Random], Filled]  # takes rows until it has made a group of them
-Rows = Sequence[Row] | Dataset | IterableDataset
+Rows: TypeAlias = Sequence[Row] | Dataset | IterableDataset
 
 PAIRS, TEXT = "pairs", "text"  # the kinds of rows
 LOOK_UP_SIZE = 64  # rows fetched at once: from Arrow tables far faster than one by one
@@ -30,7 +31,7 @@ class DrawnRows:
         rows: List or Arrow data set, of which the rows at `indices` (n,) are of the kind.
     """
 
-    def __init__(self, rows: Sequence[Row] | Dataset, indices: Sequence[int]):
+    def __init__(self, rows: Sequence[Row] | Dataset, indices: Sequence[int] | npt.NDArray[np.int64]):
         self.rows, self.indices = rows, indices
 
     def draw(self, rng: random.Random) -> Iterator[Row]:
@@ -99,13 +100,15 @@ class StreamedGroups:
 
     def __init__(self, open_stream: Callable[[str], Iterator[Row]], fill: Fill, seed: str, process_index: int):
         self.open_stream, self.fill, self.seed, self.process_index = open_stream, fill, seed, process_index
-        self._stream, self._next, self._reader = None, 0, None
+        self._stream: Iterator[Row] | None = None
+        self._next, self._reader = 0, 0  # the number of the group that comes next, and the process that reads
 
     def __call__(self, number: int) -> Filled:
         # A forked worker of a data loader may not read on in the files of its parent.
         if self._stream is None or number < self._next or self._reader != os.getpid():
             self._stream, self._next, self._reader = self.open_stream(self.seed), 0, os.getpid()
-        stream, self._stream = self._stream, None  # after an error in between, the next call starts again
+        stream: Iterator[Row] = self._stream
+        self._stream = None  # after an error in between, the next call starts again
         while self._next <= number:
             group = self.fill(stream, random.Random(f"{self.seed} {self.process_index} {self._next}"))
             self._next += 1
@@ -202,5 +205,5 @@ class TaskSchedule:
 
 def cut(rows: list[Row], size: int) -> list[list[Row]]:
     """Consecutive lists of `size` rows."""
-    rows = iter(rows)
-    return list(iter(lambda: list(islice(rows, size)), []))
+    rest = iter(rows)
+    return list(iter(lambda: list(islice(rest, size)), []))
