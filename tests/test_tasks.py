@@ -198,7 +198,7 @@ def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
     script = load_script("tasks")
     recipe = script.read_recipe(path)
     for arm in recipe["arms"].values():
-        assert set(arm) <= {"kind", "fields", "training", "teacher", "autoencoder_share", "encoder"}
+        assert set(arm) <= {"kind", "fields", "training", "teacher", "autoencoder_share", "encoder", "lora"}
         assert arm.get("teacher", "AR decoder") in recipe["arms"]
         if arm.get("encoder"):
             assert {"encoder", "encoder_fields", "encoder_training"} <= set(recipe)
