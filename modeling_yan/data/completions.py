@@ -41,7 +41,7 @@ class CompletionCollator:
         canvas_length: int | None = None,
         model: PreTrainedModel | None = None,
         allow_no_prompts: bool = False,
-    ):
+    ) -> None:
         self.tokenizer, self.allow_no_prompts = tokenizer, allow_no_prompts
         self.pairs = FlowCollator(tokenizer, max_source_length, canvas_length, model=model)
 

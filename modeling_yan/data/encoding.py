@@ -114,7 +114,7 @@ def _num_before(tokenizer: PreTrainedTokenizerBase, source: Ids) -> int:
     return int(len(source) > 0 and source[0] in begins)
 
 
-def _find_masks(tokenizer: PreTrainedTokenizerBase, source: Ids) -> np.ndarray:
+def _find_masks(tokenizer: PreTrainedTokenizerBase, source: Ids) -> np.ndarray[Any, Any]:
     return np.equal(np.asarray(source), tokenizer.mask_token_id).astype(np.int64)
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from .rows import Row
 from .tasks import CLASSIFICATION, TEXT_TASKS, crop_sentences
@@ -101,8 +101,8 @@ class DatasetSpec:
         task = self.choose_task(options)
         made = self.formatter(*(self.look_up(row, column) for column in self.columns))
         if isinstance(made, str):
-            made = _use_text(made, task, rng, options)
-        if not made.get("target", made.get("text")).strip():
+            made = _use_text(made, cast(str, task), rng, options)
+        if not made["target" if "target" in made else "text"].strip():
             raise SkippedRow("empty target" if "target" in made else "empty text")
         if options.answer_slot and "source" in made and task != "infilling":
             made |= {"source": options.answer_slot + made["source"], "answer_slot": options.answer_slot}
@@ -212,7 +212,14 @@ def _any_of(names: tuple[str, ...]) -> str:
     return " or ".join(map(repr, names))
 
 
-def _classification(name: str, hub_name: str, splits: tuple[str, ...], texts: tuple, labels: tuple, instruction: str):
+def _classification(
+    name: str,
+    hub_name: str,
+    splits: tuple[str, ...],
+    texts: tuple[str, ...],
+    labels: tuple[str, ...],
+    instruction: str,
+) -> DatasetSpec:
     formatter = partial(_classify, label_names=labels, instruction=instruction)
     columns = (*texts, "label")
     extra = ("task",)

@@ -12,11 +12,11 @@ import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -33,7 +33,7 @@ LISTS = ("masked", "answers")  # the columns that hold lists of strings
 STREAM_BATCH = 16  # rows of a hub data set that are formatted at a time when streaming
 STORY_SPLITS = {"train": range(2, 20), "validation": range(1), "test": range(1, 2)}
 
-PathLike = str | os.PathLike
+PathLike = str | os.PathLike[str]
 
 
 def load_rows(
@@ -111,7 +111,7 @@ def load_rows(
 class SkipCounter:
     """Counts rows and why some were skipped; with `running`, warns at the 1st, 10th, 100th skipped row and so on."""
 
-    def __init__(self, running: bool):
+    def __init__(self, running: bool) -> None:
         self.running = running
         self.num_rows = 0
         self.reasons: Counter[str] = Counter()
@@ -139,7 +139,7 @@ class RowMaker:
     streaming: bool
     counter: SkipCounter = field(init=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.spec.choose_task(self.options)
         object.__setattr__(self, "counter", SkipCounter(running=self.streaming))
 
@@ -160,7 +160,8 @@ class RowMaker:
         try:
             row = self.spec.format_row(raw, random.Random(f"{self.seed} {index}"), self.options)
         except SkippedRow as reason:
-            return self.counter.skip(self.spec.name, str(reason))
+            self.counter.skip(self.spec.name, str(reason))
+            return None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         check_row(row, where)
@@ -184,7 +185,7 @@ class FileShard:
     sample_by: str
     stamp: tuple[int, int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         status = self.path.stat()
         object.__setattr__(self, "stamp", (status.st_size, status.st_mtime_ns))
 
@@ -208,7 +209,7 @@ class StoryShard:
     num_rows: int | None
     name: str = "stories"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_rows is None:
             raise ValueError("stories: num_rows must be given")
         if self.split not in STORY_SPLITS:
@@ -216,7 +217,7 @@ class StoryShard:
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
         """Index, place and raw row of each."""
-        for index in range(self.num_rows):
+        for index in range(cast(int, self.num_rows)):
             rng = random.Random(f"{self.seed} {index}")
             story = generate_story(rng)
             while zlib.crc32(story.source.encode()) % 20 not in STORY_SPLITS[self.split]:
@@ -227,7 +228,7 @@ class StoryShard:
 Shard = FileShard | StoryShard
 
 
-def _find_spec(source, path, columns) -> tuple[DatasetSpec | None, Any]:
+def _find_spec(source: Any, path: Any, columns: Mapping[str, str] | None) -> tuple[DatasetSpec | None, Any]:
     """What to load (None for the stories), and how, unless that is to be guessed from its columns."""
     if not isinstance(source, str) or source not in REGISTRY:
         if path is not None:
@@ -253,10 +254,11 @@ def _spec_of_columns(name: str, columns: Mapping[str, str]) -> DatasetSpec:
     raise ValueError(f"columns has {sorted(columns)}, but must have 'text', or 'source' and 'target'")
 
 
-def _guess_spec(name: str, raw) -> DatasetSpec:
+def _guess_spec(name: str, raw: Any) -> DatasetSpec:
     """Pairs if the first row has a target, else texts."""
     if isinstance(raw, Dataset | IterableDataset):
-        there, where = _column_names(raw), name
+        there: Collection[str] = _column_names(raw)
+        where = name
     else:
         _, where, first = next(iter(raw))
         there = first if isinstance(first, Mapping) else ()
@@ -267,7 +269,7 @@ def _guess_spec(name: str, raw) -> DatasetSpec:
     raise ValueError(f"{where}: the columns are {sorted(there)}, but {needed} are needed; `columns` can rename them")
 
 
-def _find_local(data) -> list[Path]:
+def _find_local(data: Any) -> list[Path]:
     """The files that `data` names; none for a folder or a name on the hub."""
     if isinstance(data, str | os.PathLike):
         return [] if os.path.isdir(data) or not is_file_name(str(data)) else find_files([data])
@@ -277,7 +279,14 @@ def _find_local(data) -> list[Path]:
     return files
 
 
-def load_raw(name, config_name, split, revision, streaming, cache_dir) -> Dataset | IterableDataset:
+def load_raw(
+    name: str,
+    config_name: str | None,
+    split: str | None,
+    revision: str | None,
+    streaming: bool,
+    cache_dir: PathLike | None,
+) -> Dataset | IterableDataset:
     """`datasets.load_dataset`, with what went wrong in the message."""
     cache_dir = None if cache_dir is None else str(cache_dir)
     try:
@@ -317,7 +326,7 @@ def _map_raw(raw: Dataset | IterableDataset, maker: RowMaker, name: str) -> Data
     return made
 
 
-def _make_batch(batch: dict[str, list], indices: list[int], maker: RowMaker, name: str) -> dict[str, list]:
+def _make_batch(batch: dict[str, list[Any]], indices: list[int], maker: RowMaker, name: str) -> dict[str, list[Any]]:
     raw_rows = (dict(zip(batch, values)) for values in zip(*batch.values()))
     rows = [maker(raw_row, index, f"{name}, row {index}") for raw_row, index in zip(raw_rows, indices)]
     return {column: [row[column] for row in rows if row] for column in maker.features}
@@ -330,7 +339,7 @@ def _check_label_names(raw: Dataset | IterableDataset, spec: DatasetSpec) -> Non
         raise ValueError(f"{spec.name}: the labels are {names}, but {list(spec.label_names)} are expected")
 
 
-def _generate(shards: list[Shard], maker: RowMaker, cache_dir) -> Dataset | IterableDataset:
+def _generate(shards: list[Shard], maker: RowMaker, cache_dir: PathLike | None) -> Dataset | IterableDataset:
     kwargs = {"features": maker.features, "gen_kwargs": {"shards": shards, "maker": maker}}
     if maker.streaming:
         return IterableDataset.from_generator(_made_rows, **kwargs)

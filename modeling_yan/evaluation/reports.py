@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..data.rows import write_whole
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
@@ -20,7 +21,7 @@ from .embeddings import (
     mauve_score,
     semantic_distances,
 )
-from .likelihood import generative_perplexity, load_judge
+from .likelihood import GenerativePerplexity, generative_perplexity, load_judge
 from .metrics import accuracy_scores, exact_match_scores, rouge_scores, token_f1_scores
 from .runs import DETERMINISTIC, Run, RunOptions, run_model
 from .statistics import (
@@ -55,17 +56,20 @@ DEFAULT_METRICS = tuple(name for name in METRIC_NAMES if name not in ("accuracy"
 
 Row = Mapping[str, Any]
 
+Metric = Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]]
+Functions = tuple[list[Metric], list[Metric], Callable[[list[str]], GenerativePerplexity] | None]
+
 
 def evaluate_task(
-    model,
-    tokenizer,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     options: RunOptions | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    encoder=None,
-    judge=None,
-    compare: str | os.PathLike | None = None,
+    encoder: Any = None,
+    judge: Any = None,
+    compare: str | os.PathLike[str] | None = None,
     description: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Generate for every row, score, and write `metrics.json` and `predictions.jsonl` into the folder `output`.
@@ -114,7 +118,7 @@ def evaluate_task(
     return report
 
 
-def check_metrics(metrics: Sequence[str]):
+def check_metrics(metrics: Sequence[str]) -> None:
     """Compute each metric of one short text, so that what is missing is missed before anything is trained.
 
     Raises:
@@ -123,7 +127,7 @@ def check_metrics(metrics: Sequence[str]):
     _functions(metrics, None, None, [])
 
 
-def compare_runs(own: Mapping, others: Mapping) -> dict[str, Any]:
+def compare_runs(own: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[str, Any]:
     """Paired tests, figure by figure, of runs over the same rows.
 
     Args:
@@ -135,7 +139,7 @@ def compare_runs(own: Mapping, others: Mapping) -> dict[str, Any]:
         the rows' means over the seeds, its bootstrap interval "low" and "high", the p-values "p_bootstrap" and
         "p_permutation" and, for scores of 0 and 1, "p_mcnemar" of the first seed's rows.
     """
-    results = {}
+    results: dict[str, Any] = {}
     for (length, decoding), scores in own.items():
         other_decoding = decoding if (length, decoding) in others else DETERMINISTIC
         other = others.get((length, other_decoding))
@@ -146,14 +150,17 @@ def compare_runs(own: Mapping, others: Mapping) -> dict[str, Any]:
     return results
 
 
-def read_predictions(folder: str | os.PathLike, rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+def read_predictions(
+    folder: str | os.PathLike[str], rows: Sequence[Row]
+) -> dict[tuple[str, str], dict[str, np.ndarray[Any, Any]]]:
     """The scores (seeds, rows) of each figure of each (length, decoding) in a folder's `predictions.jsonl`.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: Its rows are not `rows`; the message names the first that differs.
     """
-    path, scores = Path(folder) / "predictions.jsonl", {}
+    path = Path(folder) / "predictions.jsonl"
+    scores: dict[tuple[str, str], dict[str, dict[int, dict[int, float]]]] = {}
     # split at "\n" alone: a prediction may hold other characters that end a line for `splitlines`
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     num_rows = 1 + max((line["row"] for line in lines), default=-1)
@@ -184,7 +191,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _check(rows, metrics):
+def _check(rows: Sequence[Row], metrics: Sequence[str]) -> None:
     unknown = [name for name in metrics if name not in METRIC_NAMES]
     if unknown:
         raise ValueError(f"metric {', '.join(unknown)}: must be among {', '.join(METRIC_NAMES)}")
@@ -195,14 +202,14 @@ def _check(rows, metrics):
             raise ValueError(f"row {index} has the keys {sorted(row)}: must have source and target")
 
 
-def _functions(metrics, encoder, judge, sources):
+def _functions(metrics: Sequence[str], encoder: Any, judge: Any, sources: Sequence[str]) -> Functions:
     """Row metrics, set metrics, and the function for the judge or None, as the options ask for them.
 
     Models are loaded here, once, and what isn't installed is missed here, before anything is generated.
     """
     import_stats()
-    of_rows = [ROW_METRICS[name] for name in metrics if name in ROW_METRICS]
-    of_sets = [SET_METRICS[name] for name in metrics if name in SET_METRICS]
+    of_rows: list[Metric] = [ROW_METRICS[name] for name in metrics if name in ROW_METRICS]
+    of_sets: list[Metric] = [SET_METRICS[name] for name in metrics if name in SET_METRICS]
     if "bert_score" in metrics:
         of_tokens = load_token_encoder(encoder)
         of_rows.append(lambda texts, wanted: {"bert_score_f1": bert_scores(texts, wanted, of_tokens)["f1"]})
@@ -215,14 +222,22 @@ def _functions(metrics, encoder, judge, sources):
         of_sets.append(lambda texts, wanted: {"mauve": mauve_score(texts, wanted, embed)})
     for function in of_rows:
         function(["a"], ["a"])
-    judge = None if judge is None else load_judge(judge)
-    judged = None if judge is None else lambda texts: generative_perplexity(texts, *judge, prompts=sources)
-    return of_rows, of_sets, judged
+    if judge is None:
+        return of_rows, of_sets, None
+    loaded, own = load_judge(judge)
+    return of_rows, of_sets, lambda texts: generative_perplexity(texts, loaded, own, sources)
 
 
-def _score(run: Run, references, of_rows, of_sets, judged):
+def _score(
+    run: Run,
+    references: Sequence[str],
+    of_rows: list[Metric],
+    of_sets: list[Metric],
+    judged: Callable[[list[str]], GenerativePerplexity] | None,
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """Scores of each figure (seeds, rows), and the finished entries of the figures without scores of rows."""
-    scores, values = {}, {}
+    scores: dict[str, list[Any]] = {}
+    values: dict[str, list[float]] = {}
     for result in run.passes:
         for function in of_rows:
             for name, column in function(result.texts, references).items():
@@ -236,7 +251,7 @@ def _score(run: Run, references, of_rows, of_sets, judged):
     return {name: np.array(rows) for name, rows in scores.items()}, figures
 
 
-def _summary(run, scores, figures):
+def _summary(run: Run, scores: Mapping[str, np.ndarray[Any, Any]], figures: Mapping[str, Any]) -> dict[str, Any]:
     intervals = {}
     for name, matrix in scores.items():
         mean, low, high = mean_with_interval(matrix.mean(0))
@@ -247,12 +262,12 @@ def _summary(run, scores, figures):
     return {"num_seeds": len(run.passes), "metrics": {**intervals, **figures, **counts}}
 
 
-def _over_seeds(per_seed):
+def _over_seeds(per_seed: Sequence[float]) -> dict[str, Any]:
     mean, deviation = mean_and_deviation(per_seed)
     return {"mean": mean, "std": deviation, "per_seed": list(per_seed)}
 
 
-def _perplexity(run, judged):
+def _perplexity(run: Run, judged: Callable[[list[str]], GenerativePerplexity]) -> dict[str, Any]:
     """Perplexity of all seeds' tokens together, its interval over rows, and that of each seed; none if no token."""
     if not any(text for result in run.passes for text in result.texts):
         return {}
@@ -266,7 +281,7 @@ def _perplexity(run, judged):
     return {"generative_perplexity": {**over_seeds, "mean": mean, "low": low, "high": high}}
 
 
-def _paired_tests(scores, other):
+def _paired_tests(scores: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> dict[str, float]:
     a, b = scores.mean(0), other.mean(0)
     difference, low, high, p_bootstrap = paired_bootstrap(a, b)
     tests = {"difference": difference, "low": low, "high": high, "p_bootstrap": p_bootstrap}
@@ -276,7 +291,7 @@ def _paired_tests(scores, other):
     return tests
 
 
-def _lines(run, scores, rows):
+def _lines(run: Run, scores: Mapping[str, np.ndarray[Any, Any]], rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for seed, result in enumerate(run.passes):
         for index, row in enumerate(rows):
             yield {
@@ -292,16 +307,16 @@ def _lines(run, scores, rows):
             }
 
 
-def _matrix(by_seed):
+def _matrix(by_seed: Mapping[int, Mapping[int, float]]) -> np.ndarray[Any, Any]:
     return np.array([[by_seed[seed][row] for row in sorted(by_seed[seed])] for seed in sorted(by_seed)])
 
 
-def _cells(figure):
+def _cells(figure: Mapping[str, Any]) -> str:
     interval = f"{figure['low']:.3f} to {figure['high']:.3f}" if "low" in figure else ""
     deviation = "" if figure["std"] is None else f"std {figure['std']:.3f}"
     return f"{figure['mean']:10.3f}  {interval:20} {deviation}".rstrip()
 
 
-def _test_cells(test):
+def _test_cells(test: Mapping[str, Any]) -> str:
     p_values = "  ".join(f"{name} {value:.4f}" for name, value in test.items() if name.startswith("p_"))
     return f"{test['difference']:+10.3f}  {test['low']:+.3f} to {test['high']:+.3f}  {p_values}"

@@ -18,7 +18,7 @@ Key = tuple[int, str, int]  # sampler, task and number of a group
 class _Groups(Dataset[Group]):
     """The groups of several samplers by their keys."""
 
-    def __init__(self, samplers: Sequence[TaskSampler]):
+    def __init__(self, samplers: Sequence[TaskSampler]) -> None:
         self.samplers = samplers
 
     def __getitem__(self, key: Key) -> Group:
@@ -29,7 +29,7 @@ class _Groups(Dataset[Group]):
 class _Keys:
     """The groups that the batches of all samplers need, in the order in which they first need them."""
 
-    def __init__(self, samplers: Sequence[TaskSampler], start: int):
+    def __init__(self, samplers: Sequence[TaskSampler], start: int) -> None:
         self.samplers, self.start = samplers, start
 
     def __iter__(self) -> Iterator[Key]:
