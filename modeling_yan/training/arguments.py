@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -131,7 +131,7 @@ class PretrainingArguments:
             value = getattr(self, name)
             if name == "encoder_learning_rate" and value is None:
                 continue
-            if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) < math.inf:
+            if not isinstance(value, Real) or isinstance(value, bool) or not low <= cast(float, value) < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a finite number of at least {low}")
         for name, allowed in {
             "stage": tuple(STAGES),
@@ -142,7 +142,7 @@ class PretrainingArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(str, allowed))}")
         for name in ("ema_decay", "adam_beta1", "adam_beta2"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= float(value) < 1:
+            if not isinstance(value, Real) or not 0 <= cast(float, value) < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
 
     def task_weights(self) -> dict[str, float] | None:
