@@ -65,8 +65,10 @@ def _grouped_linear_gradients(
     counts = sizes.tolist()
     grads = grad.split(counts)
     grad_tokens = torch.cat([part @ weight for part, weight in zip(grads, weights.unbind(), strict=True)])
-    grad_weights = [part.T @ inputs for part, inputs in zip(grads, tokens.split(counts), strict=True)]
-    return grad_tokens, torch.stack(grad_weights), torch.stack([part.sum(0) for part in grads])
+    grad_weights = torch.empty_like(weights)
+    for part, inputs, grad_weight in zip(grads, tokens.split(counts), grad_weights, strict=True):
+        torch.mm(part.T, inputs, out=grad_weight)
+    return grad_tokens, grad_weights, torch.stack([part.sum(0) for part in grads])
 
 
 _gradients_operator = opaque_operator(
@@ -202,6 +204,10 @@ def _auto(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups)
     """The fastest of the others that fits; sizes on the host would halt a GPU."""
     if tokens.is_cuda and not torch.is_grad_enabled():
         return (_triton if _fits_kernels(heads, tokens) else _all_heads)(heads, tokens, groups)
+    is_exact = tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if is_exact and torch.is_grad_enabled() and not use_custom_ops():
+        # on a CPU it takes long to copy the gradients of single heads into that of the stack
+        return EXPERTS_FUNCTIONS["grouped_mm"](heads, tokens, groups)
     return _eager(heads, tokens, groups)
 
 

@@ -57,26 +57,38 @@ def experts_of(checkout: Path) -> type:
     return importlib.import_module("modeling_yan_before.experts_yan").YanExperts
 
 
-def make_calls(config, num_tokens: int, device: torch.device, dtype: torch.dtype, before: type | None = None) -> dict:
+def make_calls(
+    config,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    before: type | None = None,
+    backward: bool = False,
+) -> dict:
     """A function without arguments for each form, which returns the outputs (1, T, D) of every set of weights."""
     torch.manual_seed(0)
     sets = [(before or YanExperts)(config).to(device, dtype) for _ in range(NUM_SETS)]
     states = torch.randn(1, num_tokens, config.hidden_size).to(device, dtype)
     chosen = torch.randint(config.num_experts, (1, num_tokens)).to(device)
-    ready = {}
+    ready, owners = {}, {}
     if before is not None:
         ready["before"] = [with_package(experts, states, chosen) for experts in sets]
+        owners["before"] = sets
         states_of_before, sets = [experts.state_dict() for experts in sets], [YanExperts(config) for _ in sets]
         for experts, state in zip(sets, states_of_before, strict=True):
             experts.to(device, dtype).load_state_dict(state)
     forms = FORMS if config.num_experts > 1 else {"package": with_package}
     ready |= {name: [form(experts, states, chosen) for experts in sets] for name, form in forms.items()}
-    return {name: lambda calls=calls: [call() for call in calls] for name, calls in ready.items()}
+    calls = {name: lambda calls=calls: [call() for call in calls] for name, calls in ready.items()}
+    if not backward:
+        return calls
+    return {name: with_gradients(call, owners.get(name, sets)) for name, call in calls.items()}
 
 
-def with_gradients(call):
-    """The call and its backward pass."""
-    return lambda: torch.stack(call()).sum().backward()
+def with_gradients(call, sets):
+    """The call and its backward pass, whose gradients are new, as after `zero_grad`."""
+    weights = [weight for experts in sets for weight in experts.parameters()]
+    return lambda: torch.autograd.grad(torch.stack(call()).sum(), weights, materialize_grads=True)
 
 
 def measure(num_tokens: int, options) -> dict:
@@ -84,9 +96,7 @@ def measure(num_tokens: int, options) -> dict:
     device = torch.device(options.device)
     config = YanConfig.from_pretrained(PRESETS / f"yan-transformer-{options.preset}", num_experts=options.num_experts)
     before = None if options.before is None else experts_of(options.before)
-    calls = make_calls(config, num_tokens, device, DTYPES[options.dtype], before)
-    if options.backward:
-        calls = {name: with_gradients(call) for name, call in calls.items()}
+    calls = make_calls(config, num_tokens, device, DTYPES[options.dtype], before, options.backward)
     with torch.set_grad_enabled(options.backward):
         if device.type == "cuda" and not options.backward:
             calls = {name: recorded(call) for name, call in calls.items()}
