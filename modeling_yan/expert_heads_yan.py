@@ -49,7 +49,7 @@ def every_head(
 
 def _take_chosen(outputs: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """What each token (T,) gets from its own head, out of outputs (K, T, D)."""
-    return outputs.gather(0, chosen.view(1, -1, 1).expand(1, *outputs.shape[1:])).squeeze(0)
+    return outputs.gather(0, chosen.reshape(1, -1, 1).expand(1, *outputs.shape[1:])).squeeze(0)
 
 
 def _grouped_linear(
@@ -315,7 +315,7 @@ class YanExpertHeads(nn.Module):
             return output.unsqueeze(-2) if groups is None else output
         if groups is None:
             return every_head(states.flatten(0, -2), *self.weights()).movedim(0, 1).unflatten(0, states.shape[:-1])
-        # an exported program runs without this package, and all its sizes are fixed
+        # an exported program runs without this package, and no size of it depends on what is chosen
         name = "all_heads" if is_exporting() else EXPERTS_FUNCTIONS.check(self.config._experts_implementation)
         compute: ExpertsFunction = EXPERTS_FUNCTIONS[name]
         return compute(self, states.flatten(0, 1), groups).view_as(states).to(states.dtype)  # autocast narrows heads

@@ -10,6 +10,7 @@ from modeling_yan.export import export_generation, save_program
 
 only_attention = pytest.mark.parametrize("variant", ["attention"])
 DRAFTED = {"train_expert_choice": "posterior", "num_answer_slots": 8, "attention_conv_kernel": 3}
+ONE_EXPERT = {"expert_scope": "sequence", **DRAFTED}
 LOAD = {
     "graph": "torch.export.load(sys.argv[1]).module()",
     "native": "torch._inductor.aoti_load_package(sys.argv[1])",
@@ -63,7 +64,7 @@ def run_alone(path, inputs, folder, kind):
     return torch.load(folder / "tokens.pt")
 
 
-def of_other_shapes(longest: int = 48):
+def of_other_shapes(longest: int):
     """Prompts and masks: one short, one longest, one of a single token, and several of which one is padded."""
     for shape in ((1, 5), (1, longest), (3, 1), (4, 11)):
         ids, mask = torch.randint(4, 64, shape), torch.ones(shape, dtype=torch.long)
@@ -79,16 +80,19 @@ def test_an_exported_program_writes_what_generate_writes(lively_model, inputs):
     assert torch.equal(program(*other), generated(lively_model, *other, 3))
 
 
-def test_a_program_takes_any_number_of_prompts_of_any_length(lively_model):
-    exported = export_generation(lively_model, None, None, num_flow_steps=1, min_new_tokens=8)
+@pytest.mark.parametrize(("variant", "fields"), [("attention", ONE_EXPERT), ("mamba", {})])
+def test_a_program_takes_any_number_of_prompts_of_any_length(make_lively_model, fields):
+    model = make_lively_model(**fields)
+    exported = export_generation(model, None, None, num_flow_steps=1, min_new_tokens=8)
     targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert targets
     assert not [target for target in targets if target.startswith("yan")]  # all operators are torch's own
     program = exported.module()
-    for other in of_other_shapes():
-        assert torch.equal(program(*other), generated(lively_model, *other, 1))
-    too_long = torch.ones(1, 49, dtype=torch.long)
-    with pytest.raises(AssertionError, match=r"input_ids.*48"):
+    longest = model.config.max_prompt_length
+    for other in of_other_shapes(longest):
+        assert torch.equal(program(*other), generated(model, *other, 1))
+    too_long = torch.ones(1, longest + 1, dtype=torch.long)
+    with pytest.raises(AssertionError, match=rf"input_ids.*{longest}"):
         program(too_long, too_long)
 
 
@@ -116,9 +120,7 @@ def test_it_runs_without_the_package(lively_model, inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fields", [{}, {"crf_rank": 4}, {"expert_scope": "sequence", **DRAFTED}], ids=["tokens", "chains", "one expert"]
-)
+@pytest.mark.parametrize("fields", [{}, {"crf_rank": 4}, ONE_EXPERT], ids=["tokens", "chains", "one expert"])
 def test_it_runs_as_onnx_in_any_shape(make_lively_model, tmp_path, fields):
     lively_model = make_lively_model(**fields)
     onnxruntime = pytest.importorskip("onnxruntime")
