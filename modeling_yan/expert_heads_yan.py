@@ -157,7 +157,7 @@ def _of_transformers(name: str) -> ExpertsFunction:
     """A function of transformers' own registry, which sorts or copies anew at every call."""
 
     def compute(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
-        chosen = groups.chosen.view(-1, 1)  # the one expert of a token has all the weight
+        chosen = groups.chosen.reshape(-1, 1)  # the one expert of a token has all the weight
         return ALL_EXPERTS_FUNCTIONS[name](heads, tokens, chosen, tokens.new_ones(chosen.shape))
 
     return compute

@@ -77,6 +77,16 @@ def test_all_heads_are_those_of_the_tokens(experts):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sequences_with_one_head_each_are_computed(experts, name):
+    states, chosen = torch.randn(3, 5, 32), torch.tensor([[2], [0], [3]]).expand(3, 5)  # not in one piece
+    experts.heads.config._experts_implementation = name
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            actual = experts.combine(states, experts.dispatch(chosen))
+        torch.testing.assert_close(actual, one_by_one(experts, states, chosen), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast_narrows_products_and_not_the_result(experts, name):
     states, chosen = torch.randn(3, 5, 32), torch.arange(15).view(3, 5) % 4
     experts.heads.config._experts_implementation = name
