@@ -72,3 +72,8 @@ def load_updates(samplers: Sequence[TaskSampler], start: int, num_workers: int =
 
 def _start_worker(index: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warns of the fork in every worker
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

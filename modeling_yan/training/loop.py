@@ -14,26 +14,28 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from datasets import concatenate_datasets
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks_yan import IGNORE_INDEX
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES, replacing, write_whole
 from .arguments import PretrainingArguments
 from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
-from .loading import load_updates
+from .loading import load_updates, to_device
 from .models import load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
-from .sampler import TaskSampler
+from .sampler import Batch, TaskSampler
 from .stages import STAGES
 from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
@@ -62,7 +64,7 @@ def pretrain(arguments: PretrainingArguments) -> None:
         _pretrain(arguments, accelerator)
 
 
-def _pretrain(arguments, accelerator) -> None:
+def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None:
     output_dir = Path(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, accelerator)
     set_seed(arguments.seed)
@@ -97,7 +99,7 @@ def _pretrain(arguments, accelerator) -> None:
     accelerator.end_training()
 
 
-def make_accelerator(arguments) -> Accelerator:
+def make_accelerator(arguments: PretrainingArguments) -> Accelerator:
     """Accelerate's state for this run; the launcher says on which devices."""
     trackers = [name for name in arguments.report_to if name != "none"]
     accelerator = Accelerator(
@@ -122,7 +124,7 @@ def make_accelerator(arguments) -> Accelerator:
     return accelerator
 
 
-def check_sharding(accelerator):
+def check_sharding(accelerator: Accelerator) -> None:
     """Raise ValueError where the launcher asks for shards, and Accelerate makes whole copies, as it does on CPUs."""
     found = accelerator.distributed_type
     for wanted in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -135,12 +137,12 @@ def check_sharding(accelerator):
             )
 
 
-def count_microbatches(accelerator) -> int:
+def count_microbatches(accelerator: Accelerator) -> int:
     """Micro-batches of one update, over all processes."""
     return accelerator.num_processes * accelerator.gradient_accumulation_steps
 
 
-def find_checkpoint(arguments, accelerator) -> Path | None:
+def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -> Path | None:
     """The newest whole checkpoint if this run resumes. Clears away what a killed run left half written.
 
     Raises:
@@ -167,7 +169,7 @@ def find_checkpoint(arguments, accelerator) -> Path | None:
     return checkpoints[-1]
 
 
-def load_training_rows(arguments, files: list[str], names: list[str]):
+def load_training_rows(arguments: PretrainingArguments, files: list[str], names: list[str]) -> Any:
     """All rows of local files and of data sets by name: a list, one Arrow data set, or one stream.
 
     Raises:
@@ -185,7 +187,13 @@ def load_training_rows(arguments, files: list[str], names: list[str]):
 
 
 def make_sampler(
-    arguments, rows, tokenizer, config, microbatch_index: int = 0, num_microbatches: int = 1, origin: str = "the rows"
+    arguments: PretrainingArguments,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    microbatch_index: int = 0,
+    num_microbatches: int = 1,
+    origin: str = "the rows",
 ) -> TaskSampler:
     """The micro-batches of one index in every update; `origin` names the rows in errors."""
     return TaskSampler(
@@ -207,12 +215,12 @@ def make_sampler(
     )
 
 
-def local_microbatches(accelerator) -> range:
+def local_microbatches(accelerator: Accelerator) -> range:
     """Indices of the micro-batches of an update that this process works on."""
     return range(accelerator.process_index, count_microbatches(accelerator), accelerator.num_processes)
 
 
-def count_targets(batch) -> int:
+def count_targets(batch: Batch) -> int:
     """Tokens that the loss of a batch is a mean over: the labels, or the whole canvas with its fill."""
     if "canvas_length" in batch:
         return len(batch["labels"]) * batch["canvas_length"]
@@ -222,17 +230,18 @@ def count_targets(batch) -> int:
 class Meter:
     """Means of the loss terms since the last line of the log, weighted by tokens, over all processes."""
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin a new line."""
-        self.sums, self.notes = {}, {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.notes: dict[str, list[float]] = {}
         self.num_targets = self.num_tokens = self.flops = 0
         self.started = time.perf_counter()
 
-    def add(self, outputs, num_targets, num_tokens, flops):
+    def add(self, outputs: Any, num_targets: int, num_tokens: int, flops: int) -> None:
         """Take in one micro-batch; nothing leaves the device."""
         for name, value in outputs.items():
             if name.endswith(("loss", "entropy", "dim", "usage", "information")):
@@ -241,7 +250,7 @@ class Meter:
         self.num_tokens += num_tokens
         self.flops += flops
 
-    def note(self, name, value: float):
+    def note(self, name: str, value: float) -> None:
         """Take in a number that is the same on all processes, once an update."""
         self.notes.setdefault(name, []).append(value)
 
@@ -263,7 +272,15 @@ class Meter:
 class Training:
     """One run: model, optimizer and data, and the loop over them."""
 
-    def __init__(self, arguments, accelerator, model, tokenizer, samplers: list[TaskSampler], validation=None):
+    def __init__(
+        self,
+        arguments: PretrainingArguments,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        samplers: list[TaskSampler],
+        validation: Validation | None = None,
+    ) -> None:
         self.arguments, self.accelerator, self.tokenizer = arguments, accelerator, tokenizer
         self.stage, self.samplers, self.validation = STAGES[arguments.stage], samplers, validation
         self.config = model.config
@@ -275,7 +292,7 @@ class Training:
         self.step, self.seconds, self.meter = 0, 0.0, Meter(accelerator)
         self._unread: list[torch.Tensor] = []  # loss and norm of the gradient, on the device, of each update since
 
-    def run(self, output_dir: Path):
+    def run(self, output_dir: Path) -> None:
         """Train to `max_steps`, with a log line, a validation and a checkpoint every so often; export the result."""
         arguments = self.arguments
         self.progress = tqdm(
@@ -308,7 +325,7 @@ class Training:
         self.progress.close()
         self._export(output_dir)
 
-    def restore(self, checkpoint: Path):
+    def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of this run; what the log says of later updates is taken out."""
         self.accelerator.load_state(checkpoint / STATE_FOLDER)
         follow_schedule(self.scheduler)
@@ -320,12 +337,12 @@ class Training:
         if self.accelerator.is_main_process:
             _cut_log(Path(self.arguments.output_dir) / LOG_FILE, self.step)
 
-    def _updates(self) -> Iterator[tuple[dict, ...]]:
+    def _updates(self) -> Iterator[tuple[Batch, ...]]:
         """The micro-batches of this process, update by update."""
         updates = load_updates(self.samplers, self.step, self.arguments.dataloader_num_workers)
         return (tuple(map(self._inputs, batches)) for batches in updates)
 
-    def _inputs(self, batch):
+    def _inputs(self, batch: Batch) -> Batch:
         """The batch in the layout that the model takes."""
         return self.stage.inputs(batch, self.tokenizer.pad_token_id)
 
@@ -335,7 +352,7 @@ class Training:
         counts = {name: sum(getattr(sampler, field) for sampler in self.samplers) for name, field in names.items()}
         return {name: int(count) for name, count in counts.items() if count}
 
-    def _update(self, batches):
+    def _update(self, batches: Sequence[Batch]) -> None:
         """Forward and backward passes of one update's micro-batches, then the optimizer's step."""
         counts = [count_targets(batch) for batch in batches]
         total = self.accelerator.reduce(torch.tensor(float(sum(counts)), device=self.accelerator.device), "sum")
@@ -354,7 +371,7 @@ class Training:
         if self.average:
             self.average.update()
 
-    def _forward(self, microbatch_index, batch, count) -> torch.Tensor:
+    def _forward(self, microbatch_index: int, batch: Batch, count: int) -> torch.Tensor:
         """Loss of a micro-batch of this update, a pure function of weights, seed, update and index."""
         seed, settings = self.arguments.seed, {}
         if self.stage.has_flow:  # the same for all processes, or sharded weights would wait for each other
@@ -371,7 +388,7 @@ class Training:
         return outputs.loss
 
     @functools.cache  # noqa: B019  one object for the whole run
-    def _flops(self, *shape) -> int:
+    def _flops(self, *shape: Any) -> int:
         count = baseline_flops if self.stage.is_baseline else training_flops
         return count(self.accelerator.unwrap_model(self.model), *shape)
 
@@ -399,10 +416,10 @@ class Training:
             self.meter.note("grad_norm", norm)
         self._unread.clear()
 
-    def _averaged(self):
+    def _averaged(self) -> AbstractContextManager[None]:
         return self.average.applied() if self.average else contextlib.nullcontext()
 
-    def _validate(self):
+    def _validate(self) -> None:
         if self.validation is None:
             return
         with self._averaged():
@@ -415,7 +432,7 @@ class Training:
                 if tracker.name == "tensorboard":
                     tracker.writer.add_text("samples", samples.as_table(), self.step)
 
-    def _log(self, line):
+    def _log(self, line: dict[str, Any]) -> None:
         """One line to the terminal, to log.jsonl and to the trackers."""
         self.accelerator.log(line, step=self.step)
         if not self.accelerator.is_main_process:
@@ -426,12 +443,12 @@ class Training:
         with open(Path(self.arguments.output_dir) / LOG_FILE, "a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _save(self, output_dir):
+    def _save(self, output_dir: Path) -> None:
         write_checkpoint(self.accelerator, output_dir, self.step, self._write)
         if self.accelerator.is_main_process:
             remove_old(output_dir, self.arguments.save_total_limit)
 
-    def _write(self, folder):
+    def _write(self, folder: Path) -> None:
         """What a checkpoint holds, from every process."""
         self.accelerator.save_state(folder / STATE_FOLDER)
         is_main = self.accelerator.is_main_process
@@ -451,13 +468,13 @@ class Training:
         settings = asdict(self.arguments) | state
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
-    def _is_sharded(self):
+    def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
-    def _average_file(self, folder):
+    def _average_file(self, folder: Path) -> Path:
         return folder / f"average_{self.accelerator.process_index if self._is_sharded() else 0}.pt"
 
-    def _export(self, output_dir):
+    def _export(self, output_dir: Path) -> None:
         """Put model and tokenizer of the last checkpoint into the folder itself, one rename a file."""
         if not self.accelerator.is_main_process:
             return
@@ -467,12 +484,7 @@ class Training:
                     shutil.copyfile(path, aside)
 
 
-def to_device(batch, device):
-    """The batch with its tensors on `device`."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-def _cut_log(path, step):
+def _cut_log(path: Path, step: int) -> None:
     """Keep the lines of the first `step` updates, or the log would tell some of them twice."""
     if not path.exists():
         return
@@ -480,5 +492,5 @@ def _cut_log(path, step):
     write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def _flat(settings):
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: " ".join(value) if isinstance(value, list) else value for name, value in settings.items()}
