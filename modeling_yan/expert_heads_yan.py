@@ -327,6 +327,8 @@ CONVERSIONS: list[WeightConverter | WeightRenaming] = [
     for layer, suffix, kind in HEAD_TENSORS
 ]
 register_checkpoint_conversion_mapping(YanConfig.model_type, CONVERSIONS, overwrite=True)
+for without_experts in ("YanModel", "YanForAutoencoding"):
+    register_checkpoint_conversion_mapping(without_experts, [], overwrite=True)
 
 
 class YanExpertsMixin:

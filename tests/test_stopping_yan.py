@@ -23,6 +23,7 @@ def model(make_model, tokenizer):
     nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     model.lm_head.bias.data[[not (text.isascii() and text.isprintable() and text) for text in texts]] = -1e4
+    model.lm_head.bias.data[tokenizer.all_special_ids] = -1e4
     return model
 
 
