@@ -102,6 +102,7 @@ def runs():
         weights = staticmethod(read_weights)
         equal = staticmethod(equal_weights)
         command = staticmethod(run_command)
+        start = staticmethod(start_command)
 
     return Runs
 
@@ -120,7 +121,14 @@ def command_line():
 
 def run_command(*words, home, check=True):
     """A command of Python, in a process of its own that finds this package."""
+    with start_command(*words, home=home) as process:
+        output, errors = process.communicate()
+    assert not check or process.returncode == 0, errors
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+
+def start_command(*words, home) -> subprocess.Popen:
+    """The same, running."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
-    result = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stderr
-    return result
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, words)], env=environment, **pipes)

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import DistributedType
@@ -61,6 +63,30 @@ def test_two_processes_resume(arguments, runs, tmp_path, command_line):
         runs.command(*launch, SCRIPT, *command_line(replace(settings, max_steps=steps, resume=True)), home=tmp_path)
     unbroken = replace(settings, output_dir=str(tmp_path / "unbroken"))
     runs.command(*launch, SCRIPT, *command_line(unbroken), home=tmp_path)
+    assert runs.equal(runs.weights(settings.output_dir), runs.weights(unbroken.output_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["attention"])
+def test_one_of_two_processes_dies_and_the_next_start_goes_on(arguments, runs, tmp_path, command_line):
+    settings = arguments(stage="flow", max_steps=60, save_steps=2, resume=True)
+    command = [*LAUNCHERS["torchrun"].split(), SCRIPT, *command_line(settings)]
+
+    def kill_one():
+        saved = Path(settings.output_dir).glob("checkpoint-*")
+        while not any(saved) and launcher.poll() is None:
+            time.sleep(0.05)
+            saved = Path(settings.output_dir).glob("checkpoint-*")
+        psutil.Process(launcher.pid).children()[-1].kill()
+
+    with runs.start(*command, home=tmp_path) as launcher:
+        kill_one()
+        _, errors = launcher.communicate(timeout=120)  # the other process does not wait for ever
+    assert launcher.returncode != 0
+    assert "Signal 9" in errors
+    runs.command(*command, home=tmp_path)
+    unbroken = replace(settings, output_dir=str(tmp_path / "unbroken"))
+    runs.command(*LAUNCHERS["torchrun"].split(), SCRIPT, *command_line(unbroken), home=tmp_path)
     assert runs.equal(runs.weights(settings.output_dir), runs.weights(unbroken.output_dir))
 
 

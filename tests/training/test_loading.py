@@ -1,5 +1,6 @@
 """Workers that draw and tokenise rows change no batch, no count and no loss; losses are read where they are told."""
 
+import multiprocessing
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -133,3 +134,12 @@ def test_a_loss_that_is_no_number_is_found_before_a_checkpoint_is_written(argume
         pretrain(settings)
     assert len(calls) == 4
     assert not list(Path(settings.output_dir).glob("checkpoint-*"))
+
+
+def test_a_worker_that_dies_ends_the_run_with_an_error(make_samplers):
+    updates = load_updates(make_samplers(ROWS, "flow"), 0, num_workers=1)
+    next(updates)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match=rf"worker \(pid.*{worker.pid}\)"):
+        list(updates)
