@@ -58,10 +58,11 @@ def load_rows(
     """Load rows that are all texts (`text`) or all pairs (`source` and `target`), strings throughout.
 
     Pairs of the registry have `task` too, those of infilling `masked`, squad's `answers` (lists of strings), babi's
-    and the stories' `kind`, and all that have one their `answer_slot`; other columns are dropped. Rows that give
-    nothing (an empty text or target, no answer, no label, a text too short for its task) are left out, and a warning
-    says how many and why: at the end or, when streaming, at the 1st, 10th, 100th of them and so on. It comes when rows
-    are made, not when they are found in the cache.
+    and the stories' `kind`, and all that have one their `answer_slot`. Other columns are dropped.
+
+    Rows that give nothing are left out: an empty text or target, no answer, no label, a text too short for its task.
+    A warning says how many and why, at the end or, when streaming, at the 1st, 10th, 100th of them and so on. It comes
+    when rows are made, not when they are found in the cache.
 
     What is drawn at random for row i depends on `seed` and i alone, so streaming gives the same rows. i is the file's
     number and the row's number in it, or the row's number in a hub data set; of a streamed one with several data

@@ -1,4 +1,4 @@
-"""Workers that draw and tokenise rows change no batch, no count and no loss; losses are read where they are told."""
+"""Workers that draw and tokenise rows change no batch, no count and no loss. Losses are read where they are told."""
 
 import multiprocessing
 from dataclasses import replace
