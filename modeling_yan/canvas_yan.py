@@ -30,7 +30,7 @@ class CanvasPlan:
     """What is done with the tensors that a canvas is made from.
 
     Args:
-        num_flow_steps, solver, expert_choice, eos_strategy, crf_decoding, length_penalty: As in
+        num_flow_steps, expert_choice, eos_strategy, crf_decoding, length_penalty: As in
             `YanGenerationConfig`.
         repeats: Sequences R per prompt.
         suppressed: Forbidden token ids. eos: Ids forbidden among the first `num_without_eos` tokens.
@@ -40,7 +40,6 @@ class CanvasPlan:
     """
 
     num_flow_steps: int
-    solver: str
     expert_choice: str
     repeats: int
     suppressed: tuple[int, ...]
@@ -59,7 +58,7 @@ class CanvasPlan:
     ) -> "CanvasPlan":
         """The plan of a canvas without sampling and without further wishes."""
         eos = () if config.eos_token_id is None else (config.eos_token_id,)
-        return cls(num_flow_steps, "euler", "argmax", 1, (), eos, num_without_eos, False, **options)
+        return cls(num_flow_steps, "argmax", 1, (), eos, num_without_eos, False, **options)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -138,7 +137,7 @@ def solve_canvas(
     condition = model.condition(prompt.latents, prompt.attention_mask, length, prompt.position_ids)
     x_0 = noise.x_0.to(condition.mean.dtype).expand(condition.mean.shape[0], -1, -1)
     choice = model.expert_choice(plan, noise)
-    velocity = model.velocity_field(condition, length, plan.num_flow_steps, plan.solver, choice)
+    velocity = model.velocity_field(condition, length, plan.num_flow_steps, choice)
     path = [x_0]
 
     def record(step: int, x: torch.Tensor) -> None:
@@ -149,7 +148,7 @@ def solve_canvas(
             draft = extrapolate(path[-2], path[-1], step, plan.num_flow_steps)
             on_draft(model.decode_tokens(draft, plan, noise.token_uniform))
 
-    x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, plan.solver, record)
+    x_1 = solve_flow(velocity, x_0, plan.num_flow_steps, record)
     canvas = _decoded(model, x_1, noise, plan)
     canvas.num_trunk_passes = velocity.num_trunk_passes
     if canvas.tokens is not None:  # a gate that is NaN still chooses an expert
@@ -282,12 +281,11 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         condition: YanCondition,
         canvas_length: int,
         num_flow_steps: int,
-        solver: str = "euler",
         choice: YanExpertChoice | None = None,
     ) -> YanVelocity:
         """The velocity of one solve over canvases of `canvas_length` tokens, for `solve_flow`."""
         positions = self._positions(canvas_length, condition.mean.device)
-        return YanVelocity(self.flow, positions, condition, num_flow_steps, solver, choice or YanExpertChoice())
+        return YanVelocity(self.flow, positions, condition, num_flow_steps, choice or YanExpertChoice())
 
     def _positions(self, canvas_length: int, device: torch.device | None = None) -> torch.Tensor:
         """Position embeddings (L, D) of a canvas; its device has to be named, as weights may be elsewhere."""

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 IGNORE_INDEX = -100
 ID_TYPES = (torch.int64, torch.int32)
-SWITCHES = ("do_sample", "return_dict_in_generate", "return_prompt", "crf_decoding", "compile_generation")
+SWITCHES = ("do_sample", "return_dict_in_generate", "return_prompt", "crf_decoding")
 LENGTHS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}  # and the least of each
 OPTION_IDS = ("pad_token_id", "bos_token_id")
 

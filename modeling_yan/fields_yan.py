@@ -11,7 +11,8 @@ logger = logging.get_logger(__name__)
 MOST = 2**31 - 1  # of everything that is counted
 KNOWN_EXTRAS = {"auto_map", "custom_pipelines", "quantization_config"}  # attributes that transformers adds to a config
 
-LAST_VERSION = "0.1"  # that had the fields and options below
+LAST_VERSION = "0.1"  # that had the fields and options below, but for those with a version of their own
+LAST_VERSIONS = {"solver": "0.2"}
 # What is gone, with the value that asked for nothing, and whether no other one can change what a model generates.
 REMOVED = {
     "self_conditioning": (False, False),
@@ -25,7 +26,9 @@ REMOVED = {
     "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
     "gate_weight": (1.0, True),
-    "commit_threshold": ("off", True),  # of generation: without effect but in a model with self_conditioning
+    # of generation
+    "commit_threshold": ("off", True),  # without effect but in a model with self_conditioning
+    "solver": ("euler", False),
 }
 REMOVED_CHOICES = {"train_expert_choice": ("likeliest", "mixture")}  # training alone knows them
 
@@ -89,10 +92,11 @@ def drop_removed(fields: dict[str, Any]) -> None:
         value, (harmless, is_ignored) = fields.pop(name), REMOVED[name]
         if value is None or value == harmless:
             continue
+        version = LAST_VERSIONS.get(name, LAST_VERSION)
         if not is_ignored:
-            allowed = f"{harmless!r}, or left out; version {LAST_VERSION} was the last that had others"
+            allowed = f"{harmless!r}, or left out; version {version} was the last that had others"
             raise ValueError(f"{name}={value!r}: must be {allowed}")
-        logger.warning_once(f"{name}={value!r}: ignored, version {LAST_VERSION} was the last that had it.")
+        logger.warning_once(f"{name}={value!r}: ignored, version {version} was the last that had it.")
 
 
 def replace_removed_choices(config: PreTrainedConfig) -> None:

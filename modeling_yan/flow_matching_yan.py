@@ -172,50 +172,32 @@ def _mean_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 
 
-def solver_times(num_steps: int, solver: str = "euler") -> list[float]:
-    """The distinct times at which `solve_flow` evaluates the velocity, ascending."""
-    last = {"euler": num_steps, "heun": num_steps + 1}[solver]
-    return [step / num_steps for step in range(last)]
-
-
-def _euler_step(velocity: Velocity, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
-    return x + (next_time - time) * velocity(x, time)
-
-
-def _heun_step(velocity: Velocity, x: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
-    first = velocity(x, time)
-    second = velocity(x + (next_time - time) * first, next_time)
-    return x + (next_time - time) * 0.5 * (first + second)
-
-
-SOLVERS = {"euler": _euler_step, "heun": _heun_step}
+def solver_times(num_steps: int) -> list[float]:
+    """The times at which `solve_flow` evaluates the velocity, ascending."""
+    return [step / num_steps for step in range(num_steps)]
 
 
 def solve_flow(
     velocity: Velocity,
     x_0: torch.Tensor,
     num_steps: int,
-    solver: str = "euler",
     callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal steps and return x at t = 1.
+    """Integrate dx/dt = velocity(x, t) from t = 0 to 1 in equal Euler steps and return x at t = 1.
 
     Args:
-        velocity: Called with a point shaped like `x_0` and a time in [0, 1]; once a step for "euler", twice for
-            "heun".
-        x_0: Start point, any shape. num_steps: at least 1. solver: a key of `SOLVERS`.
+        velocity: Called once a step, with a point shaped like `x_0` and a time in [0, 1).
+        x_0: Start point, any shape. num_steps: at least 1.
         callback: Called with the number of steps done and the point reached, after every step.
 
     Raises:
-        ValueError: `num_steps` is not a positive integer or `solver` is unknown.
+        ValueError: `num_steps` is not a positive integer.
     """
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
         raise ValueError(f"num_flow_steps={num_steps!r}: must be an integer of at least 1")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r}: must be one of {', '.join(SOLVERS)}")
     x = x_0
-    for step in range(num_steps):
-        x = SOLVERS[solver](velocity, x, step / num_steps, (step + 1) / num_steps)
+    for step, time in enumerate(solver_times(num_steps)):
+        x = x + ((step + 1) / num_steps - time) * velocity(x, time)
         if callback is not None:
             callback(step + 1, x)
     return x

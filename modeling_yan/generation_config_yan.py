@@ -15,21 +15,19 @@ from .clients_yan import open_options
 from .decoding_yan import EOS_STRATEGIES
 from .experts_yan import EXPERT_CHOICES
 from .fields_yan import drop_removed
-from .flow_matching_yan import SOLVERS
 
 logger = logging.get_logger(__name__)
 FLOW_FIELDS = (
     "num_flow_steps",
-    "solver",
     "expert_choice",
     "canvas_length",
     "eos_strategy",
     "crf_decoding",
     "seed",
     "return_prompt",
-    "compile_generation",
 )
 RENAMED = {"end_choice": "eos_strategy", "use_transitions": "crf_decoding"}  # names of 0.1 and 0.2
+OLD_OPTIONS = {*RENAMED, "compile_generation", "solver"}  # that a call may still have
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 STOCK_FIELDS = frozenset(vars(GenerationConfig()))
 PROMPT_ARGUMENTS = ("input_ids", "attention_mask")
@@ -70,9 +68,8 @@ class YanGenerationConfig(GenerationConfig):
     `use_cache` changes nothing. All other options raise an error in `generate`.
 
     Args:
-        num_flow_steps: Solver steps N per canvas; the model's default if None. 0 decodes the encoder's draft in its
-            answer slots (`num_answer_slots`), one pass without a flow.
-        solver: "euler" (N trunk passes a canvas) or "heun" (2 N); "euler" if None.
+        num_flow_steps: Euler steps N per canvas, a trunk pass each; the model's default if None. 0 decodes the
+            encoder's draft in its answer slots (`num_answer_slots`), one pass without a flow.
         expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
             "ranked". That is the most probable one for the first of `num_return_sequences`, the next for the second
             and so on: different texts without `do_sample`. Their number is then a keyword of `generate`, because a
@@ -88,11 +85,10 @@ class YanGenerationConfig(GenerationConfig):
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
             compares them with the labels.
-        compile_generation: Whether encoder, solver and decoder run as one program of `torch.compile`, which on a GPU
-            is recorded as a CUDA graph (default False). The first call for a batch size, a canvas length and each 64
-            tokens of prompt compiles, for a minute or more; `compile_config` may choose other settings of the
-            compiler, such as `CompileConfig(backend="eager")` to record without it, in seconds. Not with
-            `disable_compile`.
+        compile_config: A `CompileConfig` of transformers lets encoder, solver and decoder run as one program of
+            `torch.compile`, which on a GPU is recorded as a CUDA graph. The first call for a batch size, a canvas
+            length and each 64 tokens of prompt compiles, for a minute or more. `CompileConfig(backend="eager")`
+            records without the compiler, in seconds. Not with `disable_compile`; a saved config is without it.
         temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
             and of the chain of tokens. At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
@@ -103,12 +99,11 @@ class YanGenerationConfig(GenerationConfig):
 
         >>> from modeling_yan import YanGenerationConfig
         >>> options = YanGenerationConfig(num_flow_steps=2, max_new_tokens=16)
-        >>> options.num_flow_steps, options.solver  # what is left open is up to the model
+        >>> options.num_flow_steps, options.seed  # what is left open is up to the model
         (2, None)
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        drop_removed(kwargs)
         kwargs = with_new_names(kwargs)
         for name in FLOW_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
@@ -143,7 +138,15 @@ def with_new_names(options: dict[str, Any]) -> dict[str, Any]:
     """Options with today's names. A new name wins over the old one where both are given.
 
     Old names are deprecated: one that asks for something is warned of.
+
+    Raises:
+        ValueError: An option that is gone has a value with which the model would generate something else.
     """
+    options = dict(options)
+    drop_removed(options)
+    if options.pop("compile_generation", None):
+        logger.warning_once("compile_generation=True: deprecated, give a compile_config=CompileConfig().")
+        options["compile_config"] = options.get("compile_config") or CompileConfig()
     for old in [old for old in RENAMED if options.get(old) is not None]:
         logger.warning_once(f"{old}={options[old]!r}: the option is now called {RENAMED[old]}, use this name.")
     known = {name: value for name, value in options.items() if name not in RENAMED}
@@ -177,12 +180,10 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "an integer of at least 0",
     ),
     ("canvas_length", _is_positive_int, "an integer of at least 1"),
-    ("solver", lambda value: value in tuple(SOLVERS), f"one of {', '.join(SOLVERS)}"),
     ("expert_choice", lambda value: value in tuple(EXPERT_CHOICES), f"one of {', '.join(EXPERT_CHOICES)}"),
     ("eos_strategy", lambda value: value in tuple(EOS_STRATEGIES), f"one of {', '.join(EOS_STRATEGIES)}"),
     ("crf_decoding", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
-    ("compile_generation", lambda value: isinstance(value, bool), "True or False"),
     ("length_penalty", _is_number, "a number"),
     ("temperature", lambda value: _is_number(value) and 0 <= value < math.inf, "a finite number of at least 0"),
     ("max_time", lambda value: _is_number(value) and value >= 0, "a number of seconds, at least 0"),
@@ -204,7 +205,7 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         step of a GPU.
         """
         prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
-        if not kwargs.keys().isdisjoint(RENAMED):
+        if not kwargs.keys().isdisjoint(OLD_OPTIONS):
             kwargs = with_new_names(kwargs)
         keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
         call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
@@ -236,7 +237,6 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
             options.num_return_sequences = num_sequences
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
-            "solver": "euler",
             "expert_choice": self._default_expert_choice(options),
             "canvas_length": self.config.canvas_length,
             "eos_strategy": "likeliest",

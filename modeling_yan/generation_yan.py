@@ -57,7 +57,7 @@ class YanGenerationOutput(ModelOutput):
     Args:
         sequences: (B R, S + new tokens) ids: the prompt as it was given, the new tokens with their EOS, then padding.
         tokens_per_forward: (B R,) new tokens up to the end of the text, EOS included, over the number of trunk passes.
-        num_trunk_passes: Passes through the flow's trunk in this call: N a canvas with "euler".
+        num_trunk_passes: Passes through the flow's trunk in this call: N a canvas.
         trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
         experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
 
@@ -249,7 +249,7 @@ class YanGenerationMixin(YanOptionsMixin):
         put_draft = getattr(streamer, "put_draft", None)
         if put_draft is not None:
             on_draft = lambda tokens: put_draft(tokens.cpu())  # noqa: E731
-        if options.compile_generation and not options.disable_compile and on_draft is None:
+        if options.compile_config is not None and not options.disable_compile and on_draft is None:
             return self._solve_compiled(context, context_mask, noise, plan, options.compile_config)
         return encode_and_solve(self, context, context_mask, *noise, plan, on_draft)
 
@@ -283,7 +283,7 @@ class YanGenerationMixin(YanOptionsMixin):
         context_mask: torch.Tensor | None,
         noise: CanvasNoise,
         plan: CanvasPlan,
-        compile_config: CompileConfig | None,
+        compile_config: CompileConfig,
     ) -> Canvas:
         """The same by a compiled program; the context is padded to a length that there is a program for."""
         length = context.shape[1]
@@ -337,9 +337,9 @@ def compiled_program(settings: dict[str, Any]) -> Callable[..., Canvas]:
     return _programs[key]
 
 
-def _compiler_settings(compile_config: CompileConfig | None) -> dict[str, Any]:
-    """Arguments of `torch.compile`. It need not record CUDA graphs: the whole program becomes one."""
-    settings: dict[str, Any] = {"dynamic": False} if compile_config is None else compile_config.to_dict()
+def _compiler_settings(compile_config: CompileConfig) -> dict[str, Any]:
+    """Arguments of `torch.compile`: a program for every shape, which need not record CUDA graphs of its parts."""
+    settings: dict[str, Any] = {**compile_config.to_dict(), "dynamic": bool(compile_config.dynamic)}
     if settings.get("options"):
         settings["options"] = {**settings["options"], "triton.cudagraphs": False}
     return {**settings, "mode": MODES_WITHOUT_GRAPHS.get(settings.get("mode"), settings.get("mode"))}
@@ -356,7 +356,6 @@ def _plan(options: YanGenerationConfig, index: int, num_without_eos: int, draws_
     draws = options.do_sample and (draws_tokens or options.expert_choice == "sample")  # else it scales noise alone
     return CanvasPlan(
         num_flow_steps=options.num_flow_steps,
-        solver=options.solver,
         expert_choice=options.expert_choice,
         repeats=options.num_return_sequences if index == 0 else 1,
         suppressed=tuple(options.suppress_tokens or ()),

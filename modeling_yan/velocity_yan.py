@@ -151,12 +151,12 @@ class YanVelocity:
     """Velocity field u(x, t) of one solve: every token is moved by the expert that was chosen for it at t = 0.
 
     The first call chooses, from the trunk pass that it makes anyway. Call with x (B, L, D) and one of the times of
-    `solver_times(num_steps, solver)`. Afterwards there are the experts (B, L), None for the "mixture", their `prior`,
+    `solver_times(num_steps)`. Afterwards there are the experts (B, L), None for the "mixture", their `prior`,
     and `num_trunk_passes`.
 
     Args:
         positions: Position embeddings (L, D) of the canvas. condition: Of `YanFlow.condition`.
-        num_steps, solver: Of the solve. choice: How the experts are chosen.
+        num_steps: Of the solve. choice: How the experts are chosen.
     """
 
     def __init__(
@@ -165,11 +165,10 @@ class YanVelocity:
         positions: torch.Tensor,
         condition: YanCondition,
         num_steps: int,
-        solver: str,
         choice: YanExpertChoice,
     ) -> None:
         self.flow, self.positions, self.condition, self.choice = flow, positions, condition, choice
-        times = solver_times(num_steps, solver)
+        times = solver_times(num_steps)
         self.index_of_time = {time: index for index, time in enumerate(times)}
         # made on the device: a copy from the host would keep CUDA graphs out
         self.modulation = flow.modulation(torch.arange(len(times), device=positions.device) / num_steps)

@@ -177,7 +177,7 @@ OPTIONS = {
     "eos_token_id": {"negative": -1, "beyond": VOCABULARY, "list-beyond": [2, VOCABULARY], "nested": [[2]]},
     "suppress_tokens": {"negative": [-1], "beyond": [VOCABULARY], "floats": [2.0], "all": list(range(VOCABULARY))},
     "streamer generator generation_config": {"one": 1, "true": True},
-    "solver expert_choice eos_strategy": {"number": 7},
+    "expert_choice eos_strategy compile_config": {"number": 7},
     "lenght": {"typo": 3},
 }
 
@@ -258,7 +258,7 @@ PIPELINE = {
     "typo": (("The cat",), {"max_new_tokns": 4}),
     "tokens": (("The cat",), {"max_new_tokens": 0}),
     "temperature": (("The cat",), {"do_sample": True, "temperature": NAN}),
-    "solver": (("The cat",), {"solver": "magic"}),
+    "expert": (("The cat",), {"expert_choice": "magic"}),
     "eos": (("The cat",), {"eos_token_id": 10**6}),
 }
 

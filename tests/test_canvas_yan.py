@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.generation.configuration_utils import CompileConfig
 
 import modeling_yan
 from modeling_yan import canvas_yan, generation_yan
@@ -90,7 +91,7 @@ def test_every_way_to_a_canvas_calls_solve_canvas(make_model, monkeypatch, way):
         plan = CanvasPlan.of_config(model.config, 2)
         YanCanvasProgram(model, 8, plan, 0)(ids, torch.ones_like(ids))
     else:
-        model.generate(ids, compile_generation=way == "compiled")
+        model.generate(ids, compile_config=CompileConfig() if way == "compiled" else None)
     assert [plan.wants_tokens for plan in plans] == [way != "forward"]
 
 

@@ -164,7 +164,7 @@ def test_steps_of_compiled_generation_share_what_they_repeat(lively_model, monke
     monkeypatch.setattr(compilation_yan, "merge_repeated", count)
     model, (ids, mask, _) = lively_model(), batch()
     with torch._inductor.config.patch(force_disable_caches=True):
-        actual = model.generate(ids, attention_mask=mask, compile_generation=True)
+        actual = model.generate(ids, attention_mask=mask, compile_config=CompileConfig())
     assert torch.equal(actual, model.generate(ids, attention_mask=mask))
     assert saved[0] > 0
 
@@ -230,7 +230,7 @@ def generated(model, ids, mask, **options):
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()
     whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
-    compiled = generated(model, ids, mask, compile_generation=True, compile_config=whole, **options)
+    compiled = generated(model, ids, mask, compile_config=whole, **options)
     plain = generated(model, ids, mask, **options)
     assert torch.equal(compiled.sequences, plain.sequences)
     torch.testing.assert_close(compiled.trajectory[0], plain.trajectory[0], rtol=1e-4, atol=1e-5)
@@ -241,7 +241,7 @@ def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings,
 def test_prompts_of_a_bucket_share_a_program(lively_model):
     model = lively_model(max_position_embeddings=160)
     whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
-    options = {"compile_generation": True, "compile_config": whole, "max_new_tokens": 8, "min_new_tokens": 8}
+    options = {"compile_config": whole, "max_new_tokens": 8, "min_new_tokens": 8}
     graphs = []
     for length in (5, 9, 64, 70):
         ids, mask, _ = batch(2, length)
@@ -265,7 +265,7 @@ def add_hook(model):
 def test_a_compiled_program_follows_its_weights_and_hooks(lively_model):
     model, (ids, mask, _) = lively_model(num_flow_steps=1), batch()
     settings = CompileConfig(dynamic=False, backend="eager", mode="default")
-    options = {"compile_generation": True, "compile_config": settings}
+    options = {"compile_config": settings}
     before = generated(model, ids, mask, **options).sequences
     for change in (update_weights, add_hook):
         change(model)
@@ -293,7 +293,7 @@ def test_joined_products_write_the_plain_tokens(lively_model, monkeypatch):
 @pytest.mark.compiler
 def test_machine_code_of_generate_writes_the_plain_tokens(lively_model):
     model, (ids, mask, _) = lively_model(num_experts=3), batch()
-    compiled = generated(model, ids, mask, compile_generation=True)
+    compiled = generated(model, ids, mask, compile_config=CompileConfig())
     assert torch.equal(compiled.sequences, generated(model, ids, mask).sequences)
 
 

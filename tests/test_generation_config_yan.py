@@ -3,9 +3,17 @@
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
 
-from modeling_yan import YanGenerationConfig
-from modeling_yan.generation_config_yan import HONOURED_OPTIONS, NEUTRAL_VALUES, NOT_OF_THE_TEXT, STOCK_ARGUMENTS
+from modeling_yan import YanGenerationConfig, generation_yan
+from modeling_yan.generation_config_yan import (
+    FLOW_FIELDS,
+    HONOURED_OPTIONS,
+    NEUTRAL_VALUES,
+    NOT_OF_THE_TEXT,
+    STOCK_ARGUMENTS,
+)
+from modeling_yan.generation_yan import _compiler_settings
 
 # What transformers itself checks, or makes something of, has to be a value that it accepts; a number else.
 VALUES = {
@@ -94,8 +102,38 @@ def test_a_cache_may_be_mentioned(tiny_model, prompts, use_cache):
 
 def test_without_compilation_wherever_that_is_said(tiny_model, prompts, monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
-    tokens = tiny_model.generate(prompts, compile_generation=True, disable_compile=True)
+    tokens = tiny_model.generate(prompts, compile_config=CompileConfig(), disable_compile=True)
     assert torch.equal(tokens, tiny_model.generate(prompts))
+
+
+def test_a_program_is_for_one_shape_unless_another_is_asked_for():
+    assert [_compiler_settings(CompileConfig(dynamic=dynamic))["dynamic"] for dynamic in (None, False, True)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_the_old_switch_of_compilation_works(tiny_model, prompts, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiled.append(settings) or function)
+    monkeypatch.setattr(generation_yan, "_programs", {})
+    tokens = tiny_model.generate(prompts, compile_generation=True)
+    assert torch.equal(tokens, tiny_model.generate(prompts, compile_generation=False))
+    assert len(compiled) == 1
+    assert YanGenerationConfig(compile_generation=True).compile_config == CompileConfig()
+
+
+def test_a_solver_is_no_option_any_more(tiny_model, prompts):
+    assert torch.equal(tiny_model.generate(prompts, solver="euler"), tiny_model.generate(prompts))
+    for call in (lambda: tiny_model.generate(prompts, solver="heun"), lambda: YanGenerationConfig(solver="heun")):
+        with pytest.raises(ValueError, match=r"solver='heun': must be 'euler', or left out; version 0\.2"):
+            call()
+
+
+def test_generate_has_seven_options_of_its_own():
+    assert set(vars(YanGenerationConfig())) - set(vars(GenerationConfig())) == set(FLOW_FIELDS)
+    assert len(FLOW_FIELDS) == 7
 
 
 @pytest.mark.parametrize(

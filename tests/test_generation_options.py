@@ -37,11 +37,11 @@ class TestOptions:
 
     def test_what_a_passed_config_leaves_open_comes_from_the_model(self, model, prompts):
         model.generation_config.max_new_tokens = 3
-        model.generation_config.solver = "heun"
+        model.generation_config.return_prompt = False
         passed = YanGenerationConfig(num_flow_steps=2)
         output = model.generate(prompts, generation_config=passed, return_dict_in_generate=True)
-        assert output.sequences.shape[1] == 7 + 3
-        assert output.num_trunk_passes == 4
+        assert output.sequences.shape[1] == 3
+        assert output.num_trunk_passes == 2
 
     def test_a_plain_generation_config_works(self, model, prompts):
         passed = GenerationConfig(max_new_tokens=5)
@@ -54,7 +54,13 @@ class TestOptions:
         assert (model.generation_config.to_dict(), passed.to_dict()) == before
 
     def test_a_saved_generation_config_keeps_every_field(self, model, tmp_path):
-        fields = {"num_flow_steps": 5, "solver": "heun", "expert_choice": "mixture", "canvas_length": 6, "seed": 9}
+        fields = {
+            "num_flow_steps": 5,
+            "eos_strategy": "first",
+            "expert_choice": "mixture",
+            "canvas_length": 6,
+            "seed": 9,
+        }
         fields |= {"return_prompt": False, "do_sample": True, "temperature": 0.5, "max_new_tokens": 13}
         YanGenerationConfig(**fields).save_pretrained(tmp_path)
         loaded = YanGenerationConfig.from_pretrained(tmp_path).to_dict()
@@ -62,14 +68,14 @@ class TestOptions:
 
     def test_a_models_generation_config_survives_its_checkpoint(self, model, prompts, tmp_path):
         model.generation_config.num_flow_steps = 5
-        model.generation_config.solver = "heun"
+        model.generation_config.eos_strategy = "first"
         model.generation_config.max_new_tokens = 11
         model.save_pretrained(tmp_path)
         loaded = YanForFlowGeneration.from_pretrained(tmp_path)
         assert isinstance(loaded.generation_config, YanGenerationConfig)
         assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
         output = loaded.generate(prompts, return_dict_in_generate=True)
-        assert output.num_trunk_passes == 20
+        assert output.num_trunk_passes == 10
         assert torch.equal(output.sequences, model.generate(prompts))
 
     def test_a_checkpoint_without_generation_config_has_the_defaults(self, model, prompts, tmp_path):
@@ -95,7 +101,7 @@ class TestRememberedOptions:
         assert [passes(), passes()] == [4, 4]
         model.generation_config.num_flow_steps = None
         model.config.num_flow_steps = 1
-        assert [passes(), passes(solver="heun"), passes()] == [1, 2, 1]
+        assert [passes(), passes(canvas_length=CANVAS // 2), passes()] == [1, 2, 1]
 
     def test_a_list_that_grows_counts(self, model, prompts):
         model.generation_config.suppress_tokens = [5]
@@ -180,12 +186,11 @@ class TestRefusals:
         [
             ("num_flow_steps", 0),
             ("num_flow_steps", 2.5),
-            ("solver", "rk4"),
             ("expert_choice", "best"),
             ("canvas_length", 0),
             ("canvas_length", POSITIONS + 1),
             ("seed", 0.5),
-            ("compile_generation", "yes"),
+            ("compile_config", "yes"),
             ("max_new_tokens", 0),
         ],
     )

@@ -114,16 +114,15 @@ def test_one_cuda_graph_writes_the_plain_tokens(model, prompts, dtype):
     mask[1, :4] = 0
     for ids in (prompts, prompts.flip(1)):  # the second call replays the graph
         expected = model.generate(ids, attention_mask=mask, return_prompt=False, min_new_tokens=LENGTH)
-        actual = model.generate(
-            ids, attention_mask=mask, return_prompt=False, min_new_tokens=LENGTH, compile_generation=True
-        )
+        options = {"return_prompt": False, "min_new_tokens": LENGTH, "compile_config": CompileConfig()}
+        actual = model.generate(ids, attention_mask=mask, **options)
         if dtype == torch.float32:
             assert torch.equal(actual, expected)
         else:
             assert (actual == expected).float().mean() > 0.8
 
 
-RECORDED = {"compile_generation": True, "compile_config": CompileConfig(backend="eager"), "min_new_tokens": LENGTH}
+RECORDED = {"compile_config": CompileConfig(backend="eager"), "min_new_tokens": LENGTH}
 
 
 def check_recorded(model, prompts):

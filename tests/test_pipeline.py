@@ -129,8 +129,8 @@ def test_the_models_own_options_reach_the_pipeline(model, tokenizer, tmp_path):
     assert texts(write(PROMPTS[0], return_full_text=False)) == new
 
 
-def test_options_of_the_solver_reach_generate(write, model, tokenizer):
-    options = {"num_flow_steps": 5, "solver": "heun", "expert_choice": "mixture"}
+def test_options_of_the_flow_reach_generate(write, model, tokenizer):
+    options = {"num_flow_steps": 5, "eos_strategy": "first", "expert_choice": "mixture"}
     new = new_texts(model, tokenizer, PROMPTS[:1], **options)
     assert texts(write(PROMPTS[0], return_full_text=False, **options)) == new
     assert new != new_texts(model, tokenizer, PROMPTS[:1])

@@ -83,13 +83,13 @@ class TestStreamer:
         def most_alive(**options):
             points, counts, solve = [], [], canvas_yan.solve_flow
 
-            def watch(velocity, x_0, num_steps, solver, record):
+            def watch(velocity, x_0, num_steps, record):
                 def watched(step, x):
                     record(step, x)
                     points.append(weakref.ref(x))
                     counts.append(sum(point() is not None for point in points))
 
-                return solve(velocity, x_0, num_steps, solver, watched)
+                return solve(velocity, x_0, num_steps, watched)
 
             with monkeypatch.context() as patch:
                 patch.setattr(canvas_yan, "solve_flow", watch)

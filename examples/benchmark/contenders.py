@@ -118,7 +118,7 @@ def optional_contenders(with_compiled: bool, with_int8: bool, with_packed: bool)
 
     The decoder, too, has its weights packed. Masked diffusion, whose steps a GPU compiles, is also there as it is.
     """
-    compiled = partial(write_with_yan, num_steps=NAIVE_STEPS, compile_generation=True)
+    compiled = partial(write_with_yan, num_steps=NAIVE_STEPS, compile_config=CompileConfig())
     recorded = partial(compiled, compile_config=CompileConfig(backend="eager"))
     writers = {"compiled": compiled, "recorded": recorded} if with_compiled else {}
     contenders = [

@@ -55,9 +55,7 @@ def main(arguments=None):
     prompt = random_prompt(models, options.batch_size, options.prompt_length)
 
     def call():
-        return write_with_yan(
-            model, prompt, options.length, NUM_STEPS, compile_generation=True, compile_config=settings
-        )
+        return write_with_yan(model, prompt, options.length, NUM_STEPS, compile_config=settings)
 
     call()
     plain = write_with_yan(model, prompt, options.length, NUM_STEPS)

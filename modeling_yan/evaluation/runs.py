@@ -54,7 +54,7 @@ class RunOptions:
             None.
         num_seeds: Passes of the sampled runs, with seeds 0, 1, ...
         template: What a source becomes before it is tokenized, with `{source}` in it.
-        yan_options: Further options of YAN's `generate`, such as `solver`.
+        yan_options: Further options of YAN's `generate`, such as `expert_choice`.
 
     Raises:
         ValueError: A number below 1, a template without `{source}`, or a further option that a run sets itself.

@@ -165,16 +165,18 @@ def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, toke
     calls, generate = [], yan.generate
     yan.generate = lambda **options: calls.append(options) or generate(**options)
     sources, targets = [row["source"] for row in rows], [row["target"] for row in rows]
-    run_model(yan, tokenizer, sources, targets, RunOptions(8, num_seeds=1, yan_options={"solver": "heun"}))
-    assert all(call["solver"] == "heun" for call in calls[1:])  # the first is the warm-up
+    run_model(yan, tokenizer, sources, targets, RunOptions(8, num_seeds=1, yan_options={"expert_choice": "mixture"}))
+    assert all(call["expert_choice"] == "mixture" for call in calls[1:])  # the first is the warm-up
     with pytest.raises(ValueError, match="seed must not be there"):
         RunOptions(yan_options={"seed": 1})
 
     write_rows(tmp_path / "pairs.jsonl", rows)
     options = ("--data", tmp_path / "pairs.jsonl", "--max_new_tokens", 8, "--seeds", 1, "--output", tmp_path / "yan")
-    evaluate_in_subprocess("--model", checkpoint, *options, "--yan_options", "eos_strategy=first", "solver=heun")
+    evaluate_in_subprocess(
+        "--model", checkpoint, *options, "--yan_options", "eos_strategy=first", "expert_choice=mixture"
+    )
     report = json.loads((tmp_path / "yan" / "metrics.json").read_text())
-    assert report["options"]["yan_options"] == {"eos_strategy": "first", "solver": "heun"}
+    assert report["options"]["yan_options"] == {"eos_strategy": "first", "expert_choice": "mixture"}
 
 
 def fake_report(folder, model, tokenizer, rows, texts, **options):
