@@ -1,4 +1,4 @@
-"""YAN: non-autoregressive language models that write a whole text in three flow-matching steps (arXiv 2604.15009)."""
+"""YAN: non-autoregressive language models that generate a text in three flow-matching steps (arXiv 2604.15009)."""
 
 import sys
 from importlib import import_module

@@ -27,8 +27,8 @@ BODY = """{own}
 
 # {title}
 
-A YAN model with {size:.1f} million parameters{base}. YAN writes all tokens of a text at once, in a few flow-matching
-steps (arXiv 2604.15009); the package is modeling-yan.
+A YAN model with {size:.1f} million parameters{base}. YAN generates all tokens of a text at once, in a few
+flow-matching steps (arXiv 2604.15009); the package is modeling-yan.
 
 Prompts: {prompts}
 
@@ -58,8 +58,8 @@ model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, revision=
 
 {limits}
 
-Prompts have at most {longest} tokens. The model writes {canvas} tokens at once, and a longer text canvas by canvas.
-Options of token-by-token decoding, such as beams and `top_k`, are refused. What it writes may be wrong.
+Prompts have at most {longest} tokens. The model generates {canvas} tokens at once, and a longer text canvas by canvas.
+Options of token-by-token decoding, such as beams and `top_k`, are refused. What it generates may be wrong.
 """
 USE = """inputs = tokenizer("your prompt", return_tensors="pt")
 sequences = model.generate(**inputs, num_flow_steps={steps}, return_prompt=False)

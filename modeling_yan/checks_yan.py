@@ -146,7 +146,7 @@ def check_options(options: dict[str, Any], vocab_size: int) -> None:
     suppressed, is_long = options.get("suppress_tokens"), options.get("min_new_tokens") or options.get("min_length")
     forbidden = {*_as_list(suppressed), *(_as_list(options.get("eos_token_id")) if is_long else ())}
     if len(forbidden) == vocab_size:
-        raise ValueError(f"suppress_tokens={describe(suppressed)}: must leave a token to write")
+        raise ValueError(f"suppress_tokens={describe(suppressed)}: must leave a token to generate")
 
 
 def _require(options: dict[str, Any], name: str, is_allowed: Callable[[Any], bool], allowed: str) -> None:

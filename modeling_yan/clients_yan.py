@@ -43,7 +43,7 @@ def refuse_prompt_learning(model: Any) -> None:
     if config is not None and getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
-            "has no place for learned prompts"
+            "has no position for learned prompts"
         )
 
 
@@ -102,9 +102,9 @@ def refuse_echo(
     if len(labels) == 1 and is_target.all() and labels[0, -1] == eos_token_id:
         return
     raise ValueError(
-        f"labels of shape {tuple(labels.shape)} repeat input_ids: must be what the model is to write, and input_ids "
-        "the prompt without it. FlowCollator of modeling_yan.data makes such batches of rows with source and target, "
-        "CompletionCollator for TRL's SFTTrainer; collators for causal models do not"
+        f"labels of shape {tuple(labels.shape)} repeat input_ids: must be what the model is to generate, and "
+        "input_ids the prompt without it. FlowCollator of modeling_yan.data makes such batches of rows with source "
+        "and target, CompletionCollator for TRL's SFTTrainer; collators for causal models do not"
     )
 
 

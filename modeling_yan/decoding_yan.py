@@ -64,7 +64,7 @@ def _best_of_others(logits: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Ten
 
     The vocabulary is not copied, unless what is traced here is then run without a compiler.
     """
-    if use_custom_ops():  # a compiler does not write what it only looks through once, and reads all of it aligned
+    if use_custom_ops():  # a compiler does not store what it only looks through once, and reads all of it aligned
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return logits.masked_fill(torch.stack([ids == token for token in eos]).any(0), -torch.inf).max(-1)
     bounds = pairwise((-1, *sorted(set(eos)), logits.shape[-1]))

@@ -85,10 +85,10 @@ class YanGenerationConfig(GenerationConfig):
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
             compares them with the labels.
-        compile_config: A `CompileConfig` of transformers lets encoder, solver and decoder run as one program of
-            `torch.compile`, which on a GPU is recorded as a CUDA graph. The first call for a batch size, a canvas
-            length and each 64 tokens of prompt compiles, for a minute or more. `CompileConfig(backend="eager")`
-            records without the compiler, in seconds. Not with `disable_compile`; a saved config is without it.
+        compile_config: With a `CompileConfig` of transformers, generation is one program of `torch.compile`. On a GPU
+            it is recorded as a CUDA graph. The first call for a batch size, a canvas length and each 64 tokens of
+            prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
+            seconds. `disable_compile` switches it off, and a saved config is without it.
         temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
             and of the chain of tokens. At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
@@ -298,7 +298,7 @@ def _refuse_other_options(model_fields: set[str], kwargs: dict[str, Any], *confi
         others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
         asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]
         if asked:
-            raise ValueError(f"{', '.join(asked)}: no option of YAN, which writes all tokens of a canvas at once")
+            raise ValueError(f"{', '.join(asked)}: no option of YAN, which generates all tokens of a canvas at once")
     for name in keywords.keys() - known:
         del kwargs[name]
 

@@ -81,7 +81,7 @@ class YanGenerationOutput(ModelOutput):
 
 
 class YanGenerationMixin(YanOptionsMixin):
-    """`generate` for flow models, in place of token-by-token decoding."""
+    """`generate` for flow models, instead of token-by-token decoding."""
 
     _cuda_graphs: CudaGraphCache | None = None  # of compiled generation on a GPU
 
@@ -145,36 +145,36 @@ class YanGenerationMixin(YanOptionsMixin):
         if streamer is not None:
             streamer.put(prompt.cpu())
         num_rows = len(prompt) * options.num_return_sequences
-        written = prompt.new_empty(num_rows, 0)
+        generated = prompt.new_empty(num_rows, 0)
         finished: torch.Tensor | None = None
         kept: list[torch.Tensor] = []
         canvases: list[Canvas] = []
         while True:
-            forbidden = min_new_tokens - written.shape[1]
+            forbidden = min_new_tokens - generated.shape[1]
             canvas = self._solve_canvas(context, context_mask, options, seed, len(canvases), forbidden, streamer)
             canvases.append(canvas)
-            tokens = cast(torch.Tensor, canvas.tokens)[:, : max_new_tokens - written.shape[1]]
+            tokens = cast(torch.Tensor, canvas.tokens)[:, : max_new_tokens - generated.shape[1]]
             tokens, num_kept, finished = cut_at_eos(tokens, finished, options)
             if criteria:
-                before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), written], dim=1)
+                before = torch.cat([prompt.repeat_interleave(options.num_return_sequences, 0), generated], dim=1)
                 cut = tokens, num_kept, finished
                 tokens, num_kept, finished = cut_at_criteria(before, *cut, criteria, options)
             kept.append(num_kept)
-            written = torch.cat([written, tokens], dim=1)
+            generated = torch.cat([generated, tokens], dim=1)
             if streamer is not None:
-                self._check_written(tokens)
+                self._check_generated(tokens)
                 streamer.put(tokens[:, : int(num_kept.max())].cpu())  # what is padding in all rows is not returned
-            if written.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
+            if generated.shape[1] >= max_new_tokens or finished.all() or deadline.has_passed():
                 break
             context, context_mask = self._extend_context(context, context_mask, tokens, options)
         if streamer is not None:
             streamer.end()
         num_tokens = reduce(torch.add, kept)
         before = prompt.repeat_interleave(options.num_return_sequences, 0)[:, : None if options.return_prompt else 0]
-        sequences = torch.cat([before, written], dim=1)
+        sequences = torch.cat([before, generated], dim=1)
         # the device is asked last, when nothing is left to launch
         sequences = sequences[:, : before.shape[1] + int(num_tokens.max())].contiguous()
-        self._check_written(sequences)
+        self._check_generated(sequences)
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -303,11 +303,11 @@ class YanGenerationMixin(YanOptionsMixin):
         self._cuda_graphs = self._cuda_graphs or CudaGraphCache()
         return Canvas(**self._cuda_graphs.call(self, solve, tensors, (plan, repr(compile_config))))
 
-    def _check_written(self, tokens: torch.Tensor) -> None:
+    def _check_generated(self, tokens: torch.Tensor) -> None:
         """Raise FloatingPointError for tokens of -1, which come from numbers that are none."""
         if tokens.numel() and int(tokens.min()) < 0:
             found = not_finite_weights(self) or "all weights are finite"
-            raise FloatingPointError(f"there is no text to be read off numbers that are not finite: {found}")
+            raise FloatingPointError(f"no text can be decoded from numbers that are not finite: {found}")
 
     def _extend_context(
         self,
@@ -317,7 +317,7 @@ class YanGenerationMixin(YanOptionsMixin):
         options: YanGenerationConfig,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context and mask for the next canvas, left-aligned and at most `max_prompt_length` long."""
-        self._check_written(tokens)
+        self._check_generated(tokens)
         repeats = len(tokens) // len(context)
         ids = torch.cat([context.repeat_interleave(repeats, 0), tokens], dim=1)
         # Padding after the EOS of a finished row is masked; its further canvases are thrown away.

@@ -39,7 +39,7 @@ if triton is not None:
 
     @triton.jit
     def _state_tile(a_ptr, row, batch, inner, size, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr):
-        """Channels (C,), entries (N,), places in a state (N, C) and which exist, and A log2(e) (N, C)."""
+        """Channels (C,), entries (N,), positions in a state (N, C) and which exist, and A log2(e) (N, C)."""
         channels, entries = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, ENTRIES)
         places = entries[:, None] * inner + channels[None, :]
         is_state = (entries[:, None] < size) & (channels[None, :] < inner)
@@ -104,7 +104,7 @@ if triton is not None:
         x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, y_ptr, borders_ptr, length, batch, inner, size, chunk,
         WALKS: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        """y (L, C) of one chunk from its border, or of all of them, where it writes the borders itself."""
+        """y (L, C) of one chunk from its border, or of all of them, where it stores the borders itself."""
         row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
         channels, entries, places, is_state, a = _state_tile(a_ptr, row, batch, inner, size, ENTRIES, CHANNELS)
         is_channel, is_entry = channels < inner, entries < size
@@ -165,7 +165,7 @@ if triton is not None:
                 state = tl.exp2(dt[None, :] * a) * state + b * inputs[None, :]
                 wide += wide_stride
                 narrow += narrow_stride
-        tl.debug_barrier()  # the states that were written are read
+        tl.debug_barrier()  # the states that were stored are read
         grad = tl.load(grad_borders_ptr + border, mask=is_state, other=0.0)
         grad_a = tl.zeros(places.shape, tl.float32)
         for groups_done in tl.range(num_groups, num_stages=2):

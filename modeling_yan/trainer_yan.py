@@ -134,7 +134,7 @@ def reopen_options(model: Any) -> None:
 
 
 def refuse_label_smoothing(args: TrainingArguments, model: Any) -> None:
-    """Raise ValueError if the Trainer would put a smoothed cross-entropy in the place of the model's own loss."""
+    """Raise ValueError if the Trainer would use a smoothed cross-entropy instead of the model's own loss."""
     objective = model.config.objective
     has_other_terms = hasattr(model, "flow") or objective.mmd_weight or objective.latent_norm_weight
     if args.label_smoothing_factor and has_other_terms:

@@ -32,7 +32,7 @@ tr:nth-child(even) {{ background: #f2f2f2; }}
 <h1>How a text comes about</h1>
 <p><b>Prompt</b> {prompt}</p><p><b>Text</b> {text}</p>
 <img alt="Path of the latents, experts, and straightness" src="data:image/png;base64,{picture}">
-<h2>What would be written after each step</h2>{drafts}
+<h2>Text decoded after each step</h2>{drafts}
 <h2>Tokens</h2>{tokens}
 <p>Straightness is the distance from a token's noise to its latent, over the length of its path: 1 is a line.</p>
 </body></html>
@@ -41,7 +41,7 @@ tr:nth-child(even) {{ background: #f2f2f2; }}
 
 @dataclass
 class Path2D:
-    """How the tokens of a text were written.
+    """How the tokens of a text came about.
 
     T: tokens; N: steps; K: experts. points: (T, N + 1, 2) latents on two principal axes, which have the `shares` of
     the variance. experts: (T,) their numbers, None for a mixture. gate: (T, K). straightness: (T,). drafts: N texts,
@@ -180,20 +180,20 @@ def draw(path: Path2D) -> "Figure":
 
     figure = Figure(figsize=(12, 11), layout="constrained")
     rows = [["path", "gate"], ["path", "usage"], ["straightness", "straightness"], ["drafts", "drafts"]]
-    places = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2])  # type: ignore[arg-type]
+    panels = figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2])  # type: ignore[arg-type]
     num_experts = path.gate.shape[1]
     palette = [colormaps["tab10"](index % 10) for index in range(num_experts)]
     experts = path.gate.argmax(1).tolist() if path.experts is None else path.experts
     colors = [palette[expert] for expert in experts]
-    _draw_path(places["path"], path, colors)
-    _draw_gate(places["gate"], path)
+    _draw_path(panels["path"], path, colors)
+    _draw_gate(panels["gate"], path)
     counts = [experts.count(index) for index in range(num_experts)]
-    places["usage"].bar(range(num_experts), counts, color=palette)
-    places["usage"].set(title="Tokens of each expert", xlabel="expert", xticks=range(num_experts))
-    places["straightness"].bar(range(len(path.tokens)), path.straightness, color=colors)
-    places["straightness"].set(title="Straightness of each path (1 is a line)", ylim=(0, 1.02))
-    _name_tokens(places["straightness"], path)
-    _write_drafts(places["drafts"], path)
+    panels["usage"].bar(range(num_experts), counts, color=palette)
+    panels["usage"].set(title="Tokens of each expert", xlabel="expert", xticks=range(num_experts))
+    panels["straightness"].bar(range(len(path.tokens)), path.straightness, color=colors)
+    panels["straightness"].set(title="Straightness of each path (1 is a line)", ylim=(0, 1.02))
+    _name_tokens(panels["straightness"], path)
+    _write_drafts(panels["drafts"], path)
     return figure
 
 
@@ -223,7 +223,7 @@ def _write_drafts(axes: "Axes", path: Path2D) -> None:
     first = max(0, len(path.drafts) - MAX_DRAFTS)
     lines = [f"step {step}   {shorten(path.drafts[step - 1], 140)}" for step in range(first + 1, len(path.drafts) + 1)]
     axes.text(0, 1, "\n".join(lines), va="top", transform=axes.transAxes, parse_math=False)
-    axes.set_title("What would be written after each step")
+    axes.set_title("Text decoded after each step")
     axes.axis("off")
 
 

@@ -147,7 +147,8 @@ def test_the_card_says_what_the_model_was_trained_on_and_how_it_is_asked():
     command = next_command("out", [{"source": "Very bad: it's very bad"}, {"source": "Bad: it's bad"}])
     fill_card(card, given, command, 1234, scores, 56)
     assert card.datasets == ["owner/reviews"]
-    assert card.prompts == """`{title}: {text}`, of which it writes `label`: `yan generate out 'Bad: it'"'"'s bad'`."""
+    shown = """`yan generate out 'Bad: it'"'"'s bad'`"""
+    assert card.prompts == f"`{{title}}: {{text}}`, of which it generates `label`: {shown}."
     assert card.results["rows trained on"] == "1,234 of reviews"
     assert card.results["exact_match, 56 held-out rows"] == "0.5000"
     assert shlex.split(command) == ["yan", "generate", "out", "Bad: it's bad"]
@@ -163,8 +164,8 @@ def test_a_few_held_out_rows_are_shown_at_every_evaluation(capsys):
     assert scores["exact_match"] == 0.75
     assert 0.75 < scores["rouge_l"] < 1
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0].strip() for line in shown] == ["source", "wanted", "written"] * 3
-    assert " source: Where is Joe?" in shown
+    assert [line.split(":")[0].strip() for line in shown] == ["source", "wanted", "generated"] * 3
+    assert "   source: Where is Joe?" in shown
     Samples(tokenizer, rows, is_shown=False)(EvalPrediction(written, ids))
     assert capsys.readouterr().out == ""
 

@@ -280,7 +280,7 @@ def test_a_stream_whose_replica_died_ends_with_an_error(reader, monkeypatch):
     engine = Engine([{**END, "finish": None}])
     put = engine.put
     engine.put = lambda message: (put(message), engine.workers_setup_status.update(completions_0="starting"))
-    with pytest.raises(RequestError, match="a replica died while it wrote") as caught:
+    with pytest.raises(RequestError, match="a replica died while it generated") as caught:
         ask_engine(reader, engine)
     assert caught.value.status == 502
 

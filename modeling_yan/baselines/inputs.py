@@ -59,12 +59,12 @@ def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[tor
 
 @torch.no_grad()
 def write_targets(model: Any, batch: Batch) -> torch.Tensor:
-    """What a baseline writes for the sources of a batch, as ids (B, L) with padding behind EOS; L as the labels."""
+    """What a baseline generates for the sources of a batch, as ids (B, L) with padding behind EOS; L as the labels."""
     ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
     length = batch["labels"].shape[1]
     sequences = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, num_beams=1)
-    written = sequences[:, num_given(model, ids) :]
-    return torch.nn.functional.pad(written, (0, length - written.shape[1]), value=model.config.pad_token_id)
+    generated = sequences[:, num_given(model, ids) :]
+    return torch.nn.functional.pad(generated, (0, length - generated.shape[1]), value=model.config.pad_token_id)
 
 
 def num_given(model: Any, prompts: torch.Tensor) -> int:

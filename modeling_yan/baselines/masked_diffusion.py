@@ -27,7 +27,7 @@ NEUTRAL_OPTIONS = {
 
 
 class MaskedDiffusionConfig(LlamaConfig):
-    """A `LlamaConfig` without causal mask, with the canvas that a text is written on.
+    """A `LlamaConfig` without causal mask, with the canvas that a text is generated on.
 
     Args:
         mask_token_id: The absorbing token. eos_token_id: Fills the canvas behind a text.

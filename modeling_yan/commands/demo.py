@@ -1,4 +1,4 @@
-"""`yan demo`: a page in the browser that writes texts and shows how they come about."""
+"""`yan demo`: a page in the browser that generates texts and shows how they come about."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ BUNDLED = Path(__file__).parents[2] / "examples" / "checkpoints"  # in a clone o
 
 def add_to(commands: Commands) -> None:
     """Add the command."""
-    purpose = "Open a page on this machine that writes texts and shows how they come about."
+    purpose = "Open a page on this machine that generates texts and shows how they come about."
     parser = add_command(commands, "demo", demo, purpose, EXAMPLES)
     help_of_models = "folders or hub names of checkpoints; the bundled ones if not given"
     parser.add_argument("models", metavar="MODEL", nargs="*", help=help_of_models)

@@ -31,7 +31,7 @@ def add_evaluation_options(parser: Parser) -> None:
         "--yan_options", nargs="+", type=_option, default=[], metavar="NAME=VALUE", help="further options of generate"
     )
     parser.add_argument("--num_diffusion_steps", type=int, help="masked diffusion: steps; the model's if not given")
-    parser.add_argument("--canvas_length", type=int, help="tokens written at once; the model's if not given")
+    parser.add_argument("--canvas_length", type=int, help="tokens generated at once; the model's if not given")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest text")
     parser.add_argument("--seeds", type=int, default=5, help="YAN: number of seeds")
     parser.add_argument("--batch_size", type=int, default=32, help="rows generated together")

@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
         "--threads", type=whole_number(1), help="CPU threads of a replica; torch's choice if not given"
     )
     parser.add_argument(
-        "--batch_size", type=whole_number(1), default=32, help="most requests that are written together"
+        "--batch_size", type=whole_number(1), default=32, help="most requests that are answered together"
     )
     parser.add_argument("--batch_wait_ms", type=whole_number(1), default=5, help="how long the first waits for others")
     parser.add_argument("--max_queue", type=whole_number(1), default=256, help="open requests; others get status 429")

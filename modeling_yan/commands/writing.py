@@ -1,4 +1,4 @@
-"""What the commands that write text share: their options, and a model with them."""
+"""What the commands that generate text share: their options, and a model with them."""
 
 import argparse
 import sys
@@ -19,12 +19,12 @@ def add_writing_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, help="draw with this seed; the same one draws the same texts again")
     parser.add_argument("--temperature", type=float, help="draw, at this temperature; 1 is the model's own spread")
     parser.add_argument("--max_new_tokens", type=whole_number(1), help="longest text; the model's if not given")
-    parser.add_argument("--stream", action="store_true", help="show on stderr what is written after each step")
+    parser.add_argument("--stream", action="store_true", help="show the text after each step on stderr")
     add_device(parser)
 
 
 class Writer:
-    """A model that writes texts for a prompt as the options of a command say."""
+    """A model that generates texts for a prompt as the options of a command say."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         prepare_library(is_quiet=not options.debug)
@@ -46,7 +46,7 @@ class Writer:
 
 
 class Drafts:
-    """A streamer that shows on stderr what would be written if the flow ended after each of its steps."""
+    """A streamer that shows on stderr what the text would be if the flow ended after each of its steps."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", eos_token_id: int | list[int] | None) -> None:
         self.tokenizer, self.eos_token_id, self.step = tokenizer, eos_token_id, 0

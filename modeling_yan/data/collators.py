@@ -87,12 +87,13 @@ class AutoencoderCollator:
     A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
     its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
     answer from the source. The row says where (see `modeling_yan.data.encoding`). Into an answer slot of the source
-    goes the target, filled up with EOS, if it fits. Of a target in its source's place the tokens of the loss mask are
-    learned. Of another pair only the target and one EOS are learned, the rest is -100: copying the source would drown
-    the few tokens of the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of more
-    than `max_length` tokens a window is taken at random; a source keeps the end that fits, or the start if its answer
-    slot is there; `num_truncated` counts both (in each worker of a data loader for itself). L is the longest row with
-    one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if `fixed_width`.
+    goes the target, filled up with EOS, if it fits. Of a target in its source's positions the tokens of the loss mask
+    are learned. Of another pair only the target and one EOS are learned, the rest is -100: copying the source would
+    drown the few tokens of the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of
+    more than `max_length` tokens a window is taken at random; a source keeps the end that fits, or the start if its
+    answer slot is there; `num_truncated` counts both (in each worker of a data loader for itself). L is the longest
+    row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if
+    `fixed_width`.
 
     `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
 
@@ -161,7 +162,7 @@ class AutoencoderCollator:
         return {"source": source, "target": target, "answer_span": (0, number)}
 
     def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
-        """At most `max_length` tokens of every text, from a random place."""
+        """At most `max_length` tokens of every text, from a random position."""
         if max(map(len, texts)) <= self.max_length:
             return texts
         excess = np.maximum(lengths_of(texts) - self.max_length, 0)
@@ -219,8 +220,8 @@ class FlowCollator:
     its end, where the question is, and is counted in `num_truncated`. An empty source becomes a single BOS. A target
     gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, because
     its text goes on in the next canvas, and is counted in `num_cut_targets`. The first row that is cut brings a
-    warning. An empty target is its EOS alone, which teaches to write nothing: `TaskSampler` leaves such rows out. Each
-    worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
+    warning. An empty target is its EOS alone, which teaches to generate nothing: `TaskSampler` leaves such rows out.
+    Each worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
     `multiple_of`, at most the two limits.
 
     Args:
@@ -294,7 +295,7 @@ class FlowCollator:
 
 
 def _checked_limits(limits: dict[str, int | None], model: PreTrainedModel | None) -> list[int]:
-    """The lengths, those of the model in the place of None.
+    """The lengths, those of the model instead of None.
 
     Raises:
         ValueError: One is missing where there is no model, is below 1, or is more than the model can take.

@@ -11,7 +11,7 @@ from .collators import Batch, FlowCollator
 from .encoding import check_rows
 from .masking import Ids
 
-BROKEN = "\ufffd"  # what a decoder writes for half a character
+BROKEN = "\ufffd"  # what a decoder gives for half a character
 
 
 class CompletionCollator:
@@ -26,7 +26,7 @@ class CompletionCollator:
     Args:
         tokenizer: The `processing_class` of the trainer.
         max_source_length, canvas_length, model: As in `FlowCollator`.
-        allow_no_prompts: Whether a batch may have no prompt at all, which teaches to write out of nothing. A chat
+        allow_no_prompts: Whether a batch may have no prompt at all, which teaches to generate out of nothing. A chat
             without `assistant_only_loss` looks like that, too.
 
     Raises:

@@ -3,14 +3,14 @@
 A target stands behind its source unless the row says otherwise, in one of two fields of text, which tasks write:
 
 - `answer_slot`: the mask tokens that the source begins with, such as "<mask><mask> "; the target goes into their
-  places. Empty for a source whose first mask token is no such slot.
+  positions. Empty for a source whose first mask token is no such slot.
 - `in_place`: true if the target is the source with its mask tokens replaced; what they hide is learned.
 
 Rows of token ids say the same in ids, and `encode_rows` makes the one out of the other:
 
 - `answer_span`: start and stop of the slot among the source's tokens, equal if there is none.
-- `loss_mask`: a number for each token of the source, 1 where the target's token in its place is learned; only for a
-  target in its source's place.
+- `loss_mask`: a number for each token of the source, 1 where the target's token in its position is learned; only for a
+  target in its source's positions.
 
 A row without any of them gets them by `infer_places`.
 """
@@ -42,8 +42,8 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list
     """Rows as token ids: `source` and `target` of a pair, else the `input_ids`; ids that are there already stay.
 
     A source gets the special tokens that the tokenizer adds to a prompt, because the prompt of `generate` has them;
-    what the model writes has none. A column that is None counts as missing. A pair has `answer_span`, and if its
-    target stands in its source's place `loss_mask`, too.
+    what the model generates has none. A column that is None counts as missing. A pair has `answer_span`, and if its
+    target stands in its source's positions `loss_mask`, too.
 
     Raises:
         ValueError: a row has neither text nor target, or a target without source, or a field that does not fit.
@@ -68,17 +68,17 @@ def infer_places(tokenizer: PreTrainedTokenizerBase, source: Ids, target: Ids) -
     """The `answer_span` and `loss_mask` of a row that says nothing: made by hand, or before rows had these fields.
 
     The mask tokens that a source begins with are its answer slot; a BOS may stand before them. A source that is its
-    target but for mask tokens, not all of it, has its target in its place.
+    target but for mask tokens, not all of it, has its target in its positions.
     """
-    places: EncodedRow = {"answer_span": (0, 0)}
+    spans: EncodedRow = {"answer_span": (0, 0)}
     if tokenizer.mask_token_id is None or tokenizer.mask_token_id not in source:
-        return places
+        return spans
     ids, start = np.asarray(source), _num_before(tokenizer, source)
     is_shown = ids != tokenizer.mask_token_id
-    places["answer_span"] = start, start + int(np.append(is_shown[start:], True).argmax())
+    spans["answer_span"] = start, start + int(np.append(is_shown[start:], True).argmax())
     if len(ids) == len(target) and is_shown.any() and (ids == np.asarray(target))[is_shown].all():
-        places["loss_mask"] = _find_masks(tokenizer, ids)
-    return places
+        spans["loss_mask"] = _find_masks(tokenizer, ids)
+    return spans
 
 
 def _with_places(tokenizer: PreTrainedTokenizerBase, row: Row, source: Ids, target: Ids) -> EncodedRow:
@@ -98,14 +98,14 @@ def _with_places(tokenizer: PreTrainedTokenizerBase, row: Row, source: Ids, targ
     return {**pair, "answer_span": (start, start + (slot.count(tokenizer.mask_token) if slot else 0))}
 
 
-def _checked(places: EncodedRow, length: int) -> EncodedRow:
+def _checked(spans: EncodedRow, length: int) -> EncodedRow:
     """The fields of ids; ValueError for those that do not fit a source of `length` tokens."""
-    start, stop = places.get("answer_span", (0, 0))
+    start, stop = spans.get("answer_span", (0, 0))
     if not 0 <= start <= stop <= length:
         raise ValueError(f"answer_span={(start, stop)}: must be start and stop in a source of {length} tokens")
-    if len(places.get("loss_mask", range(length))) != length:
-        raise ValueError(f"loss_mask of {len(places['loss_mask'])}: must have one number for each of {length} tokens")
-    return places
+    if len(spans.get("loss_mask", range(length))) != length:
+        raise ValueError(f"loss_mask of {len(spans['loss_mask'])}: must have one number for each of {length} tokens")
+    return spans
 
 
 def _num_before(tokenizer: PreTrainedTokenizerBase, source: Ids) -> int:

@@ -1,4 +1,4 @@
-"""Raw rows of local files, one after the other, each with the place it comes from.
+"""Raw rows of local files, one after the other, each with where it comes from.
 
 | name ends in | rows |
 |---|---|

@@ -196,7 +196,7 @@ class FileShard:
         return str(self.path)
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
-        """Index, place and raw row of each."""
+        """Index, origin and raw row of each."""
         for row_number, (where, raw) in enumerate(read_file(self.path, self.sample_by)):
             yield f"{self.number} {row_number}", where, raw
 
@@ -217,7 +217,7 @@ class StoryShard:
             raise ValueError(f"stories: split is {self.split!r}, but must be one of {', '.join(STORY_SPLITS)}")
 
     def __iter__(self) -> Iterator[tuple[str, str, Any]]:
-        """Index, place and raw row of each."""
+        """Index, origin and raw row of each."""
         for index in range(cast(int, self.num_rows)):
             rng = random.Random(f"{self.seed} {index}")
             story = generate_story(rng)

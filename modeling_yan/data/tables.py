@@ -38,7 +38,7 @@ class PairColumns:
 
     Args:
         source, target: Names of the columns of sources and of targets.
-        template: Makes a source out of several columns, in the place of `source`. It has the form of `str.format`:
+        template: Makes a source out of several columns, instead of `source`. It has the form of `str.format`:
             "question: {question} context: {context}".
     """
 

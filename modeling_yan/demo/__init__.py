@@ -1,1 +1,1 @@
-"""A page in the browser that writes texts and shows how they come about; `page` needs gradio, `views` matplotlib."""
+"""A page in the browser that generates texts and shows how; `page` needs gradio, `views` matplotlib."""

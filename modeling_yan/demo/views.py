@@ -40,7 +40,7 @@ STYLE = """
 
 
 def draw_options(config: "YanConfig", steps: int, seed: int, num: int) -> dict[str, Any]:
-    """Options of `generate` for a number of texts: one is written without sampling, several are drawn."""
+    """Options of `generate` for a number of texts: one is generated without sampling, several are drawn."""
     options = {"num_flow_steps": int(steps), "seed": int(seed), "num_return_sequences": int(num)}
     return {**options, "do_sample": num > 1}
 

@@ -90,7 +90,7 @@ def evaluate_task(
         metrics: Names among `METRIC_NAMES`.
         encoder: For BERTScore, semantic distance and MAUVE; each has its own default.
         judge: Name or folder of the autoregressive judge of generative perplexity, which is left out if None.
-        compare: A folder that an earlier call wrote for the same rows.
+        compare: The folder of an earlier call for the same rows.
 
     Raises:
         ValueError: A metric that is unknown, a row without source and target, a prompt that is too long, or a

@@ -50,7 +50,7 @@ class RunOptions:
         max_new_tokens: Most new tokens of a row whose length is free.
         num_flow_steps: YAN's solver steps per canvas; the model's if None.
         num_diffusion_steps: Steps of masked diffusion; the model's if None.
-        canvas_length: Tokens that YAN and masked diffusion write at once where the length is free; the model's if
+        canvas_length: Tokens that YAN and masked diffusion generate at once where the length is free; the model's if
             None.
         num_seeds: Passes of the sampled runs, with seeds 0, 1, ...
         template: What a source becomes before it is tokenized, with `{source}` in it.
@@ -87,7 +87,7 @@ def generate_answers(
     batch_size: int = 32,
     **options: Any,
 ) -> list[str]:
-    """The new text that `model.generate(..., **options)` writes for each source, without special tokens."""
+    """The new text that `model.generate(..., **options)` gives for each source, without special tokens."""
     return generate_timed(model, tokenizer, sources, batch_size, **options).texts
 
 
@@ -105,8 +105,8 @@ def generate_timed(
 
     Args:
         max_source_length: Sources of more tokens keep their end, as in training.
-        seed: For models whose `generate` has a `seed`. Every batch gets its own, made from this and its place: with
-            one for all, rows at the same place of different batches would start from the same noise.
+        seed: For models whose `generate` has a `seed`. Every batch gets its own, made from this and its index: with
+            one for all, rows at the same position of different batches would start from the same noise.
     """
     result = Generated([], [], 0.0)
     for start in tqdm(range(0, len(sources), batch_size), desc="generating", leave=False):
@@ -114,7 +114,7 @@ def generate_timed(
         if seed is not None:
             options["seed"] = _batch_seed(seed, start)
         sequences, seconds = _timed(cast(Any, model).generate, **batch, **options)
-        # an encoder-decoder gives back its start token in place of the prompt
+        # an encoder-decoder gives back its start token instead of the prompt
         new_tokens = sequences[:, 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
         result.texts += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         result.num_tokens += num_new_tokens(new_tokens, model.generation_config.eos_token_id)
@@ -137,8 +137,8 @@ def run_model(
     cache of keys and values if it can have one.
 
     With "oracle" length a row gets at most as many new tokens as its reference has, without EOS, and the canvas has
-    that length too (at most the longest that the model can write); rows of one length are generated together, so its
-    batches are smaller and its speed compares only with other oracle runs.
+    that length too (at most the longest that the model can generate); rows of one length are generated together, so
+    its batches are smaller and its speed compares only with other oracle runs.
 
     Raises:
         ValueError: A prompt that is too long for the model.
@@ -170,7 +170,7 @@ def is_masked_diffusion(model: PreTrainedModel) -> bool:
 
 
 def load_for_generation(name: str, device: str = "cpu") -> PreTrainedModel:
-    """The model of a folder or hub name, of whichever class it is that writes text, in evaluation mode."""
+    """The model of a folder or hub name, of whichever class that generates text it is, in evaluation mode."""
     is_encoder_decoder = AutoConfig.from_pretrained(name).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     return auto_class.from_pretrained(name).to(device).eval()  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ def evaluate_files(
 def join_reports(
     folders: Sequence[str], rows: Sequence[Row], output: str | os.PathLike[str], baseline: str
 ) -> dict[str, dict[str, Any]]:
-    """The tables and the result of `evaluate_models`, for folders that `evaluate_task` wrote for the same rows.
+    """The tables and the result of `evaluate_models`, for folders of `evaluate_task` for the same rows.
 
     Raises:
         ValueError: Two folders with the same name, a baseline that is none of them, or folders of other rows.

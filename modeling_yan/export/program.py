@@ -48,7 +48,7 @@ def export_generation(
 ) -> torch.export.ExportedProgram:
     """Encoder, solver and decoder of one canvas as one graph of torch's own operators, weights included.
 
-    The program takes ids and mask, both int64 (B, S), and returns the token ids (B, L) that `generate` would write on
+    The program takes ids and mask, both int64 (B, S), and returns the token ids (B, L) that `generate` would give on
     its first canvas without sampling; cutting at the EOS is left to the caller. Shorter prompts are padded, on either
     side. A size that is None is left open: the program takes any number of prompts, or prompts of any length up to
     `max_prompt_length`. Save it with `torch.export.save`, or compile it with

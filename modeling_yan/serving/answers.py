@@ -64,9 +64,9 @@ class Answer:
         return {**self._chunk([]), "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        written = sum(self.tokens.values())
-        total = self.prompt_tokens + written
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
+        generated = sum(self.tokens.values())
+        total = self.prompt_tokens + generated
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": generated, "total_tokens": total}
 
     def whole(self) -> dict[str, Any]:
         """The JSON of the whole answer."""

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-VANISHED = 499  # the status of a client that left before its answer was written
+VANISHED = 499  # the status of a client that left before its answer was generated
 
 
 class Metrics:
@@ -18,9 +18,9 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("yan_requests", "Requests that were answered", ["endpoint", "status"], **own)
         self.seconds = Histogram("yan_request_seconds", "From request to answer", ["endpoint"], buckets=SECONDS, **own)
-        self.tokens = Counter("yan_tokens", "Tokens that were read and written", ["kind"], **own)
-        self.batches = Histogram("yan_batch_size", "Prompts that one was written with", buckets=SIZES, **own)
-        self.open = Gauge("yan_open_requests", "Requests that wait or are being written", **own)
+        self.tokens = Counter("yan_tokens", "Tokens that were read and generated", ["kind"], **own)
+        self.batches = Histogram("yan_batch_size", "Prompts that one was generated with", buckets=SIZES, **own)
+        self.open = Gauge("yan_open_requests", "Requests that wait or are being answered", **own)
 
     def count(self, endpoint: str, status: int, started: float, usage: dict[str, Any] | None = None) -> None:
         """A request that is over; `started` is its `time.monotonic()`."""

@@ -45,7 +45,7 @@ class Options(BaseModel):
 
 @serve.deployment
 class Writer:
-    """A model that writes batches."""
+    """A model that answers batches."""
 
     def __init__(self, settings: Settings) -> None:
         self.writer = make_writer(settings, settings.device)
@@ -60,7 +60,7 @@ class Writer:
             yield round_
 
     async def __call__(self, job: Job) -> AsyncIterator[list[Any]]:
-        """Rounds of pieces of one job, which is written with those that come at the same time."""
+        """Rounds of pieces of one job, which is answered with those that come at the same time."""
         async for pieces in self.write(job):
             yield pieces
 
@@ -138,7 +138,7 @@ def build(options: Options) -> serve.Application:
         scaling[name] = getattr(options, name)
     writers = Writer.options(
         autoscaling_config=scaling,
-        max_ongoing_requests=2 * options.batch_size,  # one batch is written while the next one gathers
+        max_ongoing_requests=2 * options.batch_size,  # one batch is generated while the next one gathers
         ray_actor_options={"num_gpus": options.gpus, "num_cpus": options.cpus},
     )
     return Front.bind(settings, writers.bind(settings))

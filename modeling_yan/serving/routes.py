@@ -133,7 +133,7 @@ class Routes:
             await pieces.aclose()
 
     async def _pieces(self, jobs: list[Job]) -> AsyncGenerator[Numbered, None]:
-        """The pieces of all jobs, each with the number of its job; the jobs are written together."""
+        """The pieces of all jobs, each with the number of its job; the jobs are answered together."""
         if self.num_open >= self.settings.max_queue:
             raise RequestError(f"{self.num_open} requests are open: try again later", status=429, code="queue_full")
         deadline, tickets = time.monotonic() + self.settings.timeout_s, []
@@ -189,7 +189,7 @@ def too_late() -> RequestError:
 
 
 def died() -> RequestError:
-    return RequestError("a replica died while it wrote", status=502)
+    return RequestError("a replica died while it generated", status=502)
 
 
 def _body_of(error: RequestError) -> dict[str, Any]:

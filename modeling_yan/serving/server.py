@@ -1,4 +1,4 @@
-"""The server of `yan serve`: what LitServe calls to write batches, and how jobs reach its replicas."""
+"""The server of `yan serve`: what LitServe calls to answer batches, and how jobs reach its replicas."""
 
 import asyncio
 import json

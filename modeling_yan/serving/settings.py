@@ -14,7 +14,7 @@ class Settings:
         model: Folder or hub name. name: What clients call it; the same if None.
         device, threads: Of a replica; threads of torch on a CPU, torch's choice if None.
         replicas: Processes with a model each; on GPUs for each of them.
-        batch_size: Most requests that are written together. batch_wait_s: How long the first of them waits for others.
+        batch_size: Most requests that are answered together. batch_wait_s: How long the first waits for others.
         max_queue: Requests that may be open before others get the status 429.
         max_body: Bytes of a request. timeout_s: Seconds until a request gets the status 504.
         api_key: That every request but those to /health must bear; none if None.
@@ -55,7 +55,7 @@ def make_reader(settings: Settings) -> RequestReader:
 
 
 def make_writer(settings: Settings, device: str) -> BatchWriter:
-    """What writes batches: the model, loaded in the process of a replica.
+    """What answers batches: the model, loaded in the process of a replica.
 
     Raises:
         ValueError: No such model, or one that lacks weights.

@@ -62,7 +62,7 @@ class FinetuningArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "held-out rows, like train_file"})
     dataset: str | None = field(
-        default=None, metadata={"help": "folder or hub name of a data set, in the place of train_file"}
+        default=None, metadata={"help": "folder or hub name of a data set, instead of train_file"}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "which of the data set's configs"})
     train_split: str = field(default="train", metadata={"help": 'of the data set, such as train or "train[:10%%]"'})
@@ -73,7 +73,7 @@ class FinetuningArguments:
         default=0.1, metadata={"help": "share of the rows that is held out where nothing else is"}
     )
     source_column: str = field(default="source", metadata={"help": "the column to read"})
-    target_column: str = field(default="target", metadata={"help": "the column to write"})
+    target_column: str = field(default="target", metadata={"help": "the column to generate"})
     template: str | None = field(
         default=None,
         metadata={"help": 'makes the source of several columns, "question: {question} context: {context}"'},
@@ -309,7 +309,7 @@ def fill_card(
 ) -> None:
     """Say in the model card what the model was trained on, how it is asked, and how well it answers."""
     columns = options.columns
-    card.prompts = f"`{' '.join(columns.form.split())}`, of which it writes `{columns.target}`: `{command}`."
+    card.prompts = f"`{' '.join(columns.form.split())}`, of which it generates `{columns.target}`: `{command}`."
     card.metrics = ["exact_match", "rouge"]
     card.results = {"rows trained on": f"{num_rows:,} of {os.path.basename(options.origin)}"}
     card.results |= {

@@ -65,7 +65,7 @@ def _encoder_parameters(model: PreTrainedModel, rate: float) -> set[int]:
 
 
 def follow_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Set the learning rate that the schedule has at its place: that of a longer run is another than the saved one."""
+    """Set the learning rate that the schedule has at its step: that of a longer run is another than the saved one."""
     groups = scheduler.optimizer.param_groups
     for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)

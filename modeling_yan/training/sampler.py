@@ -1,6 +1,6 @@
-"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of the place.
+"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of its position.
 
-So there is no state to save: a run that stopped goes on at the same place in the data.
+So there is no state to save: a run that stopped goes on at the same position in the data.
 """
 
 import random
@@ -108,9 +108,9 @@ class TaskSampler(Dataset[Batch]):
         if not self.has_group(task, group):
             self._current.pop(task, None)  # never two groups in memory
             self.take_group(task, group, self.make_group(task, group))
-        place = self._schedule[index][1] % self.bucket_batches
+        position = self._schedule[index][1] % self.bucket_batches
         rng = random.Random(f"{self.seed} {index} {self.process_index}")
-        return self._collate(self._current[task][1][place], rng)
+        return self._collate(self._current[task][1][position], rng)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` on, as the iteration over all of them gives them.
@@ -146,7 +146,7 @@ class TaskSampler(Dataset[Batch]):
         return self._current.get(task, (None,))[0] == group
 
     def take_group(self, task: str, group: int, made: Group) -> None:
-        """Keep a group, in the place of the one of its task before it."""
+        """Keep a group, which replaces that of its task before it."""
         self._current[task] = group, made.batches
         self.num_skipped += made.num_skipped
 

@@ -1,4 +1,4 @@
-"""Scores of what a Seq2SeqTrainer's model writes on held-out rows, and a few of its texts to look at."""
+"""Scores of what a Seq2SeqTrainer's model generates for held-out rows, and a few of its texts to look at."""
 
 import random
 import textwrap
@@ -19,7 +19,7 @@ WIDTH = 100  # characters of a text that is shown
 class Samples:
     """`compute_metrics` of a trainer: the mean exact match and ROUGE-L of the answers.
 
-    At every evaluation it prints source, wanted and written text of the same few rows, above the bar of progress.
+    At every evaluation it prints source, wanted and generated text of the same few rows, above the bar of progress.
 
     Args:
         rows: Those that are evaluated, in their order.
@@ -34,11 +34,11 @@ class Samples:
         self.shown = chosen if is_shown else []
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        written, wanted = self._decode(prediction.predictions), self._decode(prediction.label_ids)
+        generated, wanted = self._decode(prediction.predictions), self._decode(prediction.label_ids)
         for index in self.shown:
-            texts = {"source": self.rows[index]["source"], "wanted": wanted[index], "written": written[index]}
-            tqdm.write("\n".join(f"{name:>7}: {_shorten(text)}" for name, text in texts.items()))
-        pairs = list(zip(written, wanted, strict=True))
+            texts = {"source": self.rows[index]["source"], "wanted": wanted[index], "generated": generated[index]}
+            tqdm.write("\n".join(f"{name:>9}: {_shorten(text)}" for name, text in texts.items()))
+        pairs = list(zip(generated, wanted, strict=True))
         return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in METRICS.items()}
 
     def _decode(self, ids: Any) -> list[str]:

@@ -37,11 +37,11 @@ class DrawnRows:
     def draw(self, rng: random.Random) -> Iterator[Row]:
         """Rows without end."""
         while True:
-            places = [int(self.indices[rng.randrange(len(self.indices))]) for _ in range(LOOK_UP_SIZE)]
-            yield from self.rows.__getitems__(places) if isinstance(self.rows, Dataset) else map(self._row, places)
+            drawn = [int(self.indices[rng.randrange(len(self.indices))]) for _ in range(LOOK_UP_SIZE)]
+            yield from self.rows.__getitems__(drawn) if isinstance(self.rows, Dataset) else map(self._row, drawn)
 
-    def _row(self, place: int) -> Row:
-        return self.rows[place]
+    def _row(self, position: int) -> Row:
+        return self.rows[position]
 
     def groups(self, fill: Fill, seed: str, process_index: int) -> "DrawnGroups":
         """Function from g to group number g of a process."""
@@ -147,7 +147,7 @@ def split_kinds(
         return {kinds[0]: DrawnRows(rows, range(len(rows)))}
     is_pair = np.fromiter(_have_target(rows), bool, len(rows))
     indices = {PAIRS: np.flatnonzero(is_pair), TEXT: np.flatnonzero(~is_pair)}
-    return {kind: DrawnRows(rows, places) for kind, places in indices.items() if len(places)}
+    return {kind: DrawnRows(rows, positions) for kind, positions in indices.items() if len(positions)}
 
 
 def _kinds_of_columns(columns: Sequence[str]) -> list[str]:

@@ -45,7 +45,7 @@ def training_flops(model: Any, batch_size: int, source: int, canvas: int = 0, nu
     experts = config.num_experts * head
     if num_flow_steps == 0:  # the encoder's draft alone
         return batch_size * round(3 * encoder + source * keys + 3 * canvas * decoder)
-    if config.train_expert_choice == "posterior":  # several experts are read off once, without a backward pass
+    if config.train_expert_choice == "posterior":  # several experts are decoded once, without a backward pass
         passes = num_flow_steps * trunk + experts + (num_flow_steps - 1) * head
         num_reads = num_flow_steps + (config.num_experts / 3 if config.num_experts > 1 else 0)
         canvas_flops = passes + linear_flops(flow.gate) + num_reads * decoder

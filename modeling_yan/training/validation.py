@@ -23,7 +23,7 @@ CELL_WIDTH = 60  # characters of a text in the printed table
 
 @dataclass
 class Sample:
-    """One held-out row and what the model wrote."""
+    """One held-out row and what the model generated."""
 
     task: str
     source: str
@@ -64,7 +64,7 @@ class Validation:
     def run(self, model: nn.Module, accelerator: Accelerator) -> tuple[dict[str, float], Samples]:
         """Per task: mean loss, share of target tokens restored, share of rows restored whole; and samples.
 
-        A baseline's tokens are those that it writes by itself. Every call draws the same noise. Every process does
+        A baseline's tokens are those that it generates by itself. Every call draws the same noise. Every process does
         the same, because sharded weights need all of them; those give no samples from `generate`.
         """
         model.eval()
