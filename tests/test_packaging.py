@@ -133,8 +133,8 @@ def test_the_workflow_runs_the_versions_of_python_that_the_metadata_names():
 
 def test_every_check_has_a_name_by_which_it_is_called():
     checks = re.findall(r"^(\w+)\(\) \{", (ROOT / ".ci" / "check").read_text(), re.M)
-    callers = "".join((ROOT / ".ci" / name).read_text() for name in ("run", "versions"))
-    calls = re.findall(r"^(?:\S+ )?\.ci/check ([a-z ]+)$", callers, re.M)
+    callers = "".join((ROOT / name).read_text() for name in (".ci/run", ".ci/versions", ".github/workflows/ci.yml"))
+    calls = re.findall(r"^(?:\S+ | +- run: )?\.ci/check ([a-z ]+)$", callers, re.M)
     assert sorted(" ".join(calls).split()) == sorted(checks)
     sessions = re.findall(r'"(\w+)"|def (\w+)\(session', (ROOT / "noxfile.py").read_text())
     assert {"lint", "types", "docs", "tests", "slow"} <= {name for pair in sessions for name in pair} & set(checks)

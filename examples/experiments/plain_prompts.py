@@ -1,12 +1,12 @@
-"""Rows that teach a model plain prompts, as a person types them: the fourth round of docs/checkpoints.md.
+"""Rows that teach a model plain prompts, as a person types them: the last rounds of docs/checkpoints.md.
 
     python examples/experiments/plain_prompts.py --text_file text.jsonl.gz --tokenizer TOKENIZER \
         --output pairs.jsonl.gz
 
 - stories: 45,000 in many wordings and 15,000 in the first one; an eighth of them begins with eight mask tokens, as
   prompts had to before a model had answer slots of its own;
-- infilling: 60,000 texts with 8% or 35% of the words hidden; three quarters show a mask for each hidden token, the
-  others one for each gap; half end in "Fill in.";
+- infilling: 60,000 texts (`--num_infilling`) with 8% or 35% of the words hidden; three quarters of them, or all with
+  `--aligned`, show a mask for each hidden token, the others one for each gap; half end in "Fill in.";
 - last words: 24,000; continuation: 18,000, the next sentence from the two before it.
 """
 
@@ -48,7 +48,7 @@ def drawn(texts: list[Row], number: int, rng: random.Random, make: Callable[[str
                 return rows
 
 
-def make_rows(texts: list[Row], tokenizer, rng: random.Random) -> list[Row]:
+def make_rows(texts: list[Row], tokenizer, rng: random.Random, num_infilling: int, aligned: bool) -> list[Row]:
     """All rows, in random order."""
 
     def count(text: str) -> int:
@@ -59,7 +59,8 @@ def make_rows(texts: list[Row], tokenizer, rng: random.Random) -> list[Row]:
 
     def fill(text: str) -> Row | None:
         crop = crop_sentences(text, 18, rng)
-        row = crop and infilling(crop, rng, MASK, rng.choice((0.08, 0.35)), 3, count if rng.random() < 0.75 else None)
+        share, measure = rng.choice((0.08, 0.35)), count if aligned or rng.random() < 0.75 else None
+        row = crop and infilling(crop, rng, MASK, share, 3, measure)
         if not row or not fits(row):
             return None
         return {**row, "source": row["source"].removesuffix(" Fill in.")} if rng.random() < 0.5 else row
@@ -76,7 +77,7 @@ def make_rows(texts: list[Row], tokenizer, rng: random.Random) -> list[Row]:
         texts, "last_word", 24_000, 3, 26, is_wanted=lambda row: fits(row) and count(row["target"]) == 1
     )
     rows = make_stories(60_000, rng) + words
-    rows += drawn(texts, 60_000, rng, fill) + drawn(texts, 18_000, rng, go_on)
+    rows += drawn(texts, num_infilling, rng, fill) + drawn(texts, 18_000, rng, go_on)
     return [{name: row[name] for name in ("source", "target")} for row in rng.sample(rows, len(rows))]
 
 
@@ -85,9 +86,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--text_file", required=True, help="rows of text, .jsonl or .jsonl.gz")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--num_infilling", type=int, default=60_000, help="rows of infilling")
+    parser.add_argument("--aligned", action="store_true", help="show a mask for each hidden token in all of them")
     options = parser.parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    write_rows(options.output, make_rows(read_rows(options.text_file), tokenizer, random.Random(0)))
+    texts, rng = list(read_rows(options.text_file)), random.Random(0)
+    write_rows(options.output, make_rows(texts, tokenizer, rng, options.num_infilling, options.aligned))
 
 
 if __name__ == "__main__":
