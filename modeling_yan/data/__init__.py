@@ -21,7 +21,6 @@ _HOMES = {
     "split_sentences": "tasks",
     "crop_sentences": "tasks",
     "build_pairs": "tasks",
-    "mask_spans": "masking",
     "AutoencoderCollator": "collators",
     "FlowCollator": "collators",
     "CompletionCollator": "completions",

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 MAX_MASK_RATIO = 0.5  # up to here there is always a kept token for every span to stand before
 
@@ -22,39 +21,6 @@ class Ragged(NamedTuple):
 
     tokens: np.ndarray[Any, Any]
     lengths: np.ndarray[Any, Any]
-
-
-def mask_spans(
-    input_ids: Tensor,
-    lengths: Tensor,
-    mask_ratio: float,
-    max_span_len: int,
-    mask_token_id: int,
-    pad_token_id: int,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Text infilling: collapse random spans of each row into one mask token each, and close the row up to the left.
-
-    Spans have 1 to `max_span_len` tokens (uniformly drawn, one of a row may be cut short) and never touch. A row of
-    n tokens loses `mask_ratio` * n of them, rounded up or down at random, so that short rows lose as much on average.
-
-    Args:
-        input_ids: (B, L), valid on the left, on the CPU.
-        lengths: (B,) numbers of valid tokens, 0 to L.
-        mask_ratio: 0 to 0.5; at 0 the input is returned as it is.
-        pad_token_id: what fills the rows up to L; may be the end-of-sequence token.
-        generator: of the CPU; the global one if None.
-
-    Returns:
-        (B, L) ids.
-    """
-    check_masking(mask_ratio, max_span_len)
-    if mask_ratio == 0:
-        return input_ids
-    width, counts = input_ids.shape[1], lengths.numpy()
-    rows = Ragged(input_ids.numpy()[np.arange(width) < counts[:, None]], counts)
-    spans = draw_spans(counts, mask_ratio, max_span_len, generator)
-    return torch.from_numpy(pad_rows(hide_spans(rows, *spans, mask_token_id), width, pad_token_id))
 
 
 def check_masking(mask_ratio: float, max_span_len: int) -> None:
@@ -71,7 +37,9 @@ def draw_spans(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(B, n) first token and length of the spans to hide in rows of (B,) `lengths`, in order; lengths may be 0.
 
-    `mask_ratio` is one number, or one a row.
+    Spans have 1 to `max_span_len` tokens (uniformly drawn, one of a row may be cut short) and never touch. A row of
+    n tokens loses `mask_ratio` * n of them, rounded up or down at random, so that short rows lose as much on average.
+    `mask_ratio` is one number, or one a row, up to 0.5.
     """
     num_hidden = (mask_ratio * lengths + torch.rand(len(lengths), generator=generator).numpy()).astype(np.int64)
     spans = _draw_span_lengths(num_hidden, max_span_len, generator)

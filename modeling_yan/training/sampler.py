@@ -122,12 +122,8 @@ class TaskSampler(Dataset[Batch]):
             raise ValueError(f"start={start}: must be from 0 to length={self.length}")
         return map(self.__getitem__, range(start, self.length))
 
-    def task_of(self, index: int) -> str:
-        """The task of batch number `index`, the same in every process."""
-        return self._schedule[index][0]
-
     def group_of(self, index: int) -> tuple[str, int]:
-        """Task and number of the group that batch number `index` is of."""
+        """Task and number of the group that batch number `index` is of, the same in every process."""
         task, number = self._schedule[index]
         return task, number // self.bucket_batches
 

@@ -87,7 +87,7 @@ class TestTasks:
 
         def draw(**overrides):
             mixture = make_mixture(length=300, **overrides)
-            return [mixture.task_of(index) for index in range(300)]
+            return [mixture.group_of(index)[0] for index in range(300)]
 
         return draw
 

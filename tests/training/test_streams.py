@@ -204,7 +204,7 @@ class TestStreams:
     def test_all_processes_work_on_one_task(self, make_mixture):
         rows = stream_of([{name: row.get(name) for name in MIXED} for row in make_pairs(20) + make_texts(20)])
         mixtures = [make_mixture(rows=rows, process_index=index, num_processes=2) for index in (0, 1)]
-        tasks = [[mixture.task_of(index) for index in range(48)] for mixture in mixtures]
+        tasks = [[mixture.group_of(index)[0] for index in range(48)] for mixture in mixtures]
         assert tasks[0] == tasks[1]
         assert len(set(tasks[0])) == 4
 
