@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -78,6 +79,32 @@ def test_steps(load_script, folders, drawings):
     assert all(0 <= row["rougeL"]["low"] <= row["rougeL"]["mean"] <= row["rougeL"]["high"] <= 1 for row in table)
     assert table[-1]["exact_match"]["p"] == 1.0  # against itself
     assert drawings["steps.png"] == [[[row[name]["mean"] for row in table] for name in ("exact_match", "rougeL")]]
+
+
+def test_what_the_experts_of_a_model_do(load_script, folders, config, tokenizer, capsys):
+    script = load_script("expert_texts")
+    words = ["--data", str(folders / "pairs.jsonl"), "--num_rows", "5", "--output", str(folders / "experts.json")]
+    with pytest.raises(SystemExit):
+        script.main(["--model", str(folders / "yan"), *words])
+    assert "must have experts of whole texts" in capsys.readouterr().err
+    torch.manual_seed(0)
+    fields = {"expert_scope": "sequence", "train_expert_choice": "posterior", "mse_weight": 0.0, "num_experts": 3}
+    model = YanForFlowGeneration(config.with_fields(**fields)).eval()
+    model.save_pretrained(folders / "experts")
+    tokenizer.save_pretrained(folders / "experts")
+    script.main(["--model", str(folders / "experts"), *words])
+    found = json.loads((folders / "experts.json").read_text())
+    assert found["rows"] == 5
+    assert found["prompts"] == [row["source"] for row in ROWS[:2]]
+    for name in ("gate", "usage"):
+        assert sum(expert[name] for expert in found["experts"]) == pytest.approx(1, abs=1e-5)
+    gates = [expert["gate"] for expert in found["experts"]]
+    assert gates == sorted(gates, reverse=True)
+    assert all(0 <= value <= math.log(3) + 0.01 for value in found["information"].values())
+    inputs = tokenizer([ROWS[1]["source"]], return_tensors="pt")
+    best = model.generate(**inputs, expert_choice="ranked", return_prompt=False, return_dict_in_generate=True)
+    text = tokenizer.decode(best.sequences[0], skip_special_tokens=True).strip()
+    assert text in [expert["examples"][1] for expert in found["experts"]]
 
 
 def test_diversity_of_yan_and_of_an_autoregressive_model(load_script, folders, drawings):

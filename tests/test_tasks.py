@@ -216,11 +216,23 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     path = tmp_path / "t" / "table.json"
     path.write_text(json.dumps({**table, "date": "d", "runs": runs}))
     (tmp_path / "intro.md").write_text("# Results\n")
+    expert = {
+        "gate": 0.25,
+        "usage": 0.5,
+        "mean_words": 3.2,
+        "beginning": ["In the", 0.125],
+        "examples": ["In the pub."],
+    }
+    information = {"right texts": 1.25, "drawn texts": 0.5}
+    experts = {"rows": 7, "information": information, "prompts": ["pub"], "experts": [expert] * 9}
+    (tmp_path / "t" / "experts.json").write_text(json.dumps(experts))
     script.main([str(path), "--intro", str(tmp_path / "intro.md"), "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     assert "| YAN | 2 |  | 21.0 ± 12.7 |" in page
     assert "| one pass | 2 | 14.5 ± 6.4 |  |" in page
     assert "| YAN | +6.5 | 0.055 |" in page
+    assert page.count("| 25 | 50 | 3 | In the (12%) | In the pub. |") == 8
+    assert "A drawn text says 0.50, and 2.20 is the most." in page
 
 
 def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):

@@ -4,7 +4,7 @@
 
 Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
 Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`,
-and `notes.md` beside a table says what it shows.
+`notes.md` beside a table says what it shows, and `experts.json` of `expert_texts.py` what its experts do.
 """
 
 import argparse
@@ -43,7 +43,7 @@ README_ARMS = (
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
 )
 MARKS = ("<!-- results -->", "<!-- end of results -->")
-COMMAND = "python examples/experiments/tasks.py configuration/recipes/tasks/{recipe}.yaml --data_dir DATA \\\n"
+NUM_EXPERTS = 8  # that are shown
 
 
 def mean_with_interval(values: list[float], digits: int) -> str:
@@ -93,14 +93,14 @@ def make_table(runs: dict, heads: list[str], paths: list[tuple[str, ...]], digit
     return ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|", *rows, ""] if rows else []
 
 
-def describe(table: dict) -> str:
+def describe(table: dict, name: str) -> str:
     """One paragraph: what was trained for how long, and where."""
     recipe, sizes = table["recipe"], [run["parameters"] for arm in table["runs"].values() for run in arm.values()]
     low, high = min(sizes) / 1e6, max(sizes) / 1e6
     return (
-        f"{low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of {recipe['batch_size']} rows for "
-        f"every arm. {table['rows']} sources are measured. {table['hardware']}, torch {table['torch']}, "
-        f"{table['date']}."
+        f"`TASK` is `{name}`. Every arm: {low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of "
+        f"{recipe['batch_size']} rows. {table['rows']} sources are measured. {table['hardware']}, "
+        f"torch {table['torch']}, {table['date']}."
     )
 
 
@@ -111,12 +111,32 @@ def make_section(path: Path) -> list[str]:
     lines = [f"## {TITLES.get(task, task)}", ""]
     notes = path.with_name("notes.md")
     lines += [notes.read_text().strip(), ""] if notes.exists() else []
-    command = COMMAND.format(recipe=path.parent.name)
-    lines += ["```bash", f"{command}    --output_dir results/{path.parent.name} --table {path.as_posix()}", "```", ""]
-    lines += [describe(table), ""]
+    lines += [describe(table, path.parent.name), ""]
     if columns_of(runs, "distribution"):
-        return lines + distribution_tables(runs)
-    return lines + quality_tables(runs, table["recipe"].get("metric", "bleu"))
+        lines += distribution_tables(runs)
+    else:
+        lines += quality_tables(runs, table["recipe"].get("metric", "bleu"))
+    experts = path.with_name("experts.json")
+    return lines + (experts_table(json.loads(experts.read_text())) if experts.exists() else [])
+
+
+def experts_table(found: dict) -> list[str]:
+    """The experts that the gate likes best, each with the beginning of its texts and one of them."""
+    experts, information = found["experts"], found["information"]
+    lines = [
+        f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, on {found['rows']} prompts. A right text "
+        f"says {information['right texts']:.2f} nats of its expert. A drawn text says {information['drawn texts']:.2f}, and "
+        f"{math.log(len(experts)):.2f} is the most. Texts for `{found['prompts'][0]}`:",
+        "",
+        "| gate, % | right texts, % | words | most frequent beginning | text |",
+        "|---|---|---|---|---|",
+    ]
+    for expert in experts[:NUM_EXPERTS]:
+        words, share = expert["beginning"]
+        shares = f"{100 * expert['gate']:.0f} | {100 * expert['usage']:.0f}"
+        beginning = f"{words} ({100 * share:.0f}%)"
+        lines.append(f"| {shares} | {expert['mean_words']:.0f} | {beginning} | {expert['examples'][0]} |")
+    return [*lines, ""]
 
 
 def distribution_tables(runs: dict) -> list[str]:

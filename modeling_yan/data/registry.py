@@ -76,6 +76,7 @@ class DatasetSpec:
         task: What texts are made into unless the options say otherwise; None if the formatter makes pairs.
         label_names: Of the column `label`, in order.
         extra: What a pair has besides source and target.
+        optional: Those of `LEARNED_WHERE` that a pair keeps as they are; None if that is not asked.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DatasetSpec:
     task: str | None = None
     label_names: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    optional: tuple[str, ...] | None = None
 
     def format_row(self, row: Any, rng: random.Random, options: FormatOptions | None = None) -> Row:
         """Turn a raw row, in the data set's own columns, into a text or a pair; `rng` draws what is random.
@@ -104,8 +106,10 @@ class DatasetSpec:
             made = _use_text(made, cast(str, task), rng, options)
         if not made["target" if "target" in made else "text"].strip():
             raise SkippedRow("empty target" if "target" in made else "empty text")
+        made |= {name: row.get(name) for name in self.optional or ()}
         if options.answer_slot and "source" in made and task != "infilling":
-            made |= {"source": options.answer_slot + made["source"], "answer_slot": options.answer_slot}
+            slot = options.answer_slot + (made.get("answer_slot") or "")
+            made |= {"source": options.answer_slot + made["source"], "answer_slot": slot}
         return made
 
     def choose_task(self, options: FormatOptions) -> str | None:
@@ -127,7 +131,14 @@ class DatasetSpec:
         if task == "infilling":
             return ("source", "target", "task", "masked", "answer_slot")
         extra = ("task",) if task else self.extra
-        return ("source", "target", *extra, *(("answer_slot",) if options.answer_slot else ()))
+        names = (
+            "source",
+            "target",
+            *extra,
+            *(self.optional or ()),
+            *(("answer_slot",) if options.answer_slot else ()),
+        )
+        return tuple(dict.fromkeys(names))
 
     def look_up(self, row: Any, column: str) -> Any:
         """The value of a column, or of a field inside it if the name has dots."""

@@ -13,7 +13,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from .stories import generate_story
 logger = logging.getLogger(__name__)
 
 LISTS = ("masked", "answers")  # the columns that hold lists of strings
+LEARNED_WHERE = ("answer_slot", "in_place")  # of a pair, see `modeling_yan.data.encoding`
 STREAM_BATCH = 16  # rows of a hub data set that are formatted at a time when streaming
 STORY_SPLITS = {"train": range(2, 20), "validation": range(1), "test": range(1, 2)}
 
@@ -58,7 +59,8 @@ def load_rows(
     """Load rows that are all texts (`text`) or all pairs (`source` and `target`), strings throughout.
 
     Pairs of the registry have `task` too, those of infilling `masked`, squad's `answers` (lists of strings), babi's
-    and the stories' `kind`, and all that have one their `answer_slot`. Other columns are dropped.
+    and the stories' `kind`, and all that have one their `answer_slot`. Pairs of other files and data sets keep
+    `answer_slot` and `in_place`, if the first row has them. Other columns are dropped.
 
     Rows that give nothing are left out: an empty text or target, no answer, no label, a text too short for its task.
     A warning says how many and why, at the end or, when streaming, at the 1st, 10th, 100th of them and so on. It comes
@@ -148,16 +150,22 @@ class RowMaker:
     def features(self) -> Features:
         """The columns of the rows and their types."""
         names = self.spec.made_columns(self.options)
-        return Features({name: List(Value("string")) if name in LISTS else Value("string") for name in names})
+        types = dict.fromkeys(LISTS, List(Value("string"))) | {"in_place": Value("bool")}
+        return Features({name: types.get(name, Value("string")) for name in names})
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that the rows depend on besides the raw rows, this package's code included."""
-        return Hasher.hash([_code_hash(), self.spec.name, self.spec.columns, self.options, self.seed])
+        spec = self.spec.name, self.spec.columns, self.spec.optional
+        return Hasher.hash([_code_hash(), *spec, self.options, self.seed])
 
     def __call__(self, raw: Any, index: Any, where: str) -> Row | None:
         """The row, or None if it is skipped; `index` is what the random draws depend on, besides the seed."""
         self.counter.num_rows += 1
+        if self.spec.optional is not None and isinstance(raw, Mapping):
+            lost = [name for name in LEARNED_WHERE if name in raw and name not in self.spec.optional]
+            if lost:
+                raise ValueError(f"{where}: has {', '.join(lost)}, which the first row has not")
         try:
             row = self.spec.format_row(raw, random.Random(f"{self.seed} {index}"), self.options)
         except SkippedRow as reason:
@@ -265,7 +273,9 @@ def _guess_spec(name: str, raw: Any) -> DatasetSpec:
         there = first if isinstance(first, Mapping) else ()
     for names in (("source", "target"), ("text",)):
         if set(names) <= set(there):
-            return _spec_of_columns(name, {column: column for column in names})
+            spec = _spec_of_columns(name, {column: column for column in names})
+            optional = tuple(column for column in LEARNED_WHERE if column in there)
+            return replace(spec, optional=optional) if "target" in names else spec
     needed = "'text', or 'source' and 'target'"
     raise ValueError(f"{where}: the columns are {sorted(there)}, but {needed} are needed; `columns` can rename them")
 

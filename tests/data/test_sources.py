@@ -411,3 +411,30 @@ def test_command_makes_pairs_of_local_texts(tmp_path):
     files = ["--path", str(path), "--output", str(tmp_path / "pairs.jsonl")]
     main(["--name", "text_infilling", "--max_words", "9", "--seed", "5", *files])
     assert read_rows(tmp_path / "pairs.jsonl") == both(path, task="infilling", max_words=9, seed=5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_pair_keeps_where_it_is_learned(tmp_path, suffix, streaming):
+    rows = [
+        {"source": "<mask> Who?", "target": "Ann", "answer_slot": "<mask> ", "in_place": False, "other": "x"},
+        {"source": "<mask> sat.", "target": "Ann sat.", "answer_slot": None, "in_place": True, "other": "x"},
+    ]
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        write_rows(path, rows)
+    loaded = list(load_rows(path, streaming=streaming))
+    assert loaded == [{name: row[name] for name in row if name != "other"} for row in rows]
+    chosen = load_rows(path, columns={"source": "source", "target": "target"}, streaming=streaming)
+    assert list(chosen) == [{name: row[name] for name in ("source", "target")} for row in rows]
+    slots = [row["answer_slot"] for row in load_rows(path, answer_slot="<mask><mask> ", streaming=streaming)]
+    assert slots == ["<mask><mask> <mask> ", "<mask><mask> "]
+
+
+def test_a_later_row_that_alone_says_where_it_is_learned_is_refused(tmp_path):
+    rows = [{"source": "Who?", "target": "Ann"}, {"source": "<mask> sat.", "target": "Ann sat.", "in_place": True}]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl.*2: has in_place, which the first row has not"):
+        list(load_rows(tmp_path / "pairs.jsonl", streaming=True))
