@@ -125,8 +125,8 @@ def experts_table(found: dict) -> list[str]:
     experts, information = found["experts"], found["information"]
     lines = [
         f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, on {found['rows']} prompts. A right text "
-        f"says {information['right texts']:.2f} nats of its expert. A drawn text says {information['drawn texts']:.2f}, and "
-        f"{math.log(len(experts)):.2f} is the most. Texts for `{found['prompts'][0]}`:",
+        f"says {information['right texts']:.2f} nats of its expert. A drawn text says "
+        f"{information['drawn texts']:.2f}, and {math.log(len(experts)):.2f} is the most. Texts for `{found['prompts'][0]}`:",
         "",
         "| gate, % | right texts, % | words | most frequent beginning | text |",
         "|---|---|---|---|---|",
