@@ -122,11 +122,11 @@ def make_section(path: Path) -> list[str]:
 
 def experts_table(found: dict) -> list[str]:
     """The experts that the gate likes best, each with the beginning of its texts and one of them."""
-    experts, information = found["experts"], found["information"]
+    experts, (right, drawn) = found["experts"], found["information"].values()
     lines = [
         f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, on {found['rows']} prompts. A right text "
-        f"says {information['right texts']:.2f} nats of its expert. A drawn text says "
-        f"{information['drawn texts']:.2f}, and {math.log(len(experts)):.2f} is the most. Texts for `{found['prompts'][0]}`:",
+        f"says {right:.2f} nats of its expert. A drawn text says {drawn:.2f}, and {math.log(len(experts)):.2f} is the "
+        f"most. Texts for `{found['prompts'][0]}`:",
         "",
         "| gate, % | right texts, % | words | most frequent beginning | text |",
         "|---|---|---|---|---|",
