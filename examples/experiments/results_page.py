@@ -37,7 +37,7 @@ METRICS = {  # name, scale, digits
     "f1": ("F1, %", 100, 1),
     "unknown": ("share of texts that are the answer of no row, %", 100, 1),
 }
-README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2", "agnews": "AG News"}
+README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
 README_ARMS = (
     *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder"),
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
@@ -141,7 +141,7 @@ def experts_table(found: dict) -> list[str]:
 
 def distribution_tables(runs: dict) -> list[str]:
     steps = columns_of(runs, "distribution")
-    heads = [step if step == "drawn" else f"{step} step" + "s" * (step != "1") for step in steps]
+    heads = [step_name(step) for step in steps]
     lines = ["Share of drawn texts that are right, by number of steps:", ""]
     lines += make_table(runs, heads, [("distribution", step, "right") for step in steps], 3)
     lines += ["Total variation of the drawn texts from the right shares:", ""]
@@ -154,11 +154,17 @@ def title_of(metric: str) -> str:
     return name if name == "chrF" else name[0].upper() + name[1:]
 
 
+def step_name(step: str) -> str:
+    """The head of a column."""
+    if not step.isdigit():
+        return step
+    return "no step" if step == "0" else f"{step} step" + "s" * (step != "1")
+
+
 def best_table(runs: dict, metric: str = "bleu") -> list[str]:
     """The best texts by number of steps, in one of the METRICS."""
     steps = sorted(columns_of(runs, "best"), key=lambda step: (not step.isdigit(), int(step) if step.isdigit() else 0))
-    names = {"greedy": "greedy", "class": "class", "0": "no step"}
-    heads = [names.get(step, f"{step} step" + "s" * (step != "1")) for step in steps]
+    heads = [step_name(step) for step in steps]
     _, scale, digits = METRICS[metric]
     return make_table(runs, heads, [("best", step, metric) for step in steps], digits, scale)
 
@@ -200,6 +206,10 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
     if others.get(metric) in columns_of(runs, "best", columns_of(runs, "best")[0]):
         lines += [f"{title_of(others[metric])} of the same texts:", "", *best_table(runs, others[metric])]
+    steps = columns_of(runs, "nats")
+    if steps:
+        lines += ["Right texts: negative log-likelihood in nats a token, EOS included; less is better:", ""]
+        lines += make_table(runs, [step_name(step) for step in steps], [("nats", step) for step in steps], 3)
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]

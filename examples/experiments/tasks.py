@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import encoder_arms
+import likelihood
 import sacrebleu
 import torch
 import yaml
@@ -281,8 +282,9 @@ def load(folder: Path, kind: str):
 def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
     """What a trained model writes: its best text for every number of steps, and drawn texts for every temperature.
 
-    With `draws` in the recipe also, of so many texts drawn for each source, the share of those that are one of its
-    references, and the total variation of their frequencies from the references'.
+    Also how probable it finds the right texts, in nats a token (`likelihood.py`). With `draws` in the recipe, of so
+    many texts drawn for each source, the share of those that are one of its references, and the total variation of
+    their frequencies from the references'.
     """
     kind = recipe["arms"][name].get("kind", "yan")
     if kind == encoder_arms.CLASSIFIER:
@@ -290,6 +292,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         return {"best": {"class": task.scores(encoder_arms.classify(folder, task.sources, length))}}
     model, tokenizer = load(folder, kind), AutoTokenizer.from_pretrained(folder)
     config = YanConfig.from_pretrained(options.output_dir / f"{name}-{options.seed}".replace(" ", "_") / "preset")
+    nats = measure_nats(model, tokenizer, kind, task, recipe, config)
 
     def write(sources=task.sources, **settings):
         settings |= {"max_source_length": recipe.get("training", {}).get("max_source_length")}
@@ -306,7 +309,8 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         return [texts[start : start + number] for start in range(0, len(texts), number)]
 
     if kind == ONE_PASS:
-        return {"best": {"0": task.scores(write(num_flow_steps=0, crf_decoding=False))}}  # it has learned none
+        best = {"0": task.scores(write(num_flow_steps=0, crf_decoding=False))}  # it has learned none
+        return {"best": best, **nats}
     if kind == "masked_diffusion":
         return {"best": {str(steps): task.scores(write(num_diffusion_steps=steps)) for steps in recipe["steps"]}}
     if kind in INPUT_ADAPTERS:
@@ -315,7 +319,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         steps = [0, *recipe["steps"]] if model.config.num_answer_slots else recipe["steps"]
         steps = [0] if kind == ONE_PASS_CHAIN else steps
         best = {str(number): task.scores(write(num_flow_steps=number, do_sample=False)) for number in steps}
-    figures, drawn = {"best": best}, {}
+    figures, drawn = {"best": best, **nats}, {}
     if recipe.get("draws"):
         counts = [0] if kind == ONE_PASS_CHAIN else recipe["steps"]
         steps = {"drawn": 1} if kind in INPUT_ADAPTERS else {str(number): number for number in counts}
@@ -327,6 +331,22 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         alike = [100 * sum(self_bleu(row)) / NUM_TEXTS for row in texts]
         drawn[str(temperature)] = {"self_bleu": sum(alike) / len(alike), **task.scores([row[0] for row in texts])}
     return {**figures, "drawn": drawn}
+
+
+def measure_nats(model, tokenizer, kind: str, task: Task, recipe: dict, config: YanConfig) -> dict:
+    """Nats a token of the right texts under "nats", by number of steps, if the model has a likelihood."""
+    if not likelihood.has_likelihood(model, kind):
+        return {}
+    steps = {"greedy": 0} if kind in INPUT_ADAPTERS else {"0": 0}
+    if kind not in (*INPUT_ADAPTERS, ONE_PASS, ONE_PASS_CHAIN):
+        steps = {str(number): number for number in (1, 3) if number in recipe["steps"]}
+    rows = [{"source": source, "target": text} for source in task.sources for text in task.references[source]]
+    lengths = config.canvas_length, recipe.get("training", {}).get("max_source_length")
+    found = {
+        name: likelihood.nats_per_token(model, kind, tokenizer, rows, number, *lengths)
+        for name, number in steps.items()
+    }
+    return {"nats": found}
 
 
 def run_arm(name: str, task: Task, recipe: dict, options):
