@@ -7,7 +7,7 @@ Every candidate is written from a start noise of its own, deterministically, on 
 other model:
 
     first       the one that generation writes anyway
-    own         the likeliest under the latents that it was read off
+    own         the likeliest under the latents that it was decoded from
     mean        the likeliest under the latents of all candidates, their probabilities averaged
     agreement   the one that agrees with the others in most places (minimum Bayes risk)
     velocity    the one whose latents the flow finds likeliest, over a few times and noises that all share, as in
