@@ -42,9 +42,10 @@ from .layers_yan import (
     select_positions,
     with_valid_first,
 )
+from .likelihood_yan import YanLikelihoodMixin
 from .linear_yan import YanIdentityLinear, YanMimeticLinear, ZeroInitLinear
 from .mamba_yan import YanMamba
-from .objective_yan import YanObjectiveMixin, latent_regularisers, weighted_sum
+from .objective_yan import latent_regularisers, weighted_sum
 from .outputs_yan import YanAutoencodingOutput, YanFlowOutput
 from .pretrained_yan import YanHeadTransform, YanLatents, YanPretrainedMixin, YanProjection, build_backbone, check_fit
 from .velocity_yan import YanFlow
@@ -333,7 +334,7 @@ class YanForAutoencoding(YanPreTrainedModel):
 
 class YanForFlowGeneration(
     YanPreTrainedModel,
-    YanObjectiveMixin,
+    YanLikelihoodMixin,
     YanFillingMixin,
     YanGenerationMixin,
 ):

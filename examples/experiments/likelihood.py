@@ -2,13 +2,8 @@
 
     python examples/experiments/likelihood.py --model results/e2e/MODEL --kind yan --data e2e-test.jsonl.gz --steps 1 3
 
-An autoregressive model multiplies the probabilities of its tokens. A YAN has that of its chain of tokens, or of every
-token by itself, where its solver ends; with one of several experts for a text it sums over them,
-
-    p(y) = sum_k pi(k) p(y | x1_hat(k)),
-
-and its noise is the fixed one of generation without sampling. A canvas model has to find the EOS behind the text in
-all positions, too. So its likelihood is a lower bound of the text's.
+An autoregressive model multiplies the probabilities of its tokens. A YAN's are those of `log_likelihood`: a canvas
+model has to find the EOS behind the text in all positions, too.
 """
 
 import argparse
@@ -19,20 +14,17 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_yan.baselines import INPUT_ADAPTERS
-from modeling_yan.canvas_yan import YanPrompt
 from modeling_yan.checks_yan import IGNORE_INDEX
 from modeling_yan.data import FlowCollator, read_rows
 from modeling_yan.evaluation import load_for_generation
-from modeling_yan.experts_yan import YanExpertChoice
-from modeling_yan.flow_matching_yan import solve_flow, token_log_likelihood
-from modeling_yan.layers_yan import count_positions
+from modeling_yan.flow_matching_yan import token_log_likelihood
 
 BATCH_SIZE, MOST_ROWS = 50, 500
 WITHOUT = ("masked_diffusion", "classifier")  # kinds whose likelihood of a text is not known
 
 
 def has_likelihood(model, kind: str) -> bool:
-    """Whether the likelihood of a text can be summed up: not over chains of experts that lead to chains of tokens."""
+    """Whether all experts are in the likelihood: not where those of a token or of a chain are chosen."""
     if kind in WITHOUT:
         return False
     return kind in INPUT_ADAPTERS or model.config.num_experts == 1 or model.config.expert_scope == "sequence"
@@ -56,13 +48,16 @@ def nats_per_token(
     """Negative log-likelihood of the targets and their EOS over the number of their tokens."""
     total, num_tokens = 0.0, 0
     for batch in batches_that_fit(tokenizer, rows[:MOST_ROWS], canvas_length, max_source_length):
-        find = autoregressive_log_likelihood if kind in INPUT_ADAPTERS else canvas_log_likelihood
-        total -= float(find(model, kind, batch, num_steps).double().sum())
+        if kind in INPUT_ADAPTERS:
+            found = autoregressive_log_likelihood(model, kind, batch)
+        else:
+            found = model.log_likelihood(**batch, num_flow_steps=num_steps)
+        total -= float(found.double().sum())
         num_tokens += int((batch["labels"] != IGNORE_INDEX).sum())
     return total / num_tokens
 
 
-def autoregressive_log_likelihood(model, kind: str, batch: dict, num_steps: int) -> torch.Tensor:
+def autoregressive_log_likelihood(model, kind: str, batch: dict) -> torch.Tensor:
     """Log-likelihood (B,) of the labels of a batch."""
     inputs = INPUT_ADAPTERS[kind](batch, model.config.pad_token_id)
     logits, labels = model(**inputs).logits, inputs["labels"]
@@ -70,38 +65,6 @@ def autoregressive_log_likelihood(model, kind: str, batch: dict, num_steps: int)
         logits, labels = logits[:, :-1], labels[:, 1:]
     is_target = labels != IGNORE_INDEX
     return (token_log_likelihood(logits, labels.masked_fill(~is_target, 0)) * is_target).sum(1)
-
-
-def canvas_log_likelihood(model, kind: str, batch: dict, num_steps: int) -> torch.Tensor:
-    """Log-likelihood (B,) of the labels of a batch, and of EOS behind them to the end of the canvas."""
-    ids, mask, length = batch["input_ids"], batch["attention_mask"], model.config.canvas_length
-    prompt = model.encode_prompt(ids, mask, count_positions(ids, mask))
-    canvas = model.labels_to_canvas(batch["labels"], length)
-    if num_steps == 0:
-        return log_likelihood_of(model, model.draft(prompt.latents, length), canvas)
-    joint = []
-    for expert in range(model.config.num_experts):
-        latents, gate_log_prob = lead_to(model, prompt, expert, length, num_steps)
-        joint.append(gate_log_prob + log_likelihood_of(model, latents, canvas))
-    return torch.stack(joint).logsumexp(0)
-
-
-def lead_to(model, prompt: YanPrompt, expert: int, length: int, num_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where one expert leads, (B, L, D), and the gate's log-probability (B,) of it."""
-    condition = model.condition(prompt.latents, prompt.attention_mask, length, prompt.position_ids)
-    x_0 = model.start_noise((1, length), prompt.latents).expand(len(prompt.latents), -1, -1)
-    choice = YanExpertChoice(judge=lambda ends, prior: torch.full(ends.shape[:2], expert, device=ends.device))
-    velocity = model.velocity_field(condition, length, num_steps, choice)
-    latents = solve_flow(velocity, x_0, num_steps)
-    return latents, velocity.prior.gate_log_probs[:, 0, expert]
-
-
-def log_likelihood_of(model, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
-    """Log-likelihood (B,) of the canvases (B, L) that latents (B, L, D) stand for."""
-    logits = model.decode(latents)
-    if model.transitions is None:
-        return token_log_likelihood(logits, canvas).sum(1)
-    return model.transitions.log_likelihood(model.get_input_embeddings(), logits, latents, canvas)
 
 
 def main(arguments: list[str] | None = None):

@@ -1,0 +1,1 @@
+../../../modeling_yan/likelihood_yan.py

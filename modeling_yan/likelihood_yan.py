@@ -1,0 +1,94 @@
+"""How probable a text is: the likelihood of what generation decodes, summed over the experts of a text.
+
+Letters: B batch, S prompt length, L canvas length, D hidden size, K experts.
+"""
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
+from .checks_yan import check_labels, check_prompt, is_integer
+from .flow_matching_yan import token_log_likelihood
+from .layers_yan import with_valid_first
+from .objective_yan import YanObjectiveMixin
+
+
+class YanLikelihoodMixin(YanObjectiveMixin):
+    """`log_likelihood` for flow models."""
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_flow_steps: int | None = None,
+    ) -> torch.Tensor:
+        """Log-probability (B,), in nats, of each target behind its prompt.
+
+        Generation without sampling takes the best text of this distribution, from the same noise. The probability is
+        that of a canvas: of the target, and of EOS in all positions behind it. The text itself is at least as
+        probable. Its tokens are a chain (`crf_rank`), or independent of one another. One expert of several for a
+        whole text (`expert_scope="sequence"`) is summed over:
+
+            p(y) = sum_k pi_k p(y | x1_hat_k)
+
+        Other experts are those that generation chooses.
+
+        Args:
+            input_ids, attention_mask: Prompts (B, S), padding anywhere.
+            labels: Target ids (B, up to L), -100 where there is none. EOS is added.
+            num_flow_steps: At least 0; the model's if None. 0 for the encoder's draft.
+
+        Raises:
+            ValueError: Labels wider than the canvas, ids outside the vocabulary, or a number of steps below 0.
+
+        Example:
+
+            >>> import torch
+            >>> from modeling_yan import YanConfig, YanForFlowGeneration
+            >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+            >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes)).eval()
+            >>> model.log_likelihood(torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])).shape
+            torch.Size([1])
+        """
+        num_flow_steps = self.config.num_flow_steps if num_flow_steps is None else num_flow_steps
+        if not is_integer(num_flow_steps):
+            raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
+        check_prompt(self, input_ids, attention_mask, None, None, self.config.num_answer_slots)
+        labels = check_labels(labels, self, len(input_ids))
+        if attention_mask is not None:
+            attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
+        prompt = self.encode_prompt(input_ids, attention_mask)
+        canvas = self.labels_to_canvas(labels, self.config.canvas_length)
+        if num_flow_steps == 0:
+            self._check_draft(canvas.shape[1])
+        if num_flow_steps == 0 or self.config.expert_scope != "sequence":
+            plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
+            noise = CanvasNoise(self.start_noise((1, canvas.shape[1]), prompt.latents))
+            return self._log_likelihood_of(cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents), canvas)
+        joint = [self._joint(prompt, canvas, num_flow_steps, rank) for rank in range(self.config.num_experts)]
+        return torch.stack(joint).logsumexp(0)
+
+    def _joint(self, prompt: YanPrompt, canvas: torch.Tensor, num_flow_steps: int, rank: int) -> torch.Tensor:
+        """log pi_k p(y | x1_hat_k) (B,) of the expert whose probability has this rank, in every row."""
+        plan = replace(
+            CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False),
+            expert_choice="ranked",
+            keep_path=True,
+        )
+        ranks = torch.full((len(canvas), 1), rank, device=canvas.device)
+        noise = CanvasNoise(self.start_noise((1, canvas.shape[1]), prompt.latents), expert_ranks=ranks)
+        solved = solve_canvas(self, prompt, noise, plan)
+        gate, experts = cast(torch.Tensor, solved.gate), cast(torch.Tensor, solved.experts)
+        shares = gate[:, 0].gather(1, experts[:, :1]).squeeze(1)
+        return shares.log() + self._log_likelihood_of(cast(torch.Tensor, solved.latents), canvas)
+
+    def _log_likelihood_of(self, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+        """log p(y | x1_hat) (B,) of the ids `canvas` (B, L), for latents (B, L, D)."""
+        logits = self.decode(latents)
+        if self.transitions is None:
+            return token_log_likelihood(logits, canvas).sum(1)
+        return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, canvas)
