@@ -37,7 +37,13 @@ METRICS = {  # name, scale, digits
     "f1": ("F1, %", 100, 1),
     "unknown": ("share of texts that are the answer of no row, %", 100, 1),
 }
-README_TASKS = {"multi30k": "Multi30k", "e2e": "E2E", "sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
+README_TASKS = {
+    "multi30k": "translation (Multi30k)",
+    "e2e": "restaurants (E2E)",
+    "sst2": "sentiment (SST-2)",
+    "agnews": "news (AG News)",
+    "dbpedia": "things (DBpedia)",
+}
 README_ARMS = (
     *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder"),
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
