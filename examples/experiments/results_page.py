@@ -146,12 +146,12 @@ def experts_table(found: dict) -> list[str]:
 
 
 def distribution_tables(runs: dict) -> list[str]:
+    kinds = {"right": "right", "total_variation": "variation"}
     steps = columns_of(runs, "distribution")
-    heads = [step_name(step) for step in steps]
-    lines = ["Share of drawn texts that are right, by number of steps:", ""]
-    lines += make_table(runs, heads, [("distribution", step, "right") for step in steps], 3)
-    lines += ["Total variation of the drawn texts from the right shares:", ""]
-    return lines + make_table(runs, heads, [("distribution", step, "total_variation") for step in steps], 3)
+    heads = [f"{kind}, {step_name(step)}" for kind in kinds.values() for step in steps]
+    paths = [("distribution", step, name) for name in kinds for step in steps]
+    title = "Share of drawn texts that are right, and their total variation from the right shares:"
+    return [title, "", *make_table(runs, heads, paths, 3)]
 
 
 def title_of(metric: str) -> str:
