@@ -43,7 +43,7 @@ def refuse_prompt_learning(model: Any) -> None:
     if config is not None and getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"peft_type={config.peft_type.value}: must be an adapter of layers, such as LoRA, because generate of YAN "
-            "has no position for learned prompts"
+            "takes no learned prompts"
         )
 
 

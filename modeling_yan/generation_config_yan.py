@@ -110,12 +110,16 @@ class YanGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "compile_generation":
+            name, value = "compile_config", CompileConfig() if value else None
         super().__setattr__(RENAMED.get(name, name), value)
 
     def __getattr__(self, name: str) -> Any:
         """Options by their old names; nothing else comes here but what is missing."""
         if name in RENAMED and RENAMED[name] in vars(self):
             return getattr(self, RENAMED[name])
+        if name == "compile_generation":
+            return self.compile_config is not None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
@@ -144,9 +148,12 @@ def with_new_names(options: dict[str, Any]) -> dict[str, Any]:
     """
     options = dict(options)
     drop_removed(options)
-    if options.pop("compile_generation", None):
+    compiles = options.pop("compile_generation", None)
+    if compiles:
         logger.warning_once("compile_generation=True: deprecated, give a compile_config=CompileConfig().")
         options["compile_config"] = options.get("compile_config") or CompileConfig()
+    elif compiles is not None:
+        options["compile_config"] = None
     for old in [old for old in RENAMED if options.get(old) is not None]:
         logger.warning_once(f"{old}={options[old]!r}: the option is now called {RENAMED[old]}, use this name.")
     known = {name: value for name, value in options.items() if name not in RENAMED}
@@ -205,8 +212,9 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         step of a GPU.
         """
         prompt = {name: kwargs.pop(name) for name in PROMPT_ARGUMENTS if name in kwargs}
-        if not kwargs.keys().isdisjoint(OLD_OPTIONS):
-            kwargs = with_new_names(kwargs)
+        if old := {name: kwargs[name] for name in OLD_OPTIONS if name in kwargs}:
+            others = {name: value for name, value in kwargs.items() if name not in old}
+            kwargs = with_new_names(old) | others
         keywords = [(name, type(value), value) for name, value in kwargs.items()]  # True is not 1 here
         call = keywords, [getattr(self.config, name) for name in OPTION_FIELDS], vars(self.generation_config)
         is_simple = generation_config is None and all(isinstance(value, SIMPLE_TYPES) for value in kwargs.values())

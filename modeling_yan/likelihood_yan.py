@@ -11,8 +11,10 @@ import torch
 from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
 from .checks_yan import check_labels, check_prompt, is_integer
 from .flow_matching_yan import token_log_likelihood
+from .generation_config_yan import YanGenerationConfig
 from .layers_yan import with_valid_first
 from .objective_yan import YanObjectiveMixin
+from .stopping_yan import without_padding
 
 
 class YanLikelihoodMixin(YanObjectiveMixin):
@@ -28,17 +30,18 @@ class YanLikelihoodMixin(YanObjectiveMixin):
     ) -> torch.Tensor:
         """Log-probability (B,), in nats, of each target behind its prompt.
 
-        Generation without sampling takes the best text of this distribution, from the same noise. The probability is
-        that of a canvas: of the target, and of EOS in all positions behind it. The text itself is at least as
-        probable. Its tokens are a chain (`crf_rank`), or independent of one another. One expert of several for a
-        whole text (`expert_scope="sequence"`) is summed over:
+        The noise is the fixed one of generation without sampling. The probability is that of a canvas: of the target,
+        and of EOS in all positions behind it. The text itself is at least as probable. Its tokens are a chain
+        (`crf_rank`), or independent of one another. One expert of several for a whole text
+        (`expert_scope="sequence"`) is summed over:
 
             p(y) = sum_k pi_k p(y | x1_hat_k)
 
-        Other experts are those that generation chooses.
+        Other experts are those that generation chooses, and the probability is that of the text given them. Call
+        `eval()` first: dropout would make it random.
 
         Args:
-            input_ids, attention_mask: Prompts (B, S), padding anywhere.
+            input_ids, attention_mask: Prompts (B, S), padding anywhere; without a mask, pad tokens are masked.
             labels: Target ids (B, up to L), -100 where there is none. EOS is added.
             num_flow_steps: At least 0; the model's if None. 0 for the encoder's draft.
 
@@ -59,8 +62,9 @@ class YanLikelihoodMixin(YanObjectiveMixin):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
         check_prompt(self, input_ids, attention_mask, None, None, self.config.num_answer_slots)
         labels = check_labels(labels, self, len(input_ids))
-        if attention_mask is not None:
-            attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
+        if attention_mask is None:
+            attention_mask = without_padding(input_ids, cast(YanGenerationConfig, self.generation_config))
+        attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
         prompt = self.encode_prompt(input_ids, attention_mask)
         canvas = self.labels_to_canvas(labels, self.config.canvas_length)
         if num_flow_steps == 0:

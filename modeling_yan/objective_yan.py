@@ -240,7 +240,7 @@ class YanObjectiveMixin(YanCanvasMixin):
 
     def _end_id(self) -> int:
         if self.config.eos_token_id is None:
-            raise ValueError("eos_token_id=None: training needs the id of a token that fills the canvas")
+            raise ValueError("eos_token_id=None: must be the id of a token, which fills the canvas behind a target")
         return self.config.eos_token_id
 
     def _draw_num_steps(self) -> int:

@@ -121,7 +121,14 @@ def test_the_old_switch_of_compilation_works(tiny_model, prompts, monkeypatch):
     tokens = tiny_model.generate(prompts, compile_generation=True)
     assert torch.equal(tokens, tiny_model.generate(prompts, compile_generation=False))
     assert len(compiled) == 1
-    assert YanGenerationConfig(compile_generation=True).compile_config == CompileConfig()
+    old = YanGenerationConfig(compile_generation=True)
+    assert old.compile_config == CompileConfig()
+    tiny_model.generate(prompts, old, compile_generation=False)
+    assert len(compiled) == 1
+    old.compile_generation = False
+    assert (old.compile_config, old.compile_generation) == (None, False)
+    old.update(compile_generation=True)
+    assert old.compile_config == CompileConfig()
 
 
 def test_a_solver_is_no_option_any_more(tiny_model, prompts):

@@ -6,7 +6,8 @@
 The model has one expert for a text (`expert_scope="sequence"`), and its objective is the text's likelihood. Of the
 rows:
 
-- usage: of the right texts, by the experts' posterior; of the prompts, by the gate;
+- usage: of the right texts, by the experts' posterior with a flattened gate, as in training; of the prompts, by the
+  gate;
 - information: what a text says of its expert, nats, of the right texts and of drawn ones; the second is the mutual
   information of expert and text, given the prompt, and at most the logarithm of the number of experts;
 - for each expert its text for every prompt: mean number of words, the most frequent beginning, and examples.
@@ -31,7 +32,7 @@ NUM_WORDS = 2  # of a beginning
 
 
 def read_prompts(path: Path, number: int | None) -> list[dict]:
-    """The first row of each source, at most `number` of them."""
+    """One row of each source, at most `number` of them."""
     rows = list({row["source"]: row for row in read_rows(path)}.values())
     return rows[:number]
 
@@ -101,6 +102,7 @@ def main(arguments: list[str] | None = None):
         found = f"num_experts={config.num_experts}, expert_scope={config.expert_scope!r}"
         parser.error(f"--model {options.model} ({found}): must have experts of whole texts, trained by the posterior")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.truncation_side = "left"  # as the collator cuts
     rows, length = read_prompts(options.data, options.num_rows), options.max_source_length
     sources = [row["source"] for row in rows]
     drawn = generate_answers(

@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     model, tokenizer = load_for_generation(str(options.model)), AutoTokenizer.from_pretrained(options.model)
     if not has_likelihood(model, options.kind):
-        parser.error(f"--model {options.model}: the likelihood of a text is not known")
+        parser.error(
+            f"--model {options.model}: its experts are chosen and not summed over, or its kind has no likelihood"
+        )
     rows, lengths = read_rows(options.data), (options.canvas_length, options.max_source_length)
     for steps in options.steps if options.kind not in INPUT_ADAPTERS else options.steps[:1]:
         found = nats_per_token(model, options.kind, tokenizer, rows, steps, *lengths)

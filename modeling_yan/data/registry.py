@@ -16,6 +16,7 @@ from .tasks import CLASSIFICATION, TEXT_TASKS, crop_sentences
 
 TEXT = "text"  # the task that leaves a text as it is
 QUESTION_ANSWERING = "question_answering"
+LEARNED_WHERE = {"answer_slot": str, "in_place": bool}  # of a pair, and their types; see `modeling_yan.data.encoding`
 
 SST2_LABELS = ("negative", "positive")
 AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -76,7 +77,7 @@ class DatasetSpec:
         task: What texts are made into unless the options say otherwise; None if the formatter makes pairs.
         label_names: Of the column `label`, in order.
         extra: What a pair has besides source and target.
-        optional: Those of `LEARNED_WHERE` that a pair keeps as they are; None if that is not asked.
+        optional: Those of `LEARNED_WHERE` that a pair keeps as they are; None for a data set that has none.
     """
 
     name: str
@@ -106,8 +107,8 @@ class DatasetSpec:
             made = _use_text(made, cast(str, task), rng, options)
         if not made["target" if "target" in made else "text"].strip():
             raise SkippedRow("empty target" if "target" in made else "empty text")
-        made |= {name: row.get(name) for name in self.optional or ()}
-        if options.answer_slot and "source" in made and task != "infilling":
+        made |= {name: _check_type(row.get(name), name) for name in self.optional or ()}
+        if options.answer_slot and "source" in made and task != "infilling" and not made.get("in_place"):
             slot = options.answer_slot + (made.get("answer_slot") or "")
             made |= {"source": options.answer_slot + made["source"], "answer_slot": slot}
         return made
@@ -152,6 +153,13 @@ class DatasetSpec:
                 raise ValueError(f"{self.name}: the column {column!r} is missing; there are{inside} {names}")
             value, there = value[part], part
         return value
+
+
+def _check_type(value: Any, name: str) -> Any:
+    """The value of one of `LEARNED_WHERE`. Raises ValueError if it is of another type, which Arrow would convert."""
+    if value is not None and not isinstance(value, LEARNED_WHERE[name]):
+        raise ValueError(f'"{name}" is {type(value).__name__}, not a {LEARNED_WHERE[name].__name__}')
+    return value
 
 
 def _use_text(text: str, task: str, rng: random.Random, options: FormatOptions) -> Row:

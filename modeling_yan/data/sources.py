@@ -23,14 +23,14 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
 from .readers import SAMPLE_BY, find_files, is_file_name, read_file
-from .registry import REGISTRY, TEXT, DatasetSpec, FormatOptions, SkippedRow, format_pair, format_text
+from .registry import LEARNED_WHERE, REGISTRY, TEXT, DatasetSpec, FormatOptions, SkippedRow, format_pair, format_text
 from .rows import Row, check_row, write_rows
 from .stories import generate_story
 
 logger = logging.getLogger(__name__)
 
+EMPTY = (None, False, "")  # what says no more of where a pair is learned than a field that is missing
 LISTS = ("masked", "answers")  # the columns that hold lists of strings
-LEARNED_WHERE = ("answer_slot", "in_place")  # of a pair, see `modeling_yan.data.encoding`
 STREAM_BATCH = 16  # rows of a hub data set that are formatted at a time when streaming
 STORY_SPLITS = {"train": range(2, 20), "validation": range(1), "test": range(1, 2)}
 
@@ -60,7 +60,7 @@ def load_rows(
 
     Pairs of the registry have `task` too, those of infilling `masked`, squad's `answers` (lists of strings), babi's
     and the stories' `kind`, and all that have one their `answer_slot`. Pairs of other files and data sets keep
-    `answer_slot` and `in_place`, if the first row has them. Other columns are dropped.
+    `answer_slot` and `in_place`, if the first row of a file has them. Other columns are dropped.
 
     Rows that give nothing are left out: an empty text or target, no answer, no label, a text too short for its task.
     A warning says how many and why, at the end or, when streaming, at the 1st, 10th, 100th of them and so on. It comes
@@ -107,7 +107,7 @@ def load_rows(
         raw = load_raw(str(data), config_name, split, revision, streaming, cache_dir)
         maker = RowMaker(spec or _guess_spec(str(data), raw), options, seed, streaming)
         return _limit(_map_raw(raw, maker, str(data)), num_rows)
-    spec = spec or _guess_spec(shards[0].name, shards[0])
+    spec = spec or _guess_spec(shards[0].name, shards[0], shards[1:])
     return _limit(_generate(shards, RowMaker(spec, options, seed, streaming), cache_dir), num_rows)
 
 
@@ -163,9 +163,9 @@ class RowMaker:
         """The row, or None if it is skipped; `index` is what the random draws depend on, besides the seed."""
         self.counter.num_rows += 1
         if self.spec.optional is not None and isinstance(raw, Mapping):
-            lost = [name for name in LEARNED_WHERE if name in raw and name not in self.spec.optional]
+            lost = [name for name in LEARNED_WHERE if name not in self.spec.optional and raw.get(name) not in EMPTY]
             if lost:
-                raise ValueError(f"{where}: has {', '.join(lost)}, which the first row has not")
+                raise ValueError(f"{where}: has {', '.join(lost)}, which the first row of its file has not")
         try:
             row = self.spec.format_row(raw, random.Random(f"{self.seed} {index}"), self.options)
         except SkippedRow as reason:
@@ -174,7 +174,7 @@ class RowMaker:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         check_row(row, where)
-        return {name: row[name] for name in self.features}
+        return {name: row.get(name) for name in self.features}
 
     def report(self, num_made: int) -> None:
         """Warn if rows were skipped; ValueError if none are left."""
@@ -263,8 +263,8 @@ def _spec_of_columns(name: str, columns: Mapping[str, str]) -> DatasetSpec:
     raise ValueError(f"columns has {sorted(columns)}, but must have 'text', or 'source' and 'target'")
 
 
-def _guess_spec(name: str, raw: Any) -> DatasetSpec:
-    """Pairs if the first row has a target, else texts."""
+def _guess_spec(name: str, raw: Any, others: Sequence[Shard] = ()) -> DatasetSpec:
+    """Pairs if the first row has a target, else texts; what pairs say besides stands in the first row of any file."""
     if isinstance(raw, Dataset | IterableDataset):
         there: Collection[str] = _column_names(raw)
         where = name
@@ -274,7 +274,9 @@ def _guess_spec(name: str, raw: Any) -> DatasetSpec:
     for names in (("source", "target"), ("text",)):
         if set(names) <= set(there):
             spec = _spec_of_columns(name, {column: column for column in names})
-            optional = tuple(column for column in LEARNED_WHERE if column in there)
+            firsts: list[Any] = [next(iter(shard), ("", "", {}))[2] for shard in others]
+            columns = set(there).union(*(first for first in firsts if isinstance(first, Mapping)))
+            optional = tuple(column for column in LEARNED_WHERE if column in columns)
             return replace(spec, optional=optional) if "target" in names else spec
     needed = "'text', or 'source' and 'target'"
     raise ValueError(f"{where}: the columns are {sorted(there)}, but {needed} are needed; `columns` can rename them")

@@ -1,4 +1,4 @@
-"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of its position.
+"""Training batches of one task each, where batch number i is a pure function of the seed, of i and of the process.
 
 So there is no state to save: a run that stopped goes on at the same position in the data.
 """

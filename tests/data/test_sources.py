@@ -430,11 +430,22 @@ def test_a_pair_keeps_where_it_is_learned(tmp_path, suffix, streaming):
     chosen = load_rows(path, columns={"source": "source", "target": "target"}, streaming=streaming)
     assert list(chosen) == [{name: row[name] for name in ("source", "target")} for row in rows]
     slots = [row["answer_slot"] for row in load_rows(path, answer_slot="<mask><mask> ", streaming=streaming)]
-    assert slots == ["<mask><mask> <mask> ", "<mask><mask> "]
+    assert slots == ["<mask><mask> <mask> ", None]  # a target in its source's positions needs none
 
 
 def test_a_later_row_that_alone_says_where_it_is_learned_is_refused(tmp_path):
     rows = [{"source": "Who?", "target": "Ann"}, {"source": "<mask> sat.", "target": "Ann sat.", "in_place": True}]
     write_rows(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl.*2: has in_place, which the first row has not"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl.*2: has in_place, which the first row of its file has not"):
         list(load_rows(tmp_path / "pairs.jsonl", streaming=True))
+    for number, row in enumerate(rows):
+        write_rows(tmp_path / f"{number}.jsonl", [row])
+    loaded = load_rows([tmp_path / "0.jsonl", tmp_path / "1.jsonl"])
+    assert list(loaded) == [{**rows[0], "in_place": None}, rows[1]]
+
+
+@pytest.mark.parametrize(("name", "value"), [("in_place", "false"), ("in_place", 1), ("answer_slot", 3)])
+def test_where_a_pair_is_learned_is_of_its_type(tmp_path, name, value):
+    write_rows(tmp_path / "pairs.jsonl", [{"source": "Who?", "target": "Ann", name: value}])
+    with pytest.raises(ValueError, match=rf'pairs\.jsonl.*1: "{name}" is {type(value).__name__}, not a (bool|str)'):
+        list(load_rows(tmp_path / "pairs.jsonl"))
