@@ -1,16 +1,15 @@
-"""What the experts of a model specialise in: how often each is used, how its texts begin, and examples.
+"""What the experts of a model specialise in.
 
     python examples/experiments/expert_texts.py --model results/e2e/MODEL --data e2e-test.jsonl.gz \
         --output docs/results/e2e/experts.json
 
-The model has one expert for a text (`expert_scope="sequence"`), and its objective is the text's likelihood. Of the
-rows:
+The model has one expert for a text (`expert_scope="sequence"`), and its objective is the text's likelihood.
 
-- usage: of the right texts, by the experts' posterior with a flattened gate, as in training; of the prompts, by the
-  gate;
-- information: what a text says of its expert, nats, of the right texts and of drawn ones; the second is the mutual
-  information of expert and text, given the prompt, and at most the logarithm of the number of experts;
-- for each expert its text for every prompt: mean number of words, the most frequent beginning, and examples.
+- Usage of the right texts is that of the experts' posterior with a flattened gate, as in training.
+- Usage of the prompts is that of the gate.
+- Information is what a text says of its expert, in nats, of the right texts and of drawn ones. The second is the mutual
+  information of expert and text, given the prompt. It is at most the logarithm of the number of experts.
+- Each expert has its text for every prompt: mean number of words, the most frequent beginning, and examples.
 
 `results_page.py` puts the file, if it lies beside a table, into the page.
 """

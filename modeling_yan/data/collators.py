@@ -90,8 +90,8 @@ class AutoencoderCollator:
     goes the target, filled up with EOS, if it fits. Of a target in its source's positions the tokens of the loss mask
     are learned. Of another pair only the target and one EOS are learned, the rest is -100: copying the source would
     drown the few tokens of the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of
-    more than `max_length` tokens a window is taken at random; a source keeps the end that fits, or the start if its
-    answer slot is there; `num_truncated` counts both (in each worker of a data loader for itself). L is the longest
+    more than `max_length` tokens a window is taken at random. A source keeps the end that fits, or the start if its
+    answer slot is there. `num_truncated` counts both (in each worker of a data loader for itself). L is the longest
     row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if
     `fixed_width`.
 
