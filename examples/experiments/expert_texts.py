@@ -7,8 +7,8 @@ The model has one expert for a text (`expert_scope="sequence"`), and its objecti
 
 - Usage of the right texts is that of the experts' posterior with a flattened gate, as in training.
 - Usage of the prompts is that of the gate.
-- Information is what a text says of its expert, in nats, of the right texts and of drawn ones. The second is the mutual
-  information of expert and text, given the prompt. It is at most the logarithm of the number of experts.
+- Information is what a text says of its expert, in nats, of the right texts and of drawn ones. The second is the
+  mutual information of expert and text, given the prompt. It is at most the logarithm of the number of experts.
 - Each expert has its text for every prompt: mean number of words, the most frequent beginning, and examples.
 
 `results_page.py` puts the file, if it lies beside a table, into the page.
