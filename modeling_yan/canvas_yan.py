@@ -215,15 +215,19 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """The prompt with the model's own answer slots before it, as arguments of `YanModel`."""
+        """The prompt with the model's own answer slots before it, as arguments of `YanModel`.
+
+        With `copy_prompt_to_slots`, its valid tokens come first.
+        """
         number = self.config.num_answer_slots
         if number and input_ids is not None and self.config.mask_token_id is None:
             input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
         if number and input_ids is not None:
-            input_ids = F.pad(input_ids, (number, 0), value=self.config.mask_token_id)
+            slots = input_ids.new_full((1, number), cast(int, self.config.mask_token_id))
+            input_ids = torch.cat([self._fill_slots(slots, input_ids, attention_mask), input_ids], dim=1)
         if number and inputs_embeds is not None:
             slots = self._slot_embeddings(inputs_embeds.device).to(inputs_embeds.dtype)
-            inputs_embeds = torch.cat([slots.expand(inputs_embeds.shape[0], -1, -1), inputs_embeds], dim=1)
+            inputs_embeds = torch.cat([self._fill_slots(slots, inputs_embeds, attention_mask), inputs_embeds], dim=1)
         if number and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (number, 0), value=1)
         if number and position_ids is not None:
@@ -231,6 +235,20 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
             position_ids = torch.cat([slots, position_ids + number], dim=1)
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         return dict(zip(names, (input_ids, attention_mask, position_ids, inputs_embeds), strict=True))
+
+    def _fill_slots(
+        self, slots: torch.Tensor, prompt: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the answer slots of a prompt (B, S, ...) hold: `slots` (1, N, ...), or its own first N tokens."""
+        number = slots.shape[1]
+        slots = slots.expand(prompt.shape[0], *slots.shape[1:])
+        if not self.config.copy_prompt_to_slots:
+            return slots
+        if attention_mask is None:
+            attention_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        is_token = F.pad(attention_mask, (0, number))[:, :number].bool()
+        copied = F.pad(prompt, (0, 0) * (prompt.dim() - 2) + (0, number))[:, :number]
+        return torch.where(is_token.view(*is_token.shape, *[1] * (prompt.dim() - 2)), copied, slots)
 
     def _slot_embeddings(self, device: torch.device) -> torch.Tensor:
         """Input embeddings (1, slots, E) of the answer slots: of mask tokens, or learned where there are none."""

@@ -91,6 +91,9 @@ class YanConfig(PreTrainedConfig):
         num_answer_slots: Mask tokens that the model puts before every prompt by itself. The encoder's latents in their
             positions are a first draft of the answer. With `canvas_length` of them it can be decoded without a flow;
             below `max_position_embeddings`, 0.
+        copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
+            (arXiv 1711.02281 copies its source so). An answer that follows the prompt word for word, as a translation
+            does, is learned faster; False.
         canvas_length: Tokens L generated at once. A target that ends earlier is filled with EOS up to here; at most
             `max_position_embeddings`, 128.
         num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots
@@ -180,6 +183,7 @@ class YanConfig(PreTrainedConfig):
     gate_rank: int = 64
     init_noise: float | int = 1.0
     num_answer_slots: int = 0
+    copy_prompt_to_slots: bool = False
     canvas_length: int = 128
     num_flow_steps: int = 3
     crf_rank: int = 0
@@ -326,6 +330,8 @@ class YanConfig(PreTrainedConfig):
         slots = f"0 to below max_position_embeddings={longest}, and 0 without mask_token_id"
         has_slots = self.mask_token_id is not None or self.encoder is not None
         require(self, "num_answer_slots", lambda value: 0 <= value < (longest if has_slots else 1), slots)
+        allowed = f"False with num_answer_slots={self.num_answer_slots}"
+        require(self, "copy_prompt_to_slots", lambda value: not value or self.num_answer_slots > 0, allowed)
         can_do_without = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"
         least = 0 if can_do_without else 1
         steps = (

@@ -122,20 +122,33 @@ class TestAnswerSlots:
         options = {"return_prompt": False, "num_flow_steps": 2}
         assert torch.equal(own.generate(ids, **options), typed.generate(torch.cat([slots, ids], 1), **options))
 
+    @pytest.mark.parametrize("num_tokens", [5, 8, 11])
+    def test_they_are_copies_of_the_prompts_first_tokens(self, make_lively_model, num_tokens):
+        own, typed = make_lively_model(num_answer_slots=8, copy_prompt_to_slots=True), make_lively_model()
+        typed.load_state_dict(own.state_dict())
+        ids = torch.randint(4, 64, (3, num_tokens))
+        slots = nn.functional.pad(ids[:, :8], (0, max(0, 8 - num_tokens)), value=own.config.mask_token_id)
+        options = {"return_prompt": False, "num_flow_steps": 2}
+        assert torch.equal(own.generate(ids, **options), typed.generate(torch.cat([slots, ids], 1), **options))
+
+    @pytest.mark.parametrize("copies", [True, False])
     @pytest.mark.parametrize("left", [True, False])
-    def test_padding_changes_nothing(self, make_lively_model, left):
-        model = make_lively_model(**SLOTS, expert_scope="chain")
+    def test_padding_changes_nothing(self, make_lively_model, left, copies):
+        model = make_lively_model(**SLOTS, expert_scope="chain", copy_prompt_to_slots=copies)
         ids = torch.randint(4, 64, (1, 6))
         padded, mask = nn.functional.pad(ids, (3, 0) if left else (0, 3)), torch.ones(1, 9, dtype=torch.long)
         mask[:, slice(0, 3) if left else slice(6, 9)] = 0
         options = {"return_prompt": False}
         assert torch.equal(model.generate(ids, **options), model.generate(padded, attention_mask=mask, **options))
 
-    def test_embeddings_and_ids_give_the_same(self, make_lively_model):
-        model, ids = make_lively_model(**SLOTS), torch.randint(4, 64, (2, 6))
-        positions = torch.arange(6).expand(2, -1)
-        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), position_ids=positions).logits
-        torch.testing.assert_close(model(ids).logits, embedded)
+    @pytest.mark.parametrize("copies", [True, False])
+    def test_embeddings_and_ids_give_the_same(self, make_lively_model, copies):
+        model, ids = make_lively_model(**SLOTS, copy_prompt_to_slots=copies), torch.randint(4, 64, (2, 6))
+        positions, mask = torch.arange(6).expand(2, -1), torch.ones(2, 6)
+        mask[0, 4:] = 0
+        given = {"position_ids": positions, "attention_mask": mask}
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), **given).logits
+        torch.testing.assert_close(model(ids, **given).logits, embedded)
 
     def test_no_step_reads_off_the_encoders_draft(self, make_lively_model):
         model, ids = make_lively_model(num_answer_slots=8), torch.randint(4, 64, (2, 6))
@@ -269,6 +282,7 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
         ({"expert_scope": "chain"}, "train_expert_choice='sample': must be 'posterior' with expert_scope='chain'"),
         ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
         ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
+        ({"copy_prompt_to_slots": True}, "copy_prompt_to_slots=True: must be False with num_answer_slots=0"),
         ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),
         ({"draft_weight": -1.0}, "draft_weight=-1.0: must be at least 0"),
     ],

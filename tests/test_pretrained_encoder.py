@@ -163,8 +163,9 @@ class TestEveryEncoder:
         latents = model.model(**left).last_hidden_state[left["attention_mask"].bool()]
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
 
-    def test_padding_between_answer_slots_and_prompt_changes_nothing(self, folder):
-        model = build(folder, num_answer_slots=3)
+    @pytest.mark.parametrize("copies", [True, False])
+    def test_padding_between_answer_slots_and_prompt_changes_nothing(self, folder, copies):
+        model = build(folder, num_answer_slots=9, copy_prompt_to_slots=copies)
         logits = [model(**encode(folder, uneven(), side)).logits for side in ("left", "right")]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 

@@ -30,6 +30,7 @@ KINDS = {
         "expert_scope": "sequence",
         "share_expert_head": True,
         "num_answer_slots": CANVAS,
+        "copy_prompt_to_slots": True,
     },
     "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "crf_rank": 4, **SLOTS},
     "pretrained": {"train_expert_choice": "posterior", "encoder": BERT, "crf_rank": 4, "num_answer_slots": CANVAS},

@@ -95,7 +95,8 @@ class AutoencoderCollator:
     row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if
     `fixed_width`.
 
-    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
+    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does; with
+    `copy_prompt_to_slots`, the source's own first tokens, as far as it goes.
 
     Batches follow `seed`, or the `generator` of a call; from a call of `set_epoch` on, which a Trainer makes, also the
     epoch, and neither the batches before nor the workers matter. Sources are encoded as a prompt is, with the special
@@ -113,6 +114,7 @@ class AutoencoderCollator:
         fixed_width: bool = False,
         multiple_of: int = 8,
         num_answer_slots: int = 0,
+        copy_prompt_to_slots: bool = False,
     ):
         check_masking(mask_ratio, max_span_len)
         check_masking(target_mask_ratio, max_span_len)
@@ -126,6 +128,7 @@ class AutoencoderCollator:
         self.max_span_len = max_span_len
         self.target_mask_ratio = target_mask_ratio
         self.num_answer_slots = num_answer_slots
+        self.copy_prompt_to_slots = copy_prompt_to_slots
         self.fixed_width = fixed_width
         self.multiple_of = multiple_of
         self.draws = SeededDraws(seed)
@@ -157,9 +160,10 @@ class AutoencoderCollator:
         if not number or "target" not in row:
             return row
         self.num_truncated += len(row["target"]) > number
-        slots = [self.tokenizer.mask_token_id] * number
-        source, target = slots + list(row["source"]), row["target"][:number]
-        return {"source": source, "target": target, "answer_span": (0, number)}
+        source, target = list(row["source"]), row["target"][:number]
+        slots = source[:number] if self.copy_prompt_to_slots else []
+        slots += [self.tokenizer.mask_token_id] * (number - len(slots))
+        return {"source": slots + source, "target": target, "answer_span": (0, number)}
 
     def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
         """At most `max_length` tokens of every text, from a random position."""

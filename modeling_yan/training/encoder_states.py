@@ -114,7 +114,8 @@ def _key(prompts: list[torch.Tensor], model: YanForFlowGeneration) -> str:
     """A hash of all that the states depend on."""
     encoder = cast(PreTrainedConfig, model.config.encoder)
     digest = hashlib.sha256(encoder.to_json_string().encode())
-    digest.update(repr((model.config.num_answer_slots, model.config.mask_token_id, str(model.dtype))).encode())
+    fields = ("num_answer_slots", "copy_prompt_to_slots", "mask_token_id")
+    digest.update(repr(([getattr(model.config, name) for name in fields], str(model.dtype))).encode())
     for name, weight in model.base_model.encoder.state_dict().items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for ids in prompts:

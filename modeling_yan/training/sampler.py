@@ -200,8 +200,9 @@ class TaskSampler(Dataset[Batch]):
         config = self.config
         if self.stage.corrupts:
             options = {name: getattr(config.objective, name) for name in ("mask_ratio", "max_span_len")}
+            options |= {name: getattr(config, name) for name in ("num_answer_slots", "copy_prompt_to_slots")}
             longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
-            return AutoencoderCollator(self.tokenizer, longest, num_answer_slots=config.num_answer_slots, **options)
+            return AutoencoderCollator(self.tokenizer, longest, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
 
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:

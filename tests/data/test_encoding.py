@@ -65,6 +65,16 @@ def test_a_row_says_where_its_target_is_learned(tokenizer):
     assert labels == [[10, 11, tokenizer.eos_token_id, *[-100] * 5], [-100, 22, *[-100] * 6]]
 
 
+@pytest.mark.parametrize("source", [[20, 21], [20, 21, 22, 23]], ids=len)
+def test_slots_before_a_source_are_masks_or_copies_of_it(tokenizer, source):
+    mask, row = tokenizer.mask_token_id, {"source": source, "target": [10]}
+    for copies, slots in ((False, 3 * [mask]), (True, [*source, mask][:3])):
+        collator = AutoencoderCollator(tokenizer, 16, num_answer_slots=3, copy_prompt_to_slots=copies)
+        batch = collator([row])
+        assert batch["input_ids"][0, : 3 + len(source)].tolist() == [*slots, *source]
+        assert batch["labels"][0, :4].tolist() == [10, tokenizer.eos_token_id, tokenizer.eos_token_id, -100]
+
+
 def test_encoded_rows_stay_as_they_are(tokenizer):
     rows = [TASKS[name][0] for name in ("stories with a slot", "clozes", "infilling")]
     once = encode_rows(tokenizer, [*rows, {"text": "Mary took the apple."}])

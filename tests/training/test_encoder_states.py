@@ -63,7 +63,10 @@ def files(folder) -> list[Path]:
     return sorted(Path(folder).rglob("*.arrow"))
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_answer_slots": 4}, {"hidden_size": 16}, {"mse_weight": 1.0}], ids=str)
+COPIED = {"num_answer_slots": 4, "copy_prompt_to_slots": True}
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_answer_slots": 4}, COPIED, {"hidden_size": 16}, {"mse_weight": 1.0}], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_losses_and_gradients_are_the_same_with_kept_states(encoder, tokenizer, tmp_path, fields, side):
     tokenizer.padding_side = side
@@ -116,10 +119,11 @@ def test_the_file_is_made_once_and_anew_for_other_rows_and_weights(encoder, toke
     keep(model, tokenizer, tmp_path, rows=[*ROWS[1:], {"source": "who went", "target": "mary"}])
     assert len(files(tmp_path)) == 2
     keep(build(encoder, tokenizer, num_answer_slots=4), tokenizer, tmp_path)
-    assert len(files(tmp_path)) == 3
+    keep(build(encoder, tokenizer, **COPIED), tokenizer, tmp_path)
+    assert len(files(tmp_path)) == 4
     next(model.model.encoder.parameters()).data[5] += 0.1
     changed = keep(model, tokenizer, tmp_path)
-    assert len(files(tmp_path)) == 4
+    assert len(files(tmp_path)) == 5
     assert (changed[0]["states"] != first[0]["states"]).any()
 
 
