@@ -235,6 +235,18 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     assert "A drawn text says 0.50, and 2.20 is the most." in page
 
 
+def test_a_page_leaves_out_shares_that_are_all_zero_and_ends_with_the_routes(load_script, tmp_path):
+    pytest.importorskip("scipy")
+    script = load_script("results_page")
+    for unknown, expected in ((0.0, 0), (0.25, 1)):
+        runs = {"YAN": {"0": {"parameters": 1e6, "best": {"3": {"exact": 0.5, "unknown": unknown}}}}}
+        assert len([line for line in script.quality_tables(runs, "exact") if "no row" in line]) == expected
+    (tmp_path / "intro.md").write_text("# Results\n")
+    assert script.make_page([], tmp_path / "intro.md") == "# Results\n"
+    (tmp_path / "routes.md").write_text("## Routes\n")
+    assert script.make_page([], tmp_path / "intro.md") == "# Results\n\n## Routes\n"
+
+
 def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):
     pytest.importorskip("scipy")
     monkeypatch.chdir(ROOT)

@@ -3,8 +3,9 @@
     python examples/experiments/results_page.py docs/results/*/table.json --output docs/results.md --readme README.md
 
 Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
-Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`,
-`notes.md` beside a table says what it shows, and `experts.json` of `expert_texts.py` what its experts do.
+Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`
+and ends with `routes.md` beside it. `notes.md` beside a table says what it shows, and `experts.json` of
+`expert_texts.py` what its experts do.
 """
 
 import argparse
@@ -210,8 +211,10 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     lines = [f"{title_of(metric)} of the best text, by number of steps:", ""]
     lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
     others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
-    if others.get(metric) in columns_of(runs, "best", columns_of(runs, "best")[0]):
-        lines += [f"{title_of(others[metric])} of the same texts:", "", *best_table(runs, others[metric])]
+    other = others.get(metric)
+    figures = [look_up(best, (other,)) for arm in runs.values() for run in arm.values() for best in run["best"].values()]
+    if any(figures):  # a share of 0 everywhere is one sentence of the notes
+        lines += [f"{title_of(other)} of the same texts:", "", *best_table(runs, other)]
     steps = columns_of(runs, "nats")
     if steps:
         lines += ["Right texts: negative log-likelihood in nats a token, EOS included; less is better:", ""]
@@ -252,6 +255,8 @@ def make_page(paths: list[Path], intro: Path) -> str:
     lines = [intro.read_text().strip(), ""]
     for path in paths:
         lines += make_section(path)
+    routes = intro.with_name("routes.md")
+    lines += [routes.read_text()] if routes.exists() else []
     return "\n".join(lines).rstrip() + "\n"
 
 
