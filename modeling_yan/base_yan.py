@@ -1,6 +1,6 @@
 """What the mixins of the models may count on: the parts that the classes of `modeling_yan` have."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,12 @@ class YanBaseMixin(PreTrainedModel):
     config: YanConfig
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     num_loss_rows = 0  # in that pass
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *arguments: Any, **keywords: Any) -> None:
+        """As in transformers, without its warning that the config's objective has no model."""
+        if isinstance(attn_implementation, str):
+            self.config.objective._attn_implementation_internal = attn_implementation
+        super().set_attn_implementation(attn_implementation, *arguments, **keywords)
 
     def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int) -> None:
         self.num_loss_rows = num_rows

@@ -1,5 +1,6 @@
 """Attention against torch's own, positions under padding, and blocks that start as plain pre-norm blocks."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,18 @@ def test_eager_and_sdpa_give_the_same_model(make_model):
         outputs.append(model(ids, PADDING, labels=ids[:, :5]))
     for name in ("loss", "logits", "nll_loss"):
         torch.testing.assert_close(outputs[0][name], outputs[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_another_attention_is_set_without_a_warning(make_model, caplog):
+    model = make_model()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation({"": "sdpa"})
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert model.config._attn_implementation == "sdpa"
+    assert caplog.messages == []
+    with pytest.raises(ValueError, match="fast"):
+        model.set_attn_implementation("fast")
 
 
 def test_positions_count_the_valid_tokens():

@@ -212,8 +212,8 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
     others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
     other = others.get(metric)
-    figures = [look_up(best, (other,)) for arm in runs.values() for run in arm.values() for best in run["best"].values()]
-    if any(figures):  # a share of 0 everywhere is one sentence of the notes
+    best = [figures for arm in runs.values() for run in arm.values() for figures in run["best"].values()]
+    if any(look_up(figures, (other,)) for figures in best):  # a share of 0 everywhere is one sentence of the notes
         lines += [f"{title_of(other)} of the same texts:", "", *best_table(runs, other)]
     steps = columns_of(runs, "nats")
     if steps:

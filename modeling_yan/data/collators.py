@@ -95,8 +95,8 @@ class AutoencoderCollator:
     row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if
     `fixed_width`.
 
-    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does; with
-    `copy_prompt_to_slots`, the source's own first tokens, as far as it goes.
+    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
+    With `copy_prompt_to_slots` they are the source's own first tokens, as far as it goes.
 
     Batches follow `seed`, or the `generator` of a call; from a call of `set_epoch` on, which a Trainer makes, also the
     epoch, and neither the batches before nor the workers matter. Sources are encoded as a prompt is, with the special

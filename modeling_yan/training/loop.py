@@ -33,7 +33,7 @@ from ..data.rows import SUFFIXES, replacing, write_whole
 from .arguments import PretrainingArguments
 from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
 from .loading import load_updates, to_device
-from .models import load_config, load_model
+from .models import choose_attention, load_config, load_model
 from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .sampler import Batch, TaskSampler
 from .stages import STAGES
@@ -91,6 +91,8 @@ def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None
         validation = Validation(arguments, sampler, tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    longest = arguments.max_source_length + config.canvas_length
+    choose_attention(model, accelerator.device, accelerator.mixed_precision, longest)
     training = Training(arguments, accelerator, model, tokenizer, samplers, validation)
     if checkpoint:
         training.restore(checkpoint)

@@ -22,6 +22,7 @@ from .stages import find_stage
 from .vocabulary import ROLES, count_ids, fit_to_tokenizer
 
 MODELS = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
+LONGEST_EAGER = 256  # tokens; beyond, torch's fused attention is as fast, and needs less memory
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -67,6 +68,16 @@ def load_model(
     if stage == "flow" and model.generation_config.max_new_tokens == load_config(name).canvas_length:
         model.generation_config.max_new_tokens = config.canvas_length  # one canvas, however long it is now
     return model
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device, mixed_precision: str, longest: int) -> None:
+    """Let a model that trains in bfloat16 on a CPU, on `longest` tokens or fewer, attend by plain matrix products.
+
+    There the backward pass of torch's fused attention takes several times as long (docs/benchmarks/attention.json).
+    """
+    is_slow = device.type == "cpu" and mixed_precision == "bf16" and longest <= LONGEST_EAGER
+    if is_slow and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _make_baseline(stage: str, name: str, config: YanConfig) -> PreTrainedModel:

@@ -66,7 +66,9 @@ def files(folder) -> list[Path]:
 COPIED = {"num_answer_slots": 4, "copy_prompt_to_slots": True}
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_answer_slots": 4}, COPIED, {"hidden_size": 16}, {"mse_weight": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_answer_slots": 4}, COPIED, {"hidden_size": 16}, {"mse_weight": 1.0}], ids=str
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_losses_and_gradients_are_the_same_with_kept_states(encoder, tokenizer, tmp_path, fields, side):
     tokenizer.padding_side = side

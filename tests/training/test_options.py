@@ -9,8 +9,10 @@ import torch
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modeling_yan import YanForFlowGeneration
 from modeling_yan.data.rows import read_rows, write_rows
 from modeling_yan.training import pretrain
+from modeling_yan.training.models import choose_attention
 from modeling_yan.training.optimization import MovingAverage
 from modeling_yan.training.validation import Sample, Samples
 
@@ -147,7 +149,34 @@ class TestWhatIsShown:
             pretrain(arguments(report_to=["aim"]))
 
 
-def test_bfloat16(arguments, runs):
-    settings = arguments(stage="flow", mixed_precision="bf16")
+@pytest.mark.parametrize(("mixed_precision", "expected"), [("bf16", "eager"), ("no", "sdpa")])
+def test_bfloat16(arguments, runs, monkeypatch, mixed_precision, expected):
+    """On a CPU its attention is the faster one; weights and config are saved as ever."""
+    settings, found = arguments(stage="flow", mixed_precision=mixed_precision), set()
+    forward = YanForFlowGeneration.forward
+
+    def watch(model, *given, **named):
+        found.add(model.config._attn_implementation)
+        return forward(model, *given, **named)
+
+    monkeypatch.setattr(YanForFlowGeneration, "forward", watch)
     pretrain(settings)
+    assert found == {expected}
+    assert YanForFlowGeneration.from_pretrained(settings.output_dir).config._attn_implementation == "sdpa"
     assert all(value.dtype == torch.float32 for value in runs.weights(settings.output_dir).values())
+
+
+@pytest.mark.parametrize(
+    ("device", "mixed_precision", "longest", "expected"),
+    [
+        ("cpu", "bf16", 256, "eager"),
+        ("cpu", "bf16", 257, "sdpa"),
+        ("cpu", "no", 8, "sdpa"),
+        ("cuda", "bf16", 8, "sdpa"),
+    ],
+)
+def test_short_sequences_in_bfloat16_on_a_cpu_attend_by_plain_products(
+    tiny_model, device, mixed_precision, longest, expected
+):
+    choose_attention(tiny_model, torch.device(device), mixed_precision, longest)
+    assert tiny_model.config._attn_implementation == expected
