@@ -6,7 +6,7 @@ Letters of the shape comments: B prompts, R sequences a prompt, S prompt length,
 K experts, N solver steps, C candidates of a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn import functional as F
 
+from .compilation_yan import is_exporting
 from .configuration_yan import YanConfig
 from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
 from .experts_yan import YanExpertChoice, YanExpertPrior
@@ -332,21 +333,21 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
             return cast(torch.Tensor, prior.choose("argmax"))
         return self._best_chain(ends, prior, plan) if prior.scope == "chain" else self._best_of_all(ends, prior, plan)
 
+    def _rows_of_experts(self, ends: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The ends (B, L, K, D) as rows (K B, L, D), in parts whose logits fit into memory together."""
+        by_expert = ends.unbind(2)
+        return by_expert if is_exporting() else self.split_rows(torch.cat(by_expert))
+
     def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
-        scored = [[self.score_tokens(part, plan) for part in self.split_rows(end)] for end in ends.unbind(2)]
-        scores, lengths = (
-            torch.stack([torch.cat(part) for part in each], dim=-1)
-            for each in zip(*(zip(*parts, strict=True) for parts in scored), strict=True)
-        )
+        scored = [self.score_tokens(part, plan) for part in self._rows_of_experts(ends)]
+        scores, lengths = (torch.cat(each).view(ends.shape[2], -1).T for each in zip(*scored, strict=True))
         best = ((scores + prior.gate_log_probs[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
         return best.expand(prior.gate_log_probs.shape[:2])
 
     def _best_chain(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
         """For chains of experts: those that lead to the best text together."""
-        scores = []
-        for end in ends.unbind(2):  # one by one, or the logits would be K vocabularies wide
-            logits = (self.allowed_logits(part, plan) for part in self.split_rows(end))
-            parts = [log_probs_of_text_and_fill(each, plan.end_ids) for each in logits]
-            scores.append([torch.cat(part) for part in zip(*parts, strict=True)])
-        tokens, *fill = (torch.stack(each, dim=-1) for each in zip(*scores, strict=True))
+        logits = (self.allowed_logits(part, plan) for part in self._rows_of_experts(ends))
+        parts = [log_probs_of_text_and_fill(each, plan.end_ids) for each in logits]
+        shape = ends.shape[2], -1, ends.shape[1]
+        tokens, *fill = (torch.cat(each).view(shape).movedim(0, -1) for each in zip(*parts, strict=True))
         return prior.best_chain(tokens, fill[0] if fill else None, plan.length_penalty)
