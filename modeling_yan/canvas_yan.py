@@ -258,9 +258,13 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
         return self.get_input_embeddings()(ids)
 
-    def _check_draft(self, canvas_length: int) -> None:
+    def _check_draft(self, canvas_length: int, num_flow_steps: int) -> None:
+        """Raise ValueError if the encoder's draft is asked for and does not fill the canvas."""
         slots = self.config.num_answer_slots
-        if slots < canvas_length:
+        if slots < canvas_length and self.config.refine_draft:
+            allowed = f"at most num_answer_slots={slots} with refine_draft=True"
+            raise ValueError(f"canvas_length={canvas_length}: must be {allowed}")
+        if slots < canvas_length and num_flow_steps == 0:
             allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
 

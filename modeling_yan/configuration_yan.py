@@ -94,6 +94,9 @@ class YanConfig(PreTrainedConfig):
         copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
             (arXiv 1711.02281 copies its source so). An answer that follows the prompt word for word, as a translation
             does, is learned faster; False.
+        refine_draft: Whether the flow refines the encoder's draft: its trunk sees the draft, and a head predicts what
+            to add to it (a start that depends on the prompt, as in arXiv 2310.03725). It needs answer slots for the
+            whole canvas and `train_expert_choice="posterior"`; False.
         canvas_length: Tokens L generated at once. A target that ends earlier is filled with EOS up to here; at most
             `max_position_embeddings`, 128.
         num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots
@@ -184,6 +187,7 @@ class YanConfig(PreTrainedConfig):
     init_noise: float | int = 1.0
     num_answer_slots: int = 0
     copy_prompt_to_slots: bool = False
+    refine_draft: bool = False
     canvas_length: int = 128
     num_flow_steps: int = 3
     crf_rank: int = 0
@@ -332,8 +336,10 @@ class YanConfig(PreTrainedConfig):
         require(self, "num_answer_slots", lambda value: 0 <= value < (longest if has_slots else 1), slots)
         allowed = f"False with num_answer_slots={self.num_answer_slots}"
         require(self, "copy_prompt_to_slots", lambda value: not value or self.num_answer_slots > 0, allowed)
-        can_do_without = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"
-        least = 0 if can_do_without else 1
+        has_draft = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"
+        allowed = "False without answer slots for the canvas and train_expert_choice='posterior'"
+        require(self, "refine_draft", lambda value: not value or has_draft, allowed)
+        least = 0 if has_draft else 1
         steps = (
             f"at least {least}" + " without answer slots for the canvas and train_expert_choice='posterior'" * least
         )

@@ -284,10 +284,12 @@ class YanExpertHeads(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as linear layers do."""
+        """Start as linear layers do; what is added to a draft starts as zero."""
         for weight, bias in ((self.up_proj, self.up_proj_bias), (self.down_proj, self.down_proj_bias)):
             init.normal_(weight, std=self.config.initializer_range)
             init.zeros_(bias)
+        if self.config.refine_draft:
+            init.zeros_(self.down_proj)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         """As in torch; what a state has of each head by itself, such as `0.up_proj.weight`, is stacked.

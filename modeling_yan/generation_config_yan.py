@@ -271,8 +271,7 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
 
     def _check_fit(self, options: YanGenerationConfig) -> None:
         """Raise ValueError for an option that this model can't honour."""
-        if options.num_flow_steps == 0:
-            self._check_draft(options.canvas_length)
+        self._check_draft(options.canvas_length, options.num_flow_steps)
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")

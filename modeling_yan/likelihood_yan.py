@@ -67,8 +67,7 @@ class YanLikelihoodMixin(YanObjectiveMixin):
         attention_mask, input_ids = with_valid_first(attention_mask, input_ids)
         prompt = self.encode_prompt(input_ids, attention_mask)
         canvas = self.labels_to_canvas(labels, self.config.canvas_length)
-        if num_flow_steps == 0:
-            self._check_draft(canvas.shape[1])
+        self._check_draft(canvas.shape[1], num_flow_steps)
         if num_flow_steps == 0 or self.config.expert_scope != "sequence":
             plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
             noise = CanvasNoise(self.start_noise((1, canvas.shape[1]), prompt.latents))

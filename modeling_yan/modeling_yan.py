@@ -464,6 +464,7 @@ class YanForFlowGeneration(
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if not is_integer(num_flow_steps):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
+        self._check_draft(canvas_length, num_flow_steps)
         prompt = self.encode_prompt(
             input_ids, attention_mask, position_ids, inputs_embeds, encoder_outputs=encoder_outputs, **kwargs
         )
@@ -478,8 +479,6 @@ class YanForFlowGeneration(
 
     def _logits_of_canvas(self, prompt: YanPrompt, canvas_length: int, num_flow_steps: int) -> dict[str, torch.Tensor]:
         """Latents (B, L, D) of the canvas that `generate` decodes without sampling, and their logits (B, L, V)."""
-        if num_flow_steps == 0:
-            self._check_draft(canvas_length)
         noise = CanvasNoise(self.start_noise((1, canvas_length), prompt.latents))
         plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
         latents = cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents)

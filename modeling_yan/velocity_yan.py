@@ -4,7 +4,7 @@ Letters of the shape comments: B batch, S prompt length, L canvas length, D hidd
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -110,7 +110,7 @@ class YanFlow(nn.Module):
     ) -> torch.Tensor:
         """State (B, L, D) of the point x (B, L, D); `positions` (L, D) are the position embeddings of the canvas."""
         positions = self.position_norm(positions)
-        states = x + positions
+        states = self.add_draft(x + positions, condition)
         for layer, shifts_and_scales, key_value in zip(
             self.layers, modulation.layers, condition.key_values, strict=True
         ):
@@ -118,6 +118,13 @@ class YanFlow(nn.Module):
                 states, shifts_and_scales, positions, *key_value, cross_attention_mask=condition.attention_mask
             )
         return self.norm(states)
+
+    def add_draft(self, latents: torch.Tensor, condition: YanCondition) -> torch.Tensor:
+        """Latents (B, L, D), or (B, L, K, D) of all experts, plus the encoder's draft if that is what is refined."""
+        if not self.config.refine_draft:
+            return latents
+        draft = cast(torch.Tensor, condition.draft)[:, : latents.shape[1]]
+        return latents + (draft if latents.dim() == 3 else draft.unsqueeze(2))
 
     def velocities(self, states: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Velocities u_k (B, L, K, D) of all experts at the point x (B, L, D).
@@ -188,13 +195,16 @@ class YanVelocity:
         states = self.flow.trunk(x, self.positions, modulation, self.condition)
         self.num_trunk_passes += 1
         predicted = self._choose(states, modulation) if self.prior is None else self._predict(states, self.prior)
-        return predicted - x
+        # a refined draft is where the path ends, which there is the rest of the time to reach
+        return (predicted - x) / (1 - time) if self.flow.config.refine_draft else predicted - x
 
     def _predict(self, states: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor:
         """What each token's own head predicts, (B, L, D)."""
         if self.groups is None:
-            return self.flow.experts.mixture_of(states, prior.marginals())
-        return self.flow.experts.combine(states, self.groups)
+            predicted = self.flow.experts.mixture_of(states, prior.marginals())
+        else:
+            predicted = self.flow.experts.combine(states, self.groups)
+        return self.flow.add_draft(predicted, self.condition)
 
     def _choose(self, states: torch.Tensor, modulation: YanModulation) -> torch.Tensor:
         """Choose the experts of the whole solve; what they predict at t = 0."""
@@ -202,7 +212,7 @@ class YanVelocity:
         needs_ends = trains_ends or self.choice.judge is not None
         # where a choice alone needs them, the experts that are not chosen would have a backward pass for nothing
         with torch.set_grad_enabled(trains_ends and torch.is_grad_enabled()):
-            predicted = self.flow.experts(states) if needs_ends else None
+            predicted = self.flow.add_draft(self.flow.experts(states), self.condition) if needs_ends else None
         prior = self.flow.prior(states, modulation, self.condition, predicted)
         self.prior, self.experts = self.choice(prior, predicted)
         self.groups = None if self.experts is None else self.flow.experts.dispatch(self.experts)

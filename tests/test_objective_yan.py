@@ -12,6 +12,7 @@ from modeling_yan.chains_yan import chain_marginals
 SCOPES = ("token", "sequence", "chain")
 POSTERIOR = {"train_expert_choice": "posterior", "max_train_flow_steps": 1}
 SLOTS = {"num_answer_slots": 8, "init_noise": 0.3}
+REFINING = {"num_answer_slots": 8, "refine_draft": True, "train_expert_choice": "posterior"}
 ANSWERS = torch.tensor([[10, 11, 12], [10, 13, 14], [15, 16, 17]])
 SHARES = torch.tensor([0.3, 0.3, 0.4])
 
@@ -174,7 +175,9 @@ class TestAnswerSlots:
         assert trained == {"model", "decoder", "lm_head", "transitions"}
         assert torch.equal(model.eval().generate(ids), model.generate(ids, num_flow_steps=0))
 
-    @pytest.mark.parametrize("fields", [{"num_experts": 1}, {"min_train_flow_steps": 0, "max_train_flow_steps": 0}])
+    @pytest.mark.parametrize(
+        "fields", [{"num_experts": 1}, {"min_train_flow_steps": 0, "max_train_flow_steps": 0}, {"refine_draft": True}]
+    )
     def test_every_trained_parameter_gets_a_gradient(self, make_lively_model, fields):
         """Several processes would wait for one that does not."""
         fields = {
@@ -187,6 +190,42 @@ class TestAnswerSlots:
         model(torch.randint(4, 64, (2, 6)), labels=torch.randint(4, 64, (2, 8))).loss.backward()
         names = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
         assert names == []
+
+    @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
+    def test_a_fresh_flow_that_refines_the_draft_changes_nothing(self, make_model, scope):
+        fields = {"expert_scope": scope, "crf_rank": 4, "initializer_range": 0.3}
+        model, ids = make_model(**REFINING, **fields), torch.randint(4, 64, (2, 6))
+        draft = model(ids, num_flow_steps=0).logits
+        for num_flow_steps in (1, 3):
+            torch.testing.assert_close(model(ids, num_flow_steps=num_flow_steps).logits, draft)
+        drawn = model.generate(ids, num_flow_steps=3, do_sample=True, seed=0, return_prompt=False)
+        assert drawn.shape[1] <= 8
+        with torch.no_grad():
+            model.flow.experts.heads.down_proj.normal_()
+        changed = model(ids, num_flow_steps=1).logits
+        assert not torch.allclose(changed, draft)
+        assert not torch.allclose(changed, model(ids, num_flow_steps=3).logits)
+
+    @pytest.mark.parametrize("share", [True, False])
+    def test_experts_that_refine_the_draft_are_different_after_one_update(self, make_model, share):
+        fields = {"num_experts": 3, "expert_scope": "sequence", "share_expert_head": share}
+        model = make_model(**REFINING, **fields).train()
+        ids, labels = torch.randint(4, 64, (6, 5)), torch.randint(4, 64, (6, 8))
+        model(ids, labels=labels, num_flow_steps=1).loss.backward()
+        torch.optim.SGD(model.parameters(), 1.0).step()
+        options = {"expert_choice": "ranked", "num_return_sequences": 3, "return_dict_in_generate": True}
+        paths = model.eval().generate(ids[:1], num_flow_steps=1, **options).trajectory[0]
+        assert (paths[0, -1] - paths[1:, -1]).abs().amax((1, 2)).min() > 1e-4
+
+    def test_a_canvas_wider_than_the_draft_to_refine_is_refused(self, make_model):
+        model, ids = make_model(**REFINING), torch.randint(4, 64, (2, 6))
+        message = "canvas_length=9: must be at most num_answer_slots=8 with refine_draft=True"
+        with pytest.raises(ValueError, match=message):
+            model(ids, canvas_length=9)
+        with pytest.raises(ValueError, match=message):
+            model(ids, labels=ids.flip(1), canvas_length=9)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, canvas_length=9)
 
     def test_there_is_no_draft_without_slots(self, tiny_model):
         with pytest.raises(ValueError, match="num_flow_steps=0: must be at least 1 with num_answer_slots=0"):
@@ -283,6 +322,10 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
         ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
         ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
         ({"copy_prompt_to_slots": True}, "copy_prompt_to_slots=True: must be False with num_answer_slots=0"),
+        (
+            {"refine_draft": True, "num_answer_slots": 8},
+            "refine_draft=True: must be False without answer slots for the",
+        ),
         ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),
         ({"draft_weight": -1.0}, "draft_weight=-1.0: must be at least 0"),
     ],

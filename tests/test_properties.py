@@ -24,7 +24,7 @@ KINDS = {
     "paper": {},
     "shared": {"expert_scope": "sequence"},
     "token": {"train_expert_choice": "posterior", "crf_rank": 4, "num_answer_slots": CANVAS},
-    "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", **SLOTS},
+    "sequence": {"train_expert_choice": "posterior", "expert_scope": "sequence", "refine_draft": True, **SLOTS},
     "one head": {
         "train_expert_choice": "posterior",
         "expert_scope": "sequence",

@@ -60,7 +60,8 @@ def velocity_likelihood(model, batch, canvases: torch.LongTensor, num_times: int
         raise ValueError("train_expert_choice='posterior': reranks models that know the likelihood of a velocity")
     batch_size, num_candidates, length = canvases.shape
     mask = batch["attention_mask"]
-    condition = model.condition(model.model(batch["input_ids"], mask).last_hidden_state, mask, length)
+    prompt = model.encode_prompt(batch["input_ids"], mask)
+    condition = model.condition(prompt.latents, prompt.attention_mask, length)
     positions = model.model.embeddings.position_embeddings.weight[:length]
     scores = torch.zeros(batch_size, num_candidates)
     for index in range(num_candidates):
