@@ -45,6 +45,18 @@ class TestRecipes:
         assert arguments.stage == path.stem.split("-")[1]
         assert arguments.config == "stage-one" or (READY[0].parents[2] / arguments.config / "config.json").exists()
 
+    @pytest.mark.parametrize("second", ["tiny-flow", "tiny-flow-paper"])
+    def test_stage_two_goes_on_with_the_config_of_stage_one(self, tmp_path, second):
+        paths = {path.stem: path for path in READY}
+        stages = [
+            parse_arguments(["--recipe", str(paths[name]), "--tokenizer", "t", "--output_dir", "o"])
+            for name in ("tiny-autoencoder", second)
+        ]
+        load_config(str(READY[0].parents[2] / stages[0].config), stages[0].config_overrides).save_pretrained(tmp_path)
+        config = load_config(str(tmp_path), stages[1].config_overrides)
+        assert (config.num_answer_slots, config.copy_prompt_to_slots) == (32, True)
+        assert config.refine_draft == (second == "tiny-flow")
+
     def test_an_equals_sign_may_stand_before_the_file(self, recipe):
         assert parse_arguments([*REQUIRED, f"--recipe={recipe('max_steps: 7')}"]) == make(max_steps=7)
 
