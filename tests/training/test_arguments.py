@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from modeling_yan.training import PretrainingArguments, expand_recipe, parse_arguments
+from modeling_yan.training.models import load_config
 
 READY = sorted((Path(__file__).parents[2] / "configuration" / "recipes").glob("*.yaml"))
 REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_dir", "o"]
