@@ -44,6 +44,7 @@ def mostly_attention(**cases):
 
 
 LIKELIHOOD = {"expert_scope": "chain", "train_expert_choice": "posterior", "num_answer_slots": 16}
+LIKELIHOOD |= {"copy_prompt_to_slots": True, "refine_draft": True}
 LIKELIHOOD |= {"canvas_length": 16}
 ONE_HEAD = {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}
 

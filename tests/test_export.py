@@ -10,6 +10,7 @@ from modeling_yan.export import export_generation, save_program
 
 only_attention = pytest.mark.parametrize("variant", ["attention"])
 DRAFTED = {"train_expert_choice": "posterior", "num_answer_slots": 8, "attention_conv_kernel": 3}
+DRAFTED |= {"copy_prompt_to_slots": True, "refine_draft": True}
 ONE_EXPERT = {"expert_scope": "sequence", **DRAFTED}
 LOAD = {
     "graph": "torch.export.load(sys.argv[1]).module()",

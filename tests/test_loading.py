@@ -213,7 +213,7 @@ WHOLE = {
     "crf_rank": 4,
     "crf_candidates": 64,
 }
-WHOLE |= {"num_answer_slots": 8, "attention_conv_kernel": 3}
+WHOLE |= {"num_answer_slots": 8, "copy_prompt_to_slots": True, "attention_conv_kernel": 3}
 
 
 @pytest.mark.parametrize("options", [WHOLE, {"share_expert_head": True}], ids=["all parts", "one head"])
