@@ -25,7 +25,9 @@ class YanBaseMixin(PreTrainedModel):
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     num_loss_rows = 0  # in that pass
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *arguments: Any, **keywords: Any) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *arguments: Any, **keywords: Any
+    ) -> None:
         """As in transformers, without its warning that the config's objective has no model."""
         if isinstance(attn_implementation, str):
             self.config.objective._attn_implementation_internal = attn_implementation
