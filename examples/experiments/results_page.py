@@ -176,49 +176,66 @@ def best_table(runs: dict, metric: str = "bleu") -> list[str]:
     return make_table(runs, heads, [("best", step, metric) for step in steps], digits, scale)
 
 
-def final_figures(runs: dict, arm: str, metric: str) -> list[float]:
-    """An arm's best text by seed: at three steps, or as the arm writes where it has no steps."""
+def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[float]:
+    """An arm's figures under a path, `best` or `nats`, by seed: at three steps, or as the arm writes without steps."""
     found = []
     for run in runs.get(arm, {}).values():
-        names = [name for name in ("3", "greedy", "class", "0") if name in run["best"]]
-        found += [METRICS[metric][1] * run["best"][names[0]][metric]] if names else []
+        group, *names = path
+        steps = [step for step in ("3", "greedy", "class", "0") if step in run.get(group, {})]
+        found += [scale * look_up(run, (group, steps[0], *names))] if steps else []
     return found
 
 
-def comparison_table(runs: dict, metric: str) -> list[str]:
+def comparison_table(runs: dict, title: str, digits: int, *path: str, scale: float = 1) -> list[str]:
     """Each arm against the rivals: the difference, and p of Welch's t-test over training seeds."""
-    rivals = [rival for rival in RIVALS + ENCODER_RIVALS if len(final_figures(runs, rival, metric)) > 1]
+    figures = {arm: final_figures(runs, arm, *path, scale=scale) for arm in (*runs, *RIVALS, *ENCODER_RIVALS)}
+    rivals = [rival for rival in RIVALS + ENCODER_RIVALS if len(figures[rival]) > 1]
     lines = []
     for arm in runs:
-        own, cells = final_figures(runs, arm, metric), []
+        own, cells = figures[arm], []
         for rival in rivals:
-            others = final_figures(runs, rival, metric)
+            others = figures[rival]
             if arm == rival or len(own) < 2:
                 cells += ["", ""]
             else:
                 p = stats.ttest_ind(own, others, equal_var=False).pvalue
-                cells += [f"{np.mean(own) - np.mean(others):+.1f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+                difference = np.mean(own) - np.mean(others)
+                cells += [f"{difference:+.{digits}f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
         if any(cells):
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     if not lines:
         return []
     heads = " | ".join(f"minus {rival} | p" for rival in rivals)
-    title = f"{title_of(metric)} at three steps against the rivals, p of Welch's t-test over training seeds:"
+    title = f"{title} at three steps against the rivals, p of Welch's t-test over training seeds:"
     return [title, "", f"| arm | {heads} |", "|---" * (2 * len(rivals) + 1) + "|", *lines, ""]
+
+
+def final_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
+    """A line for each arm, and a column for each name with its digits, scale and path, as `final_figures` takes it."""
+    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for arm, seeds in runs.items():
+        found = [(final_figures(runs, arm, *path, scale=scale), digits) for digits, scale, *path in columns.values()]
+        cells = [mean_with_interval(values, digits) if values else "" for values, digits in found]
+        lines += [f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |"] if any(cells) else []
+    return [*lines, ""]
 
 
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     lines = [f"{title_of(metric)} of the best text, by number of steps:", ""]
-    lines += [*best_table(runs, metric), *comparison_table(runs, metric)]
+    lines += best_table(runs, metric)
+    lines += comparison_table(runs, title_of(metric), 1, "best", metric, scale=METRICS[metric][1])
     others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
-    other = others.get(metric)
+    other, columns, meaning = others.get(metric), {}, []
     best = [figures for arm in runs.values() for run in arm.values() for figures in run["best"].values()]
     if any(look_up(figures, (other,)) for figures in best):  # a share of 0 everywhere is one sentence of the notes
-        lines += [f"{title_of(other)} of the same texts:", "", *best_table(runs, other)]
-    steps = columns_of(runs, "nats")
-    if steps:
-        lines += ["Right texts: negative log-likelihood in nats a token, EOS included; less is better:", ""]
-        lines += make_table(runs, [step_name(step) for step in steps], [("nats", step) for step in steps], 3)
+        name, scale, digits = METRICS[other]
+        columns[name], meaning = (digits, scale, "best", other), [f"{name} of the same texts"]
+    if columns_of(runs, "nats"):
+        columns["nats"] = 3, 1, "nats"
+        meaning += ["right texts' negative log-likelihood in nats a token, EOS included (less is better)"]
+    if columns:
+        title = f"At three steps, or as the arm generates: {', and '.join(meaning)}."
+        lines += [title, "", *final_table(runs, columns), *comparison_table(runs, "Nats a token", 3, "nats")]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
@@ -235,7 +252,10 @@ def readme_table(paths: dict[str, Path]) -> list[str]:
     heads = [f"{README_TASKS[name]}, {METRICS[metrics[name]][0]}" for name in tables]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in README_ARMS:
-        figures = [final_figures(table["runs"], arm, metrics[name]) for name, table in tables.items()]
+        figures = [
+            final_figures(table["runs"], arm, "best", metrics[name], scale=METRICS[metrics[name]][1])
+            for name, table in tables.items()
+        ]
         cells = [f"{np.mean(values):.1f}" if values else "" for values in figures]
         lines += [f"| {arm} | " + " | ".join(cells) + " |"] if any(cells) else []
     return lines
