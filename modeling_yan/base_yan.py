@@ -1,14 +1,18 @@
 """What the mixins of the models may count on: the parts that the classes of `modeling_yan` have."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from .checks_yan import check_refinement, not_finite_weights
 from .configuration_yan import YanConfig
 
 if TYPE_CHECKING:  # their files import this one
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     from .decoding_yan import YanTransitions
     from .modeling_yan import YanDecoder, YanModel
@@ -25,13 +29,36 @@ class YanBaseMixin(PreTrainedModel):
     loss_terms: dict[str, torch.Tensor] | None = None  # of the last pass with labels, without gradient, for logs
     num_loss_rows = 0  # in that pass
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> "Self":
+        """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: the file of weights is cut off or damaged ({error})"
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if found := not_finite_weights(model):
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
+        check_refinement(pretrained_model_name_or_path, model.config, kwargs)
+        return loaded
+
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, Any], *arguments: Any, **keywords: Any
     ) -> None:
         """As in transformers, without its warning that the config's objective has no model."""
+        objective = self.config.objective
+        before = objective._attn_implementation
         if isinstance(attn_implementation, str):
-            self.config.objective._attn_implementation_internal = attn_implementation
-        super().set_attn_implementation(attn_implementation, *arguments, **keywords)
+            objective._attn_implementation_internal = attn_implementation
+        try:
+            super().set_attn_implementation(attn_implementation, *arguments, **keywords)
+        except ValueError:
+            objective._attn_implementation_internal = before
+            raise
 
     def _keep_terms(self, terms: dict[str, torch.Tensor], num_rows: int) -> None:
         self.num_loss_rows = num_rows

@@ -16,6 +16,7 @@ IGNORE_INDEX = -100
 ID_TYPES = (torch.int64, torch.int32)
 SWITCHES = ("do_sample", "return_dict_in_generate", "return_prompt", "crf_decoding")
 LENGTHS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0}  # and the least of each
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 OPTION_IDS = ("pad_token_id", "bos_token_id")
 
 
@@ -211,3 +212,21 @@ def check_prompt(
     if position_ids is not None:
         check_positions(position_ids, shape, model.config)
     return given
+
+
+def check_refinement(name: Any, config: PreTrainedConfig, options: dict[str, Any]) -> None:
+    """Raise ValueError where a trained flow gets the other `refine_draft`: its heads would predict something else.
+
+    Args:
+        name: Folder or hub name that was loaded. config: Of the loaded model. options: Of `from_pretrained`.
+    """
+    if name is None or not {"config", "refine_draft"} & set(options):
+        return
+    hub_options = {option: options[option] for option in HUB_OPTIONS if option in options}
+    saved, _ = PreTrainedConfig.get_config_dict(name, **hub_options)
+    has_flow = "YanForFlowGeneration" in (saved.get("architectures") or ())
+    trained_with = saved.get("refine_draft", False)
+    if has_flow and trained_with != config.refine_draft:
+        raise ValueError(
+            f"refine_draft={config.refine_draft}: must be {trained_with}, with which the flow of {name} was trained"
+        )

@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -19,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
 from .cards_yan import YanCardMixin, YanModelCard
-from .checks_yan import IGNORE_INDEX, check_labels, check_length, check_prompt, is_integer, not_finite_weights
+from .checks_yan import IGNORE_INDEX, check_labels, check_length, check_prompt, is_integer
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
 from .decoding_yan import YanTransitions
@@ -116,21 +115,6 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
             module.reset_statistics()
         elif isinstance(module, YanProjection):
             module.reset_rotation()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
-    ) -> "Self":
-        """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
-        try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"{pretrained_model_name_or_path}: the file of weights is cut off or damaged ({error})"
-            ) from error
-        if found := not_finite_weights(loaded[0] if isinstance(loaded, tuple) else loaded):
-            raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
-        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save weights, config, a model card and this code; every class of the family loads from the folder."""

@@ -131,7 +131,12 @@ class YanFlow(nn.Module):
 
         A head predicts where its token goes, and x is subtracted: the trunk, no wider than the latents, would
         otherwise have to carry the noise through every layer beside everything else.
+
+        Raises:
+            ValueError: The flow refines a draft, and has velocities in `YanVelocity` alone.
         """
+        if self.config.refine_draft:
+            raise ValueError("refine_draft=True: must be False for velocities without a draft")
         return self.experts(states) - x.unsqueeze(-2)
 
     def gate_log_probs(self, states: torch.Tensor, modulation: YanModulation, condition: YanCondition) -> torch.Tensor:

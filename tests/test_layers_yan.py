@@ -111,6 +111,7 @@ def test_another_attention_is_set_without_a_warning(make_model, caplog):
     assert caplog.messages == []
     with pytest.raises(ValueError, match="fast"):
         model.set_attn_implementation("fast")
+    assert model.config.objective._attn_implementation != "fast"
 
 
 def test_positions_count_the_valid_tokens():

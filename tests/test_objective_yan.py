@@ -5,8 +5,9 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from modeling_yan import YanConfig, YanForAutoencoding
+from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.chains_yan import chain_marginals
 
 SCOPES = ("token", "sequence", "chain")
@@ -216,6 +217,21 @@ class TestAnswerSlots:
         options = {"expert_choice": "ranked", "num_return_sequences": 3, "return_dict_in_generate": True}
         paths = model.eval().generate(ids[:1], num_flow_steps=1, **options).trajectory[0]
         assert (paths[0, -1] - paths[1:, -1]).abs().amax((1, 2)).min() > 1e-4
+
+    def test_a_flow_is_not_loaded_to_refine_a_draft_unless_it_has_learned_to(self, make_model, tmp_path):
+        make_model(**REFINING).save_pretrained(tmp_path / "refines")
+        make_model(**{**REFINING, "refine_draft": False}).save_pretrained(tmp_path / "plain")
+        for name, wanted in (("refines", False), ("plain", True)):
+            for loader in (YanForFlowGeneration, AutoModelForCausalLM):
+                assert loader.from_pretrained(tmp_path / name).config.refine_draft is not wanted
+                with pytest.raises(ValueError, match=f"refine_draft={wanted}: must be {not wanted}, with which"):
+                    loader.from_pretrained(tmp_path / name, refine_draft=wanted)
+        config = YanConfig.from_pretrained(tmp_path / "plain", refine_draft=True)
+        with pytest.raises(ValueError, match="refine_draft=True: must be False"):
+            YanForFlowGeneration.from_pretrained(tmp_path / "plain", config=config)
+        model = make_model(**REFINING)
+        with pytest.raises(ValueError, match="refine_draft=True: must be False for velocities"):
+            model.flow.velocities(torch.zeros(1, 8, 32), torch.zeros(1, 8, 32))
 
     def test_a_canvas_wider_than_the_draft_to_refine_is_refused(self, make_model):
         model, ids = make_model(**REFINING), torch.randint(4, 64, (2, 6))

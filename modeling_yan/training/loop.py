@@ -42,10 +42,10 @@ from .validation import Validation
 from .vocabulary import limit_prompts
 
 SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
-# A resumed run with another value of these would see other batches from its first update on.
+# A resumed run with another value of these would see other batches, or train another model, from its first update on.
 FIXED = (
     *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
-    *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches"),
+    *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches", "config_overrides"),
 )
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,7 +91,7 @@ def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None
         validation = Validation(arguments, sampler, tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    longest = arguments.max_source_length + config.canvas_length
+    longest = arguments.max_source_length + max(config.canvas_length, config.num_answer_slots)
     choose_attention(model, accelerator.device, accelerator.mixed_precision, longest)
     training = Training(arguments, accelerator, model, tokenizer, samplers, validation)
     if checkpoint:
@@ -167,7 +167,8 @@ def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -
     now = asdict(arguments) | {"num_microbatches": count_microbatches(accelerator)}
     changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
     if changed:
-        raise ValueError(f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}: the batches would be others")
+        found = f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}"
+        raise ValueError(f"{found}: the batches or the model would be others")
     return checkpoints[-1]
 
 

@@ -102,11 +102,14 @@ class TestResuming:
         with pytest.raises(FileExistsError, match=r"holds checkpoint-4: go on with --resume, or choose another"):
             pretrain(interrupted)
 
-    @pytest.mark.parametrize("change", [{"seed": 1}, {"per_device_train_batch_size": 2}, {"max_words": 5}])
+    @pytest.mark.parametrize(
+        "change",
+        [{"seed": 1}, {"per_device_train_batch_size": 2}, {"max_words": 5}, {"config_overrides": "init_noise=0.5"}],
+    )
     def test_other_batches_are_refused(self, interrupted, fresh, change):
         fresh()
         ((name, value),) = change.items()
-        with pytest.raises(ValueError, match=rf"with {name}={value} \(was .*the batches would be others"):
+        with pytest.raises(ValueError, match=rf"with {name}={value} \(was .*the batches or the model would be others"):
             pretrain(replace(interrupted, resume=True, **change))
 
 
