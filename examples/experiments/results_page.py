@@ -50,7 +50,7 @@ README_ARMS = (
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
 )
 MARKS = ("<!-- results -->", "<!-- end of results -->")
-NUM_EXPERTS = 8  # that are shown
+NUM_EXPERTS = 5  # that are shown
 
 
 def mean_with_interval(values: list[float], digits: int) -> str:
