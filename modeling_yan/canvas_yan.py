@@ -218,7 +218,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
     ) -> dict[str, Any]:
         """The prompt with the model's own answer slots before it, as arguments of `YanModel`.
 
-        With `copy_prompt_to_slots`, its valid tokens come first.
+        With `copy_prompt_to_slots` the valid tokens of `input_ids` must come first.
         """
         number = self.config.num_answer_slots
         if number and input_ids is not None and self.config.mask_token_id is None:
