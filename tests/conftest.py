@@ -80,7 +80,8 @@ def make_lively_model(make_model):
     def make(**overrides):
         model = make_model(**{"initializer_range": 0.3, **overrides})
         nn.init.normal_(model.flow.modulation.proj.weight, std=0.1)
-        nn.init.normal_(model.flow.experts.heads.down_proj, std=0.3)  # zero where it refines a draft
+        if model.config.refine_draft:  # it starts at zero
+            nn.init.normal_(model.flow.experts.heads.down_proj, std=0.3)
         model.lm_head.bias.data[[model.config.pad_token_id, model.config.eos_token_id]] = -1e4
         return model
 
