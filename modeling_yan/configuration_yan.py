@@ -93,11 +93,11 @@ class YanConfig(PreTrainedConfig):
             below `max_position_embeddings`, 0.
         copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
             (arXiv 1711.02281 copies its source so). An answer that follows the prompt word for word, as a translation
-            does, is learned faster. It is for answers of one canvas: every further one has the same slots; False.
-        refine_draft: Whether the flow refines the encoder's draft: its trunk sees the draft at every step, and a head
-            predicts what to add to it, zero at first (arXiv 2310.03725 couples the start to the prompt; here that is
-            noise as before). The encoder should be trained along (`freeze_encoder=False`). It needs answer slots for
-            the whole canvas and `train_expert_choice="posterior"`; False.
+            does, is learned faster. It is for answers of one canvas, as every further one has the same slots. False.
+        refine_draft: Whether the flow refines the encoder's draft. Its trunk sees the draft at every step, and a head
+            predicts what to add to it, zero at first. The start stays noise, where arXiv 2310.03725 couples it to the
+            prompt. The encoder should be trained along (`freeze_encoder=False`). It needs answer slots for the whole
+            canvas and `train_expert_choice="posterior"`; False.
         canvas_length: Tokens L generated at once. A target that ends earlier is filled with EOS up to here; at most
             `max_position_embeddings`, 128.
         num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots

@@ -22,7 +22,7 @@ from .stages import find_stage
 from .vocabulary import ROLES, count_ids, fit_to_tokenizer
 
 MODELS = {"autoencoder": YanForAutoencoding, "flow": YanForFlowGeneration}
-LONGEST_EAGER = 256  # tokens; beyond, torch's fused attention is as fast, and needs less memory
+LONGEST_EAGER = 256  # tokens; beyond, torch's fused attention is the faster one, and needs less memory
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
