@@ -67,6 +67,8 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
         questions = [{"source": f"{part} {n}", "target": "n,w", "task": f"qa{n % 2}"} for n in range(300)]
         shared = [{"source": "Where?", "target": "hall", "task": "qa1"}]
         write_rows(tmp_path / f"babi-{part}.jsonl.gz", questions + shared)
+    words = [{"source": f"story {number}", "target": "here"} for number in range(3)]
+    write_rows(tmp_path / "tinystories_lastword-validation.jsonl.gz", words)
     script.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "rows")])
     parts = {path.name.split(".")[0]: read_rows(path) for path in (tmp_path / "rows").iterdir()}
     train, held_out = ({row["source"] for row in parts[f"e2e-{part}"]} for part in ("train", "validation"))
@@ -86,6 +88,8 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
     assert Counter(row["task"] for row in parts["babi-test"]) == {"qa0": 100, "qa1": 100}
     assert {row["target"] for row in parts["babi-validation"]} == {"n w", "hall"}
     assert [len(parts[f"babi-{part}"]) for part in ("train", "validation")] == [300, 301]
+    assert [len(parts[f"lastword-{part}"]) for part in ("train", "validation", "test")] == [24, 2, 1]
+    assert parts["lastword-train"][0] == {"source": story.split(" here. Sentence 4")[0], "target": "here"}
 
 
 TASK_ARMS = {

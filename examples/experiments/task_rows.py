@@ -3,8 +3,8 @@
     python examples/experiments/task_rows.py --data_dir DATA --output_dir ROWS
 
 DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz` and the three parts of `agnews`, `dbpedia`
-and `babi` (`source` and `target`), and `tinystories-{train,validation}.jsonl.gz` and
-`fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). `--tasks` names some of them. ROWS gets the train,
+and `babi`, and `tinystories_lastword-validation.jsonl.gz` (`source` and `target`), and
+`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). `--tasks` names some of them. ROWS gets the train,
 validation and test files of
 
 - e2e: a tenth of the development part's sources is for validation, the rest to train on;
@@ -14,7 +14,9 @@ validation and test files of
   rows, in random order, is for validation;
 - agnews, dbpedia: the class as lower-case words, which every tokenizer can write ("sci tech", "natural place");
 - babi: all twenty tasks, without commas in the answer. Training rows that are in the test part, too, are left out; of
-  every task 100 test rows are measured.
+  every task 100 test rows are measured;
+- lastword: the last word of a sentence from the story up to it. To train on, that of every sentence of TinyStories'
+  training part. The validation rows are shared between validation and test, in turn.
 """
 
 import argparse
@@ -30,6 +32,7 @@ NUM_BEFORE = 3  # sentences that are given
 MAX_WORDS = 24  # of the sentence that is asked for
 PARTS = ("train", "validation", "test")
 ROWS_OF_A_TASK = 100  # of bAbI's test part
+LEAST_WORDS, MOST_WORDS = 12, 80  # of a story before its last word, as in the public rows
 
 
 def continuations(text: str) -> list[dict[str, str]]:
@@ -107,6 +110,30 @@ def babi_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def last_words(text: str) -> list[dict[str, str]]:
+    """A row for every sentence of a story that ends with a word."""
+    rows, before = [], ""
+    for sentence in split_sentences(" ".join(text.split())):
+        start, _, word = sentence.rpartition(" ")
+        word, source = word.strip(".,!?;:\"'"), f"{before} {start}".strip()
+        if word.isalpha() and LEAST_WORDS <= len(source.split()) <= MOST_WORDS:
+            rows.append({"source": source, "target": word})
+        before = f"{before} {sentence}".strip()
+    return rows
+
+
+def last_word_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of last words, by part."""
+    rows = read_rows(data_dir / "tinystories_lastword-validation.jsonl.gz")
+    held_out = {row["source"] for row in rows}
+    train = [row for text in read_rows(data_dir / "tinystories-train.jsonl.gz") for row in last_words(text["text"])]
+    return {
+        "train": [row for row in train if row["source"] not in held_out],
+        "validation": rows[::2],
+        "test": rows[1::2],
+    }
+
+
 TASKS = {
     "e2e": e2e_parts,
     "continuation": continuation_parts,
@@ -114,6 +141,7 @@ TASKS = {
     "agnews": partial(class_parts, name="agnews"),
     "dbpedia": partial(class_parts, name="dbpedia"),
     "babi": babi_parts,
+    "lastword": last_word_parts,
 }
 
 
