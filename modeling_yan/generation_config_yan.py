@@ -70,10 +70,12 @@ class YanGenerationConfig(GenerationConfig):
     Args:
         num_flow_steps: Euler steps N per canvas, a trunk pass each; the model's default if None. 0 decodes the
             encoder's draft in its answer slots (`num_answer_slots`), one pass without a flow.
-        expert_choice: Each token's expert at t = 0: the gate's "argmax", a "sample" of it, the "mixture" of all, or
-            "ranked". That is the most probable one for the first of `num_return_sequences`, the next for the second
-            and so on: different texts without `do_sample`. Their number is then a keyword of `generate`, because a
-            config has to be one of transformers', too. If None "argmax"; with `do_sample` "sample" for a model with
+        expert_choice: Each token's expert at t = 0: "argmax", a "sample" of the gate, the "mixture" of all, or
+            "ranked". The argmax is the gate's; of experts for a whole text, or as a chain, it is those that write the
+            most probable text. Ranked means the most probable expert for the first of up to `num_experts`
+            `num_return_sequences`, the next for the second and so on: different texts without `do_sample`, but not
+            with `expert_scope="chain"`. Their number is then a keyword of `generate`, because a config has to be one
+            of transformers', too. If None "argmax"; with `do_sample` "sample" for a model with
             `train_expert_choice="posterior"`.
         canvas_length: Tokens generated at once; the model's if None.
         eos_strategy: Where a text ends; "likeliest" if None. It takes the length for which the tokens and the EOS in

@@ -61,7 +61,7 @@ class PretrainingArguments:
     tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer"})
     output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
     config_overrides: str = field(
-        default="", metadata={"help": "fields of the config to change, such as mask_ratio=0.4,max_span_len=2"}
+        default="", metadata={"help": "fields of the config to change, besides a recipe's: mask_ratio=0.4,max_span_len=2"}
     )
     resize_embeddings: bool = field(
         default=False, metadata={"help": "fit a checkpoint to a tokenizer it doesn't know"}
@@ -157,7 +157,8 @@ def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[s
     """The words of a command line, and before them those of its recipe, which they override.
 
     Adds `--recipe FILE` to the parser: a YAML file from names of options to values, a list for an option of several
-    values, true or false for a switch. Options can no longer be abbreviated.
+    values, true or false for a switch. Options can no longer be abbreviated. `--config_overrides` on the command line
+    adds to the recipe's, and wins where both name a field; an empty one takes them away.
 
     Args:
         words: `sys.argv` without the program's name if None.
@@ -171,7 +172,9 @@ def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[s
     words = list(sys.argv[1:] if words is None else words)
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # finds the file, wherever and however it is named
     finder.add_argument("--recipe")
-    path = finder.parse_known_args(words)[0].recipe
+    finder.add_argument("--config_overrides")
+    found = finder.parse_known_args(words)[0]
+    path = found.recipe
     if path is None:
         return words
     try:
@@ -183,6 +186,8 @@ def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[s
     unknown = sorted(set(recipe) - set(known))
     if unknown:
         raise ValueError(f"{path}: no such setting as {', '.join(unknown)}; there are {', '.join(known)}")
+    if found.config_overrides and recipe.get("config_overrides"):
+        words += ["--config_overrides", f"{recipe['config_overrides']},{found.config_overrides}"]
     return [word for name, value in recipe.items() for word in _as_words(known[name], value)] + words
 
 

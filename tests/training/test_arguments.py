@@ -57,6 +57,16 @@ class TestRecipes:
         config = load_config(str(tmp_path), stages[1].config_overrides)
         assert (config.num_answer_slots, config.copy_prompt_to_slots) == (32, True)
         assert config.refine_draft == (second == "tiny-flow")
+        assert config.crf_rank == (64 if second == "tiny-flow" else 0)
+
+    def test_fields_on_the_command_line_come_on_top_of_a_recipes(self, recipe):
+        path = recipe("config_overrides: mask_ratio=0.4,canvas_length=8\n")
+        for words in (["--config_overrides", "canvas_length=16"], ["--config_overrides=canvas_length=16"]):
+            arguments = parse_arguments([*REQUIRED, "--recipe", path, *words])
+            config = load_config(str(READY[0].parents[1] / "yan-transformer-tiny"), arguments.config_overrides)
+            assert (config.objective.mask_ratio, config.canvas_length) == (0.4, 16)
+        assert parse_arguments([*REQUIRED, "--recipe", path, "--config_overrides", ""]).config_overrides == ""
+        assert parse_arguments([*REQUIRED, "--recipe", path]).config_overrides == "mask_ratio=0.4,canvas_length=8"
 
     def test_an_equals_sign_may_stand_before_the_file(self, recipe):
         assert parse_arguments([*REQUIRED, f"--recipe={recipe('max_steps: 7')}"]) == make(max_steps=7)
