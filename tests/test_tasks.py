@@ -97,6 +97,7 @@ TASK_ARMS = {
     "one expert": {"fields": {"num_experts": 1, "moe_intermediate_size": 32, "expert_scope": "token"}},
     "one pass": {"kind": "one pass"},
     "one pass as a chain": {"kind": "one pass, chain"},
+    "one pass with cross-attention": {"kind": "one pass, cross-attention"},
     "AR decoder": {"kind": "decoder"},
     "taught": {"teacher": "AR decoder"},
 }
@@ -143,6 +144,7 @@ def test_tasks_train_every_arm(load_script, words, tmp_path):
     first = {arm: seeds["0"] for arm, seeds in table["runs"].items()}
     assert list(first["YAN"]["best"]) == ["0", "1"]
     assert list(first["one pass"]["best"]) == list(first["one pass as a chain"]["best"]) == ["0"]
+    assert list(first["one pass with cross-attention"]["best"]) == ["1"]
     assert list(first["AR decoder"]["best"]) == ["greedy"]
     sizes = [figures["parameters"] for figures in first.values()]
     assert max(sizes) < 1.04 * min(sizes)

@@ -181,7 +181,7 @@ def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[fl
     found = []
     for run in runs.get(arm, {}).values():
         group, *names = path
-        steps = [step for step in ("3", "greedy", "class", "0") if step in run.get(group, {})]
+        steps = [step for step in ("3", "greedy", "class", "0", "1") if step in run.get(group, {})]
         found += [scale * look_up(run, (group, steps[0], *names))] if steps else []
     return found
 

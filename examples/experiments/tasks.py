@@ -53,7 +53,10 @@ OPTIONAL = (
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 NUM_TEXTS = 4  # of one source, for self-BLEU
 ONE_PASS, ONE_PASS_CHAIN = "one pass", "one pass, chain"  # without a flow: every token by itself, or as a chain
+ONE_PASS_CROSS = "one pass, cross-attention"  # the usual non-autoregressive decoder: the flow's layers, nearly no noise
 NO_STEPS = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
+ONE_STEP = {"num_flow_steps": 1, "min_train_flow_steps": 1, "max_train_flow_steps": 1, "init_noise": 1e-6}
+ONE_STEP |= {"num_answer_slots": 0, "copy_prompt_to_slots": False, "refine_draft": False}
 
 
 def read_recipe(path: Path) -> dict:
@@ -200,15 +203,15 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     kind = arm.get("kind", "yan")
     if kind in (ONE_PASS, ONE_PASS_CHAIN):
         config = widen_encoder(config)
-    if kind == ONE_PASS_CHAIN:
-        config = config.with_fields(**NO_STEPS)
+    if kind in (ONE_PASS_CHAIN, ONE_PASS_CROSS):
+        config = config.with_fields(**(NO_STEPS if kind == ONE_PASS_CHAIN else ONE_STEP))
     check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
     own = settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings}
     train_file = taught_rows(arm["teacher"], task, recipe, options) if "teacher" in arm else task.files["train"]
     run = (train_file, task, recipe, options, own)
     if kind != "yan":
-        stage = {ONE_PASS: "autoencoder", ONE_PASS_CHAIN: "flow"}.get(kind, kind)
+        stage = {ONE_PASS: "autoencoder", ONE_PASS_CHAIN: "flow", ONE_PASS_CROSS: "flow"}.get(kind, kind)
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
     first = round(arm.get("autoencoder_share", recipe["autoencoder_share"]) * updates)
@@ -299,7 +302,9 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         settings |= {"max_source_length": recipe.get("training", {}).get("max_source_length")}
         return generate_answers(model, tokenizer, sources, 100, max_new_tokens=config.canvas_length, **settings)
 
-    def draw(temperature: float, number: int, num_flow_steps: int = 0 if kind == ONE_PASS_CHAIN else 3):
+    only = {ONE_PASS_CHAIN: 0, ONE_PASS_CROSS: 1}.get(kind)  # number of steps
+
+    def draw(temperature: float, number: int, num_flow_steps: int = 3 if only is None else only):
         """So many texts for each source."""
         torch.manual_seed(0)
         own = {"top_k": 0}
@@ -318,11 +323,11 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         best = {"greedy": task.scores(write(do_sample=False, num_beams=1))}
     else:
         steps = [0, *recipe["steps"]] if model.config.num_answer_slots else recipe["steps"]
-        steps = [0] if kind == ONE_PASS_CHAIN else steps
+        steps = steps if only is None else [only]
         best = {str(number): task.scores(write(num_flow_steps=number, do_sample=False)) for number in steps}
     figures, drawn = {"best": best, **nats}, {}
     if recipe.get("draws"):
-        counts = [0] if kind == ONE_PASS_CHAIN else recipe["steps"]
+        counts = recipe["steps"] if only is None else [only]
         steps = {"drawn": 1} if kind in INPUT_ADAPTERS else {str(number): number for number in counts}
         figures["distribution"] = {
             name: task.distribution(draw(1.0, recipe["draws"], number)) for name, number in steps.items()
@@ -339,7 +344,9 @@ def measure_nats(model, tokenizer, kind: str, task: Task, recipe: dict, config: 
     if not likelihood.has_likelihood(model, kind):
         return {}
     steps = {"greedy": 0} if kind in INPUT_ADAPTERS else {"0": 0}
-    if kind not in (*INPUT_ADAPTERS, ONE_PASS, ONE_PASS_CHAIN):
+    if kind == ONE_PASS_CROSS:
+        steps = {"1": 1}
+    elif kind not in (*INPUT_ADAPTERS, ONE_PASS, ONE_PASS_CHAIN):
         steps = {str(number): number for number in (1, 3) if number in recipe["steps"]}
     rows = [{"source": source, "target": text} for source in task.sources for text in task.references[source]]
     lengths = config.canvas_length, recipe.get("training", {}).get("max_source_length")
