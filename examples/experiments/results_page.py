@@ -46,9 +46,10 @@ README_TASKS = {
     "dbpedia": "things (DBpedia)",
 }
 README_ARMS = (
-    *("YAN, one expert", "one pass", "one pass as a chain", "AR decoder"),
+    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass as a chain", "AR decoder"),
     *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
 )
+README_METRICS = {"bleu": ("bleu", "chrf"), "exact": ("exact",)}
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 NUM_EXPERTS = 5  # that are shown
 
@@ -248,15 +249,14 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
 def readme_table(paths: dict[str, Path]) -> list[str]:
     """The mean of the arms that most tasks have, with a column a task: at three steps, or as the arm generates."""
     tables = {name: json.loads(path.read_text()) for name, path in paths.items()}
-    metrics = {name: table["recipe"].get("metric", "bleu") for name, table in tables.items()}
-    heads = [f"{README_TASKS[name]}, {METRICS[metrics[name]][0]}" for name in tables]
+    metrics = {name: README_METRICS[table["recipe"].get("metric", "bleu")] for name, table in tables.items()}
+    heads = [f"{README_TASKS[name]}, {' / '.join(METRICS[each][0] for each in metrics[name])}" for name in tables]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in README_ARMS:
-        figures = [
-            final_figures(table["runs"], arm, "best", metrics[name], scale=METRICS[metrics[name]][1])
-            for name, table in tables.items()
-        ]
-        cells = [f"{np.mean(values):.1f}" if values else "" for values in figures]
+        cells = []
+        for name, table in tables.items():
+            own = [final_figures(table["runs"], arm, "best", each, scale=METRICS[each][1]) for each in metrics[name]]
+            cells.append(" / ".join(f"{np.mean(values):.1f}" for values in own if values))
         lines += [f"| {arm} | " + " | ".join(cells) + " |"] if any(cells) else []
     return lines
 
