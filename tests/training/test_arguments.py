@@ -57,6 +57,7 @@ class TestRecipes:
         config = load_config(str(tmp_path), stages[1].config_overrides)
         assert (config.num_answer_slots, config.copy_prompt_to_slots) == (32, True)
         assert config.refine_draft == (second == "tiny-flow")
+        assert (config.num_experts, config.share_expert_head) == ((16, True) if second == "tiny-flow" else (4, False))
         assert config.crf_rank == (64 if second == "tiny-flow" else 0)
 
     def test_fields_on_the_command_line_come_on_top_of_a_recipes(self, recipe):
