@@ -242,8 +242,7 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert "| YAN | 2 |  | 21.0 ± 12.7 |" in page
     assert "| one pass | 2 | 14.5 ± 6.4 |  |" in page
-    assert "| YAN | +6.5 | 0.055 |" in page
-    assert "| YAN | -0.450 | 0.092 |" in page
+    assert "| YAN, minus one pass | +6.5 | 0.055 | -0.450 | 0.092 |" in page
     assert page.count("| 25 | 50 | 3 | In the (12%) | In the pub. |") == 5
     assert "A drawn text says 0.50, and 2.20 is the most." in page
 

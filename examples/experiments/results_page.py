@@ -11,6 +11,7 @@ and ends with `routes.md` beside it. `notes.md` beside a table says what it show
 import argparse
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ TITLES = {
     "babi": "bAbI: twenty tasks at once",
     "squad_devsplit": "SQuAD: answers to questions",
 }
-RIVALS = ("one pass", "one pass as a chain", "AR encoder-decoder")
+COMPARED = ("YAN", "AR decoder")  # arms that begin so
+RIVALS = ("YAN, one expert", "one pass", "one pass as a chain", "AR encoder-decoder")
 ENCODER_RIVALS = ("one pass as a chain on MiniLM", "classification head on MiniLM")
 METRICS = {  # name, scale, digits
     "bleu": ("BLEU", 1, 1),
@@ -187,28 +189,26 @@ def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[fl
     return found
 
 
-def comparison_table(runs: dict, title: str, digits: int, *path: str, scale: float = 1) -> list[str]:
-    """Each arm against the rivals: the difference, and p of Welch's t-test over training seeds."""
-    figures = {arm: final_figures(runs, arm, *path, scale=scale) for arm in (*runs, *RIVALS, *ENCODER_RIVALS)}
-    rivals = [rival for rival in RIVALS + ENCODER_RIVALS if len(figures[rival]) > 1]
+def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
+    """Arms against their rivals: the differences, and p of Welch's t-test over training seeds; columns as below."""
     lines = []
-    for arm in runs:
-        own, cells = figures[arm], []
-        for rival in rivals:
-            others = figures[rival]
-            if arm == rival or len(own) < 2:
+    for arm, rival in product(runs, RIVALS + ENCODER_RIVALS):
+        cells = []
+        for digits, scale, *path in columns.values():
+            own, others = (final_figures(runs, name, *path, scale=scale) for name in (arm, rival))
+            if min(len(own), len(others)) < 2:
                 cells += ["", ""]
             else:
                 p = stats.ttest_ind(own, others, equal_var=False).pvalue
                 difference = np.mean(own) - np.mean(others)
                 cells += [f"{difference:+.{digits}f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-        if any(cells):
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        if any(cells) and arm.startswith(COMPARED) and arm != rival:
+            lines.append(f"| {arm}, minus {rival} | " + " | ".join(cells) + " |")
     if not lines:
         return []
-    heads = " | ".join(f"minus {rival} | p" for rival in rivals)
-    title = f"{title} at three steps against the rivals, p of Welch's t-test over training seeds:"
-    return [title, "", f"| arm | {heads} |", "|---" * (2 * len(rivals) + 1) + "|", *lines, ""]
+    heads = " | ".join(f"{name} | p" for name in columns)
+    title = "Differences at three steps, and p of Welch's t-test over training seeds:"
+    return [title, "", f"| arm and rival | {heads} |", "|---" * (2 * len(columns) + 1) + "|", *lines, ""]
 
 
 def final_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
@@ -222,11 +222,10 @@ def final_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
 
 
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
-    lines = [f"{title_of(metric)} of the best text, by number of steps:", ""]
-    lines += best_table(runs, metric)
-    lines += comparison_table(runs, title_of(metric), 1, "best", metric, scale=METRICS[metric][1])
-    others = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}
-    other, columns, meaning = others.get(metric), {}, []
+    lines = [f"{title_of(metric)} of the best text, by number of steps:", "", *best_table(runs, metric)]
+    name, scale, digits = METRICS[metric]
+    compared, columns, meaning = {name: (digits, scale, "best", metric)}, {}, []
+    other = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}.get(metric)
     best = [figures for arm in runs.values() for run in arm.values() for figures in run["best"].values()]
     if any(look_up(figures, (other,)) for figures in best):  # a share of 0 everywhere is one sentence of the notes
         name, scale, digits = METRICS[other]
@@ -236,7 +235,8 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
         meaning += ["right texts' negative log-likelihood in nats a token, EOS included (less is better)"]
     if columns:
         title = f"At three steps, or as the arm generates: {', and '.join(meaning)}."
-        lines += [title, "", *final_table(runs, columns), *comparison_table(runs, "Nats a token", 3, "nats")]
+        lines += [title, "", *final_table(runs, columns)]
+    lines += comparison_table(runs, compared | columns)
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
