@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from .compilation_yan import is_exporting
 from .configuration_yan import YanConfig
-from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
-from .experts_yan import YanExpertChoice, YanExpertPrior
+from .decoding_yan import YanDecodingMixin, YanTransitions, log_probs_of_text_and_fill
+from .experts_yan import YanExpertChoice, YanExpertPrior, choose_experts
 from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
 from .layers_yan import count_positions
 from .pretrained_yan import YanPretrainedMixin
@@ -319,8 +319,33 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         has_choice = self.config.num_experts > 1 and self.config.expert_scope != "token"
         by_text = has_choice and plan.expert_choice == "argmax"
         judge = partial(self.best_experts, plan=plan) if by_text else None
+        draws_text = has_choice and plan.expert_choice == "sample" and noise.token_uniform is not None
+        if draws_text and self.config.expert_scope == "sequence" and plan.temperature != 1:
+            judge = partial(self.draw_experts, plan=plan, uniform=cast(torch.Tensor, noise.expert_uniform))
         temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
         return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
+
+    @torch.no_grad()
+    def draw_experts(
+        self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan, uniform: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts (B, L) of texts that are drawn at a temperature T other than 1, one expert for a text.
+
+        Expert k and text y are drawn in proportion to (pi_k p_k(y))^(1/T). So an expert counts by pi_k^(1/T), the
+        tempered `prior`, times the sum of p_k(y)^(1/T) over its texts: at a low temperature the expert of the most
+        probable text is drawn, and not the gate's favourite.
+
+        Args:
+            ends: What every expert's head predicts, (B, L, K, D). uniform: Numbers (B, L, K) in (0, 1).
+        """
+        transitions, embedding = cast(YanTransitions, self.transitions), self.get_input_embeddings()
+        masses = [
+            transitions.log_mass(embedding, self.allowed_logits(part, plan), part, plan.end_ids, plan.temperature)
+            for part in self._rows_of_experts(ends)
+        ]
+        joint = prior.gate_log_probs[:, 0] + torch.cat(masses).view(ends.shape[2], -1).T
+        chosen = cast(torch.Tensor, choose_experts(joint, "sample", uniform[:, 0]))
+        return chosen.unsqueeze(-1).expand(prior.gate_log_probs.shape[:2])
 
     @torch.no_grad()
     def best_experts(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:

@@ -182,6 +182,19 @@ class YanTransitions(nn.Module):
         path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
+    def log_mass(
+        self,
+        embedding: nn.Embedding,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        eos: Sequence[int] = (),
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts y that `draw` draws from; 0 at 1."""
+        _, chain, _ = self._chain(embedding, logits, latents, eos)
+        scale = 1 / max(temperature, 1e-4)
+        return log_partition(*(scale * scores for scores in chain)) - scale * log_partition(*chain)
+
     def _chain(
         self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:

@@ -91,8 +91,9 @@ class YanGenerationConfig(GenerationConfig):
             it is recorded as a CUDA graph. The first call for a batch size, a canvas length and each 64 tokens of
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off, and a saved config is without it.
-        temperature: With `do_sample` it scales the start noise, and divides the logits of what is drawn: of the gate
-            and of the chain of tokens. At least 0.
+        temperature: With `do_sample` it scales the start noise, and divides the log-probabilities of what is drawn: of
+            the gate's experts, and of the chain of tokens. Where one expert writes a text, those of both together.
+            At least 0.
         length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
             `do_sample`: of the best texts of all lengths the one is taken whose log-probability, divided by its length
             to this power, is the highest; 1 if None.

@@ -1,5 +1,6 @@
 """The likelihood of texts as an objective: what it is worth, what the gate learns from it, and what is drawn then."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
-from modeling_yan.chains_yan import chain_marginals
+from modeling_yan.canvas_yan import CanvasNoise, CanvasPlan
+from modeling_yan.chains_yan import chain_marginals, path_score
+from modeling_yan.experts_yan import YanExpertPrior
 
 SCOPES = ("token", "sequence", "chain")
 POSTERIOR = {"train_expert_choice": "posterior", "max_train_flow_steps": 1}
@@ -304,6 +307,30 @@ def test_sampling_draws_experts_and_zero_temperature_does_not(make_lively_model,
     assert torch.equal(warm, again)
     assert len(warm.unique(dim=0)) > 1
     assert len(model.generate(ids, temperature=0.0, **options).unique(dim=0)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 2.0])
+def test_experts_are_drawn_together_with_their_texts(make_lively_model, temperature):
+    """Counted over every text of every expert."""
+    model = make_lively_model(expert_scope="sequence", crf_rank=4, crf_candidates=3)
+    nn.init.normal_(model.transitions.to_proj.weight)
+    ends, gate, uniform = torch.randn(1, 3, 3, 32), torch.randn(1, 1, 3).log_softmax(-1), torch.rand(256, 3, 3)
+    plan = replace(CanvasPlan.of_config(model.config, 1), expert_choice="sample", temperature=temperature, eos=())
+    noise = CanvasNoise(torch.empty(0), uniform, None, torch.rand(256, 3, 3))
+    prior = YanExpertPrior("sequence", gate.expand(256, 3, 3))
+    _, found = model.expert_choice(plan, noise)(prior, ends.expand(256, -1, -1, -1))
+    weights = []
+    for expert in range(3):
+        latents = ends[:, :, expert]
+        _, (emissions, transitions), _ = model.transitions._chain(
+            model.get_input_embeddings(), model.decode(latents), latents, ()
+        )
+        paths = [torch.tensor([path]) for path in product(range(3), repeat=3)]
+        scores = torch.cat([path_score(emissions, transitions, path) for path in paths])
+        weights.append(((gate[0, 0, expert] + scores.log_softmax(0)) / max(temperature, 1e-4)).logsumexp(0))
+    expected = (torch.stack(weights) - torch.log(-torch.log(uniform[:, 0]))).argmax(-1)
+    assert torch.equal(found, expected.unsqueeze(1).expand(-1, 3))
+    assert len(found.unique()) > 1 or temperature == 0
 
 
 def test_options_that_do_not_fit_are_refused(make_lively_model):
