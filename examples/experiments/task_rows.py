@@ -2,10 +2,10 @@
 
     python examples/experiments/task_rows.py --data_dir DATA --output_dir ROWS
 
-DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz` and the three parts of `agnews`, `dbpedia`
-and `babi`, and `tinystories_lastword-validation.jsonl.gz` (`source` and `target`), and
-`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`). `--tasks` names some of them. ROWS gets the train,
-validation and test files of
+DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz`, the three parts of `agnews`, `dbpedia` and
+`babi`, and `tinystories_lastword-validation.jsonl.gz` (`source` and `target`), and
+`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`).
+`--tasks` names some of them. ROWS gets the train, validation and test files of
 
 - e2e: a tenth of the development part's sources is for validation, the rest to train on;
 - continuation: the next sentence of a story from the three before it. Stories of TinyStories' validation part are

@@ -53,7 +53,8 @@ OPTIONAL = (
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 NUM_TEXTS = 4  # of one source, for self-BLEU
 ONE_PASS, ONE_PASS_CHAIN = "one pass", "one pass, chain"  # without a flow: every token by itself, or as a chain
-ONE_PASS_CROSS = "one pass, cross-attention"  # the usual non-autoregressive decoder: the flow's layers, nearly no noise
+# the usual non-autoregressive decoder: the flow's layers, with hardly any noise
+ONE_PASS_CROSS = "one pass, cross-attention"
 NO_STEPS = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
 ONE_STEP = {"num_flow_steps": 1, "min_train_flow_steps": 1, "max_train_flow_steps": 1, "init_noise": 1e-6}
 ONE_STEP |= {"num_answer_slots": 0, "copy_prompt_to_slots": False, "refine_draft": False}

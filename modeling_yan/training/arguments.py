@@ -61,7 +61,7 @@ class PretrainingArguments:
     tokenizer: str = field(metadata={"help": "folder or hub name of a tokenizer"})
     output_dir: str = field(metadata={"help": "where checkpoints, the result and log.jsonl go"})
     config_overrides: str = field(
-        default="", metadata={"help": "fields of the config to change, besides a recipe's: mask_ratio=0.4,max_span_len=2"}
+        default="", metadata={"help": "fields of the config to change, on top of a recipe's, such as mask_ratio=0.4"}
     )
     resize_embeddings: bool = field(
         default=False, metadata={"help": "fit a checkpoint to a tokenizer it doesn't know"}
