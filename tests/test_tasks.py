@@ -259,6 +259,32 @@ def test_a_page_leaves_out_shares_that_are_all_zero_and_ends_with_the_routes(loa
     assert script.make_page([], tmp_path / "intro.md") == "# Results\n\n## Routes\n"
 
 
+def test_tasks_of_classification_share_a_table(load_script, tmp_path):
+    pytest.importorskip("scipy")
+    script = load_script("results_page")
+    about = {"recipe": {"updates": 5, "batch_size": 2}, "rows": 7, "hardware": "h", "torch": "2", "date": "d"}
+
+    def run(step: str, exact: float) -> dict:
+        return {"parameters": 1e6, "best": {step: {"exact": exact}}}
+
+    found = {
+        "sst2": {"YAN on MiniLM": {"0": run("3", 0.5), "1": run("3", 0.6)}},
+        "agnews": {"YAN on MiniLM": {"0": run("3", 0.25)}, "head": {"0": run("class", 0.75)}},
+    }
+    for name, runs in found.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table.json").write_text(json.dumps({**about, "task": name, "runs": runs}))
+    (tmp_path / "intro.md").write_text("# Results\n")
+    (tmp_path / "classification.md").write_text("Names.\n")
+    page = script.make_page([tmp_path / name / "table.json" for name in found], tmp_path / "intro.md")
+    assert "## sst2" not in page
+    assert page.count("## Classification") == 1
+    assert "Names." in page
+    assert "| arm | SST-2 | seeds | AG News | seeds |" in page
+    assert "| YAN on MiniLM | 55.0 ± 63.5 | 2 | 25.0 | 1 |" in page
+    assert "| head |  |  | 75.0 | 1 |" in page
+
+
 def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):
     pytest.importorskip("scipy")
     monkeypatch.chdir(ROOT)

@@ -5,7 +5,7 @@
 Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
 Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`
 and ends with `routes.md` beside it. `notes.md` beside a table says what it shows, and `experts.json` of
-`expert_texts.py` what its experts do.
+`expert_texts.py` what its experts do. The tasks of classification share one table, and `classification.md`.
 """
 
 import argparse
@@ -24,12 +24,10 @@ TITLES = {
     "continuation": "Stories: the next sentence",
     "disflqa": "Disfl-QA: questions without slips of the tongue",
     "scan": "SCAN: commands to actions",
-    "sst2_sentences": "SST-2: the sentiment of a sentence",
-    "agnews": "AG News: the section of a newspaper",
-    "dbpedia": "DBpedia: the kind of a thing",
     "babi": "bAbI: twenty tasks at once",
     "squad_devsplit": "SQuAD: answers to questions",
 }
+CLASSIFICATION = {"sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
 COMPARED = ("YAN", "AR decoder")  # arms that begin so
 RIVALS = ("YAN, one expert", "one pass", "one pass as a chain", "AR encoder-decoder")
 ENCODER_RIVALS = ("one pass as a chain on MiniLM", "classification head on MiniLM")
@@ -128,6 +126,22 @@ def make_section(path: Path) -> list[str]:
         lines += quality_tables(runs, table["recipe"].get("metric", "bleu"))
     experts = path.with_name("experts.json")
     return lines + (experts_table(json.loads(experts.read_text())) if experts.exists() else [])
+
+
+def classification_section(paths: list[Path], notes: Path) -> list[str]:
+    """One table of all tasks of classification: exact match at three steps, or as the arm generates without steps."""
+    tables = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    lines = ["## Classification on a pretrained encoder", "", notes.read_text().strip(), ""]
+    lines += [f"- {CLASSIFICATION[name]}: {describe(table, name)}" for name, table in tables.items()]
+    _, scale, digits = METRICS["exact"]
+    heads = [f"{CLASSIFICATION[task]} | seeds" for task in tables]
+    lines += ["", f"{title_of('exact')} of the best text at three steps, or as the arm generates:", ""]
+    lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (2 * len(heads) + 1) + "|"]
+    for arm in dict.fromkeys(arm for table in tables.values() for arm in table["runs"]):
+        found = [final_figures(table["runs"], arm, "best", "exact", scale=scale) for table in tables.values()]
+        cells = [f"{mean_with_interval(values, digits)} | {len(values)}" if values else " | " for values in found]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def experts_table(found: dict) -> list[str]:
@@ -273,8 +287,11 @@ def put_into_readme(text: str, paths: list[Path]) -> str:
 def make_page(paths: list[Path], intro: Path) -> str:
     """The whole page."""
     lines = [intro.read_text().strip(), ""]
+    classified = [path for path in paths if path.parent.name in CLASSIFICATION]
     for path in paths:
-        lines += make_section(path)
+        lines += make_section(path) if path not in classified else []
+    if classified:
+        lines += classification_section(classified, intro.with_name("classification.md"))
     routes = intro.with_name("routes.md")
     lines += [routes.read_text()] if routes.exists() else []
     return "\n".join(lines).rstrip() + "\n"
