@@ -72,7 +72,7 @@ class CanvasNoise(NamedTuple):
 
     Args:
         x_0: Start points (B R or 1, L, D). expert_uniform, expert_ranks: As in `choose_experts`, for B R rows.
-        token_uniform: Numbers (B R, L, C) in (0, 1) to draw the chain of tokens with; None for the best one.
+        token_uniform: Numbers (B R, L, C) in (0, 1) to draw the tokens of the CRF with; None for the best text.
     """
 
     x_0: torch.Tensor

@@ -119,7 +119,7 @@ def refuse_harness_likelihood() -> None:
         if frame.f_code.co_name == "_loglikelihood_tokens" and frame.f_globals["__name__"].startswith("lm_eval."):
             raise NotImplementedError(
                 "output_type: must be generate_until for YAN in lm-evaluation-harness. Multiple choice, loglikelihood "
-                "and perplexity need the logits of a causal model, which YAN has not; see examples/lm_eval. "
+                "and perplexity need the logits of a causal model, which YAN lacks; see examples/lm_eval. "
                 "model.log_likelihood scores a text"
             )
         frame = frame.f_back

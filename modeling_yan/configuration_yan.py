@@ -47,74 +47,75 @@ MOST_PARTS = 4096  # of one kind in a model: a number of parts out of a damaged 
 class YanConfig(PreTrainedConfig):
     r"""Sizes and choices of a YAN model; how it is trained is its `objective`.
 
-    Each field is given with its range and its default; section numbers are those of arXiv 2604.15009. The fields of
-    the objective may be given, read and set here, too: `YanConfig(mse_weight=0.0)`, `config.mse_weight`.
+    Section numbers are those of arXiv 2604.15009. The fields of the objective may be given, read and set here, too:
+    `YanConfig(mse_weight=0.0)`, `config.mse_weight`.
 
     Args:
-        vocab_size: Number of tokens V; at least 1, 32000.
-        hidden_size: Width D of every latent, shared by encoder, flow and decoder; at least 1, 768.
-        intermediate_size: Width of the feed-forward layers; at least 1, `4 * hidden_size` if None.
-        moe_intermediate_size: Width of each expert head; at least 1, `intermediate_size` if None. `num_experts` of
-            them have as many parameters as others of another number that are together as wide.
-        num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part; at least 1, and 8, 8 and 2. The
-            decoder has no self-mixer.
-        num_attention_heads: Heads of self- and cross-attention; a divisor of `hidden_size`, 12.
-        encoder: Config of a pretrained text encoder of transformers, or a dictionary of it, instead of YAN's own, for
-            which None stands. It has its own sizes: `num_encoder_layers`, `encoder_mixer` and what belongs to it are
-            then without effect. See `from_encoder_pretrained`.
-        encoder_name: Name of that encoder on the hub, for the model card; None.
-        encoder_mixer, flow_mixer: `"attention"`, the default, or `"mamba"` (bidirectional Mamba-1), chosen
-            independently.
-        attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens; odd, or 0, the
-            default, for none. It lets a token know its neighbours, which attention to learned positions is slow to
-            find.
-        cross_attention_layers: Flow layers that attend to the encoded prompt, in [0, num_flow_layers); all if None.
+        vocab_size: Number of tokens V; at least 1, default 32000.
+        hidden_size: Width D of every latent, shared by encoder, flow and decoder; at least 1, default 768.
+        intermediate_size: Width of the feed-forward layers; at least 1, default `4 * hidden_size`.
+        moe_intermediate_size: Width of each expert head; at least 1, default `intermediate_size`. Divide it by K to
+            keep the number of parameters when you multiply `num_experts` by K.
+        num_encoder_layers, num_flow_layers, num_decoder_layers: Depth of each part; at least 1, default 8, 8 and 2.
+            The decoder has no self-mixer.
+        num_attention_heads: Heads of self- and cross-attention; a divisor of `hidden_size`, default 12.
+        encoder: Config of a pretrained text encoder of transformers, or a dictionary of it; default None, YAN's own
+            encoder. A pretrained one has its own sizes: `num_encoder_layers`, `encoder_mixer` and what belongs to it
+            then have no effect. See `from_encoder_pretrained`.
+        encoder_name: Name of that encoder on the hub, for the model card; default None.
+        encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), each chosen for itself; default
+            `"attention"`.
+        attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens; odd, or 0 for none,
+            the default. It lets a token know its neighbours, which attention learns slowly from learned positions.
+        cross_attention_layers: Indices of the flow layers that attend to the encoded prompt, in [0, num_flow_layers);
+            default all.
         max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens; at least 1,
-            1024.
-        layer_norm_eps: Added to the variance in every LayerNorm; above 0, 1e-5.
-        initializer_range: Standard deviation of fresh weights; above 0, 0.02.
-        hidden_dropout, attention_dropout, decoder_dropout: Probabilities of dropout, in [0, 1): after embeddings and
-            mixers, 0.0; of attention weights, 0.0; of the latents that the decoder reads, 0.1.
-        tie_word_embeddings: Whether the language-model head is the table of input embeddings; False.
-        state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; at least 1, and 16, 4, 2
-            and `ceil(hidden_size / 16)` if None.
-        num_experts: Number K of velocity experts; at least 1, 4. K = 1 is ordinary flow matching (section 3).
-        share_expert_head: Whether all experts are one head of `moe_intermediate_size` that a learned embedding of the
-            expert conditions. K experts then cost as much as one, in parameters and in the time of a text; False.
-        expert_scope: What has an expert of its own: every `"token"`, the default and as in the paper; or a
-            `"sequence"`, whose tokens then agree on one of several possible texts. In a `"chain"` each token's expert
-            depends on the expert of the token before it: a hidden Markov model with K^L paths.
-        gate_temperature: The gate's logits are divided by it (section 3); above 0, 1.0.
+            default 1024.
+        layer_norm_eps: Added to the variance in every LayerNorm; above 0, default 1e-5.
+        initializer_range: Standard deviation of fresh weights; above 0, default 0.02.
+        hidden_dropout, attention_dropout, decoder_dropout: Dropout probabilities in [0, 1): after embeddings and
+            mixers, default 0.0; of attention weights, default 0.0; of the latents that the decoder reads, default 0.1.
+        tie_word_embeddings: Whether the language-model head is the table of input embeddings; default False.
+        state_size, conv_kernel, expand, time_step_rank: As in transformers' `MambaConfig`; at least 1, default 16, 4,
+            2 and `ceil(hidden_size / 16)`.
+        num_experts: Number K of velocity experts; at least 1, default 4. K = 1 is ordinary flow matching (section 3).
+        share_expert_head: Whether all experts share one head of width `moe_intermediate_size`, which a learned
+            embedding of the expert conditions; default False. K experts then have nearly as many parameters as one.
+            A text drawn at temperature 1 takes as long as with one. Without sampling all K texts are compared, which
+            takes longer.
+        expert_scope: Which tokens share an expert. `"token"`, the default: each token has its own, as in the paper.
+            `"sequence"`: one expert generates the whole canvas. `"chain"`: each token's expert depends on the expert
+            of the token before it, as in a hidden Markov model.
+        gate_temperature: The gate's logits are divided by it (section 3); above 0, default 1.0.
         gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`; at least
-            1, 64.
-        init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, 1.0.
-        num_answer_slots: Mask tokens that the model puts before every prompt by itself. The encoder's latents in their
-            positions are a first draft of the answer. With `canvas_length` of them it can be decoded without a flow;
-            below `max_position_embeddings`, 0.
+            1, default 64.
+        init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, default 1.0.
+        num_answer_slots: Mask tokens that the model puts before every prompt; below `max_position_embeddings`,
+            default 0. The encoder's latents in their positions are a draft of the answer. With `canvas_length` of
+            them the draft can be decoded without a flow.
         copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
-            (arXiv 1711.02281 copies its source so). An answer that follows the prompt word for word, as a translation
-            does, is learned faster. It is for answers of one canvas, as every further one has the same slots. False.
-        refine_draft: Whether the flow refines the encoder's draft. Its trunk sees the draft at every step, and a head
-            predicts what to add to it, zero at first. The start stays noise, where arXiv 2310.03725 couples it to the
-            prompt. The encoder should be trained along (`freeze_encoder=False`). It needs answer slots for the whole
-            canvas and `train_expert_choice="posterior"`; False.
-        canvas_length: Tokens L generated at once. A target that ends earlier is filled with EOS up to here; at most
-            `max_position_embeddings`, 128.
-        num_flow_steps: Default number N of solver steps; at least 1, 3. 0, one pass without a flow, needs answer slots
-            for the canvas and `train_expert_choice="posterior"`; the same holds for the objective's two numbers.
-        crf_rank: Rank R of the scores of neighbouring tokens, with which a canvas is decoded as one chain; 0,
-            the default, to decode every token by itself.
-        crf_candidates: Likeliest tokens of each position that take part in the chain; at least 1, 16.
-        train_expert_choice: Which distribution the model is. It decides the loss, and how texts are drawn and compared
-            in generation. The solver of the objective picks an expert as a `"sample"` from the gate, the default
-            and as in the paper, or its `"argmax"`. `"posterior"` maximises the likelihood of the target's
-            tokens, summed over all experts (`text_loss`), and goes on with experts drawn from their posterior: the
-            experts share the possible targets out among them. A model with `expert_scope="chain"` needs it. The
-            velocity's likelihood and the gate's own losses (`nll_weight`, `gate_entropy_weight`,
-            `load_balance_weight`) have no part in it.
-        objective: How the model is trained: a `YanObjectiveConfig`, or a dictionary of its fields; its defaults if
-            None.
-        pad_token_id, bos_token_id, eos_token_id, mask_token_id: In [0, vocab_size), or None; 0, 1, 2 and 3.
+            (arXiv 1711.02281); default False. Answers that follow the prompt word for word, such as translations, are
+            learned faster so. It is for answers of one canvas, because every further one has the same slots.
+        refine_draft: Whether the flow refines the encoder's draft; default False. Its trunk sees the draft at every
+            step, and a head predicts what to add to it, zero at first. The start stays noise, where arXiv 2310.03725
+            couples it to the prompt. Train the encoder, too (`freeze_encoder=False`). Needs answer slots for the whole
+            canvas and `train_expert_choice="posterior"`.
+        canvas_length: Tokens L generated at once; at most `max_position_embeddings`, default 128. EOS pads a shorter
+            target to L tokens.
+        num_flow_steps: Number N of Euler steps in generation; at least 1, default 3. 0 decodes the encoder's draft. It
+            needs `num_answer_slots >= canvas_length` and `train_expert_choice="posterior"`. The objective's
+            `min_train_flow_steps` and `max_train_flow_steps` may be 0 under the same conditions.
+        crf_rank: Rank R of the scores of neighbouring tokens, a linear-chain CRF that decodes the canvas; at least 0,
+            default 0, which decodes every token independently.
+        crf_candidates: Number of likeliest tokens of each position that the CRF scores; at least 1, default 16.
+        train_expert_choice: The objective, and the expert that its solver uses. `"sample"`, the default, draws the
+            expert from the gate, with the losses of the paper (section 3). `"argmax"` takes the gate's most probable
+            one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all
+            experts (`text_loss`). It draws the expert from its posterior, so that the experts divide the possible
+            targets among them. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`.
+            `expert_scope="chain"` needs it.
+        objective: How the model is trained: a `YanObjectiveConfig`, or a dictionary of its fields; default its own.
+        pad_token_id, bos_token_id, eos_token_id, mask_token_id: In [0, vocab_size), or None; default 0, 1, 2 and 3.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed. A

@@ -70,19 +70,18 @@ class YanGenerationConfig(GenerationConfig):
     Args:
         num_flow_steps: Euler steps N per canvas, a trunk pass each; the model's default if None. 0 decodes the
             encoder's draft in its answer slots (`num_answer_slots`), one pass without a flow.
-        expert_choice: Each token's expert at t = 0: "argmax", a "sample" of the gate, the "mixture" of all, or
-            "ranked". The argmax is the gate's; of experts for a whole text, or as a chain, it is those that write the
-            most probable text. Ranked means the most probable expert for the first of up to `num_experts`
-            `num_return_sequences`, the next for the second and so on: different texts without `do_sample`, but not
-            with `expert_scope="chain"`. Their number is then a keyword of `generate`, because a config has to be one
-            of transformers', too. If None "argmax"; with `do_sample` "sample" for a model with
-            `train_expert_choice="posterior"`.
+        expert_choice: How each token's expert is chosen at t = 0. "argmax" takes the most probable expert of the gate;
+            with `expert_scope` "sequence" or "chain", the experts of the most probable text. "sample" draws from the
+            gate. "mixture" weights all experts by the gate. "ranked" gives sequence r of a prompt its r-th most
+            probable expert, without `do_sample`; it allows `num_return_sequences` up to `num_experts`, given as a
+            keyword of `generate`, and no "chain". If None, "argmax"; with `do_sample` and
+            `train_expert_choice="posterior"`, "sample".
         canvas_length: Tokens generated at once; the model's if None.
         eos_strategy: Where a text ends; "likeliest" if None. It takes the length for which the tokens and the EOS in
             all positions behind them are the most probable together. "first" takes the first EOS among tokens that
             are chosen without regard to it.
-        crf_decoding: Of a model with `crf_rank`: whether a canvas is decoded as the best chain of tokens, and not
-            every token by itself; True if None.
+        crf_decoding: Of a model with `crf_rank`: whether the CRF decodes a canvas, and not every token independently;
+            True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
@@ -91,12 +90,12 @@ class YanGenerationConfig(GenerationConfig):
             it is recorded as a CUDA graph. The first call for a batch size, a canvas length and each 64 tokens of
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off, and a saved config is without it.
-        temperature: With `do_sample` it scales the start noise, and divides the log-probabilities of what is drawn: of
-            the gate's experts, and of the chain of tokens. Where one expert writes a text, those of both together.
-            At least 0.
-        length_penalty: Of a chain of experts or of tokens in a model with `train_expert_choice="posterior"`, without
-            `do_sample`: of the best texts of all lengths the one is taken whose log-probability, divided by its length
-            to this power, is the highest; 1 if None.
+        temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
+            log-probabilities of the experts and of the CRF's tokens. With `expert_scope="sequence"` it divides the
+            joint log-probability of expert and text.
+        length_penalty: Exponent of the length by which a text's log-probability is divided; the best text has the
+            highest quotient. For a CRF or a chain of experts with `train_expert_choice="posterior"`, without
+            `do_sample`; 1 if None.
 
     Example:
 

@@ -274,7 +274,7 @@ class YanGenerationMixin(YanOptionsMixin):
         return CanvasNoise(x_0, uniform, ranks, tokens)
 
     def _draws_tokens(self) -> bool:
-        """Whether sampling draws the chain of tokens, too: where the model was trained as a distribution of them."""
+        """Whether sampling draws the tokens of the CRF, too: where the model was trained as a distribution of them."""
         return self.transitions is not None and self.config.train_expert_choice == "posterior"
 
     def _solve_compiled(

@@ -414,24 +414,41 @@ class YanForFlowGeneration(
         encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> YanFlowOutput:
-        """The training objective if `labels` are given, else the logits of a few-step solve.
+        """The objective's loss if `labels` are given, else the logits of a solve (arXiv 2604.15009, section 3).
 
-        In evaluation mode nothing is drawn at random: noise and times are functions of a row's prompt and target. The
-        loss of a batch is the mean of those that its rows have alone.
+        In evaluation mode nothing is random: noise and times are functions of a row's prompt and target. The loss of a
+        batch is the mean of those that its rows have alone.
 
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: The prompt, as in `YanModel`; its padding may be
-                anywhere.
-            labels: (B, L) target ids; -100 marks what is no target, wherever it stands. The target is moved to the
-                start of the canvas and followed by EOS up to its end, and the fill is trained on.
-            canvas_length: Width of the canvas, `config.canvas_length` if None.
-            num_flow_steps: Solver steps; if None, `config.num_flow_steps` or, in training, a random number. Without
-                labels it may be 0: the encoder's draft in the answer slots, without a flow.
-            encoder_outputs: Of the prompt, from `encoder_states`: a frozen pretrained encoder is not asked again.
+            input_ids: Prompt ids (B, S) in [0, vocab_size); S at most `config.max_prompt_length`.
+            attention_mask: (B, S), 1 on tokens and 0 on padding, which may be anywhere; all ones if None.
+            position_ids: (B, S); counted over the valid tokens if None.
+            inputs_embeds: (B, S, E) in place of `input_ids`, E the width of the input embeddings.
+            labels: Target ids (B, at most L); -100 is ignored, wherever it stands. The target moves to the start of
+                the canvas. EOS pads it to L tokens, and counts in the loss.
+            canvas_length: Canvas width L, in [1, max_position_embeddings]; `config.canvas_length` if None. At most
+                `num_answer_slots` with `refine_draft`.
+            num_flow_steps: Euler steps N; `config.num_flow_steps` if None. In training None draws N from
+                `min_train_flow_steps` to `max_train_flow_steps`. 0 decodes the encoder's draft.
+            encoder_outputs: States (B, num_answer_slots + S, encoder width) from `encoder_states`, so that a frozen
+                pretrained encoder is not asked again.
+
+        Returns:
+            A `YanFlowOutput`: `loss` and its terms (scalars) with labels, and `logits` (B, L, V) and `latents`
+            (B, L, D). With labels they are as wide as the labels, and in their order.
 
         Raises:
             ValueError: Labels that repeat the input or are wider than the canvas, a canvas beyond the positions, or
-                fewer than one step.
+                fewer steps than 0.
+
+        Example:
+
+            >>> import torch
+            >>> from modeling_yan import YanConfig, YanForFlowGeneration
+            >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+            >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes)).eval()
+            >>> model(torch.tensor([[5, 6, 7]]), torch.ones(1, 3)).logits.shape
+            torch.Size([1, 8, 100])
         """
         refuse_cache(kwargs)
         slots = self.config.num_answer_slots

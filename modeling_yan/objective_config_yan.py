@@ -31,7 +31,7 @@ class YanObjectiveConfig(PreTrainedConfig):
             least 0, 0.0. The decoder learns to forgive what the flow will miss.
         freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are; True.
             `apply_freeze_switches` has to be called after a change.
-        freeze_flow: The same of the flow; False. With all four, the transitions of a finished model are trained.
+        freeze_flow: Whether the flow is frozen; False. With all four frozen, only the CRF (`crf_rank`) is trained.
         detach_target_latents: Whether x1 = E(y) is a constant for the flow stage; True. If False and the encoder is
             trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
         min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here;
@@ -44,7 +44,7 @@ class YanObjectiveConfig(PreTrainedConfig):
         ce_weight: Of the cross-entropy of the decoded latents, per token; at least 0, 1.0.
         text_weight: Of the likelihood of the text, summed over all experts; at least 0, 1.0.
         draft_weight: Of the cross-entropy of the encoder's draft in the answer slots; at least 0, 0.5.
-        crf_weight: Of the likelihood of the text as one chain; at least 0, 1.0.
+        crf_weight: Of the likelihood of the text by the CRF; at least 0, 1.0.
         gate_entropy_weight: Of the gate's entropy, which is rewarded; at least 0, 0.01.
         load_balance_weight: Of KL(mean gate || uniform); at least 0, 0.1.
         mmd_weight: Of the squared maximum mean discrepancy between latents and N(0, I); at least 0, 0.0.

@@ -47,16 +47,17 @@ class YanFlowOutput(ModelOutput):
             nats per token, with `train_expert_choice="posterior"`.
         draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
             and the encoder is trained.
-        crf_loss: Negative log-likelihood of the target as a chain, nats per token, if there are transitions.
+        crf_loss: Negative log-likelihood of the target by the CRF, nats per token, if there is one (`crf_rank`).
         gate_entropy: Mean entropy of the gate, nats. load_balance_loss: KL(mean gate || uniform), nats;
             in evaluation the mean over rows of that of each.
         expert_usage: Mean probability of each expert (K,) by the gate, with `train_expert_choice="posterior"` by the
             experts' posterior.
-        expert_information: What the target says of its experts, nats per text: KL of their posterior from the gate,
-            with `train_expert_choice="posterior"` and several experts. It is 0 where all experts generate the same.
+        expert_information: KL divergence of the experts' posterior from the gate, nats per text: how much the target
+            tells about its expert, 0 if all experts generate the same. With `train_expert_choice="posterior"` and
+            several experts.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V) of the canvas; if there are labels, those of every label in its position, and where there is
-            none those of the fill behind the target.
+            none those of the EOS behind the target.
         latents: The solved latents (B, L, D) that they are decoded from.
         hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.
     """

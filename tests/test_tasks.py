@@ -96,7 +96,7 @@ TASK_ARMS = {
     "YAN": {},
     "one expert": {"fields": {"num_experts": 1, "moe_intermediate_size": 32, "expert_scope": "token"}},
     "one pass": {"kind": "one pass"},
-    "one pass as a chain": {"kind": "one pass, chain"},
+    "one pass with a CRF": {"kind": "one pass, CRF"},
     "one pass with cross-attention": {"kind": "one pass, cross-attention"},
     "AR decoder": {"kind": "decoder"},
     "taught": {"teacher": "AR decoder"},
@@ -143,7 +143,7 @@ def test_tasks_train_every_arm(load_script, words, tmp_path):
     assert all(list(seeds) == ["0", "1"] for seeds in table["runs"].values())
     first = {arm: seeds["0"] for arm, seeds in table["runs"].items()}
     assert list(first["YAN"]["best"]) == ["0", "1"]
-    assert list(first["one pass"]["best"]) == list(first["one pass as a chain"]["best"]) == ["0"]
+    assert list(first["one pass"]["best"]) == list(first["one pass with a CRF"]["best"]) == ["0"]
     assert list(first["one pass with cross-attention"]["best"]) == ["1"]
     assert list(first["AR decoder"]["best"]) == ["greedy"]
     sizes = [figures["parameters"] for figures in first.values()]
@@ -244,7 +244,7 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     assert "| one pass | 2 | 14.5 ± 6.4 |  |" in page
     assert "| YAN, minus one pass | +6.5 | 0.055 | -0.450 | 0.092 |" in page
     assert page.count("| 25 | 50 | 3 | In the (12%) | In the pub. |") == 5
-    assert "A drawn text says 0.50, and 2.20 is the most." in page
+    assert "A drawn text and its expert have 0.50 nats of mutual information, of at most 2.20." in page
 
 
 def test_a_page_leaves_out_shares_that_are_all_zero_and_ends_with_the_routes(load_script, tmp_path):

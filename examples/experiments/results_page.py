@@ -29,8 +29,8 @@ TITLES = {
 }
 CLASSIFICATION = {"sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
 COMPARED = ("YAN", "AR decoder")  # arms that begin so
-RIVALS = ("YAN, one expert", "one pass", "one pass as a chain", "AR encoder-decoder")
-ENCODER_RIVALS = ("one pass as a chain on MiniLM", "classification head on MiniLM")
+RIVALS = ("YAN, one expert", "one pass", "one pass with a CRF", "AR encoder-decoder")
+ENCODER_RIVALS = ("one pass with a CRF on MiniLM", "classification head on MiniLM")
 METRICS = {  # name, scale, digits
     "bleu": ("BLEU", 1, 1),
     "chrf": ("chrF", 1, 1),
@@ -46,8 +46,8 @@ README_TASKS = {
     "dbpedia": "things (DBpedia)",
 }
 README_ARMS = (
-    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass as a chain", "AR decoder"),
-    *("YAN on MiniLM", "one pass as a chain on MiniLM", "classification head on MiniLM"),
+    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass with a CRF", "AR decoder"),
+    *("YAN on MiniLM", "one pass with a CRF on MiniLM", "classification head on MiniLM"),
 )
 README_METRICS = {"bleu": ("bleu", "chrf"), "exact": ("exact",)}
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -148,9 +148,11 @@ def experts_table(found: dict) -> list[str]:
     """The experts that the gate likes best, each with the beginning of its texts and one of them."""
     experts, (right, drawn) = found["experts"], found["information"].values()
     lines = [
-        f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, on {found['rows']} prompts. A right text "
-        f"says {right:.2f} nats of its expert. A drawn text says {drawn:.2f}, and {math.log(len(experts)):.2f} is the "
-        f"most. Texts for `{found['prompts'][0]}`:",
+        f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, over {found['rows']} prompts. A drawn "
+        f"text and its expert have {drawn:.2f} nats of mutual information, of at most {math.log(len(experts)):.2f}. "
+        f"For right texts the KL divergence of the experts' posterior from the gate is {right:.2f} nats. \"Gate\" is "
+        'the mean probability before the text is known, "right texts" the mean posterior given right texts. "Words" '
+        f"is the mean length. Texts for `{found['prompts'][0]}`:",
         "",
         "| gate, % | right texts, % | words | most frequent beginning | text |",
         "|---|---|---|---|---|",

@@ -82,25 +82,43 @@ def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:
 
 
 class AutoencoderCollator:
-    """Rows -> corrupted `input_ids`, clean `labels` and `attention_mask` of ones, all (B, L), filled up with EOS.
+    """Batches of stage one: corrupted `input_ids`, clean `labels` and an `attention_mask` of ones, int64 of (B, L).
 
-    A row gives its `input_ids` or its `text`, of which `mask_ratio` is hidden; its fill is learned too. A pair gives
-    its source, whole, and behind it its target, of which `target_mask_ratio` is hidden, so that the encoder learns to
-    answer from the source. The row says where (see `modeling_yan.data.encoding`). Into an answer slot of the source
-    goes the target, filled up with EOS, if it fits. Of a target in its source's positions the tokens of the loss mask
-    are learned. Of another pair only the target and one EOS are learned, the rest is -100: copying the source would
-    drown the few tokens of the answer in the mean loss. Strings may be token ids, as lists or arrays. From a text of
-    more than `max_length` tokens a window is taken at random. A source keeps the end that fits, or the start if its
-    answer slot is there. `num_truncated` counts both (in each worker of a data loader for itself). L is the longest
-    row with one EOS, rounded up to a multiple of `multiple_of`, at most `max_length`, or always `max_length` if
-    `fixed_width`.
+    A row is a text (`text` or `input_ids`) or a pair (`source`, `target`); strings may be token ids, as lists or
+    arrays. Of a text, `mask_ratio` of the tokens are masked, and all labels count. Of a pair, the source stays whole
+    and `target_mask_ratio` of the target behind it is masked. Only the target and one EOS count, and other labels are
+    -100, or copying the source would drown the answer in the mean loss. A source that begins with enough mask tokens
+    (an answer slot) gets the target in their positions; `modeling_yan.data.encoding` has more forms. EOS pads every
+    row to L: the longest row with one EOS, rounded up to a multiple of `multiple_of`.
 
-    `num_answer_slots` mask tokens are put before the source of every pair, as a model with that config field does.
-    With `copy_prompt_to_slots` they are the source's own first tokens, as far as it goes.
+    A longer text gives a random window. A longer source keeps its end, or its start if its answer slot is there.
+    `num_truncated` counts both, in each worker of a data loader for itself. Sources are encoded as a prompt is, with
+    the tokenizer's special tokens, and texts and targets without.
 
-    Batches follow `seed`, or the `generator` of a call; from a call of `set_epoch` on, which a Trainer makes, also the
-    epoch, and neither the batches before nor the workers matter. Sources are encoded as a prompt is, with the special
-    tokens that the tokenizer adds to one, and texts and targets without.
+    Args:
+        tokenizer: Needs a mask token and an EOS token.
+        max_length: Largest L, in tokens; at least 1.
+        mask_ratio: Share of a text's tokens that is masked, in [0, 1).
+        max_span_len: Longest masked span, in tokens; at least 1.
+        target_mask_ratio: The same share of a pair's target, in [0, 1).
+        seed: Of the draws, in [-2^63, 2^63); from a call of `set_epoch` on, which a Trainer makes, they depend on the
+            epoch, too. The `generator` of a call takes its place.
+        fixed_width: Whether L is always `max_length`.
+        multiple_of: At least 1.
+        num_answer_slots: Mask tokens before the source of every pair, as in `YanConfig`; at least 0.
+        copy_prompt_to_slots: Whether the slots hold the source's own first tokens instead, as in `YanConfig`.
+
+    Raises:
+        ValueError: An argument out of its range, or a row without those keys.
+
+    Example:
+
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_yan.data import AutoencoderCollator
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> batch = AutoencoderCollator(tokenizer, max_length=16)([{"text": "Anna has the hat."}])
+        >>> batch["input_ids"].shape == batch["labels"].shape
+        True
     """
 
     def __init__(
@@ -229,12 +247,24 @@ class FlowCollator:
     `multiple_of`, at most the two limits.
 
     Args:
-        max_source_length, canvas_length: Longest source, and longest target with its EOS, in tokens; if None, what
-            the `model` can take.
+        tokenizer: Needs a pad token and an EOS token, and a BOS token for empty sources.
+        max_source_length: Longest source Ls, in tokens; at least 1, the model's `max_prompt_length` if None.
+        canvas_length: Longest target with its EOS, in tokens; at least 1, the model's if None.
+        multiple_of: Widths are rounded up to a multiple of it; at least 1.
+        model: A `YanForFlowGeneration`, whose config gives the two lengths.
 
     Raises:
         ValueError: A row without source or target, or an empty source where the tokenizer has no BOS; a length that is
             missing, or beyond the model's.
+
+    Example:
+
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_yan.data import FlowCollator
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> collator = FlowCollator(tokenizer, max_source_length=32, canvas_length=8)
+        >>> collator([{"source": [5, 6, 7], "target": [8, 9]}])["labels"]
+        tensor([[   8,    9,    2, -100]])
     """
 
     def __init__(
