@@ -150,7 +150,7 @@ def experts_table(found: dict) -> list[str]:
     lines = [
         f"The {NUM_EXPERTS} experts of {len(experts)} that the gate prefers, over {found['rows']} prompts. A drawn "
         f"text and its expert have {drawn:.2f} nats of mutual information, of at most {math.log(len(experts)):.2f}. "
-        f"For right texts the KL divergence of the experts' posterior from the gate is {right:.2f} nats. \"Gate\" is "
+        f'For right texts the KL divergence of the experts\' posterior from the gate is {right:.2f} nats. "Gate" is '
         'the mean probability before the text is known, "right texts" the mean posterior given right texts. "Words" '
         f"is the mean length. Texts for `{found['prompts'][0]}`:",
         "",
