@@ -89,7 +89,12 @@ def fault_section(figures: dict) -> list[str]:
         "",
         f"A training of {figures['run']['updates']} updates with a checkpoint after every "
         f"{figures['run']['updates_between_checkpoints']}, broken off and started again until it ends. Its weights "
-        "are compared bit for bit with those of a run that nothing happened to.",
+        "are compared bit for bit with those of a run that nothing happened to. A fault ends the process, and the "
+        "next start goes on from the last checkpoint.",
+        "",
+        '"Within a save" counts the faults that hit while a checkpoint was being written. "Runs to their end" counts '
+        "the trainings that finished, after as many starts as they needed. "
+        '"Undisturbed weights" counts those with the weights of an unbroken run, bit for bit.',
         "",
         *about(figures),
         *table(["fault", "times", "what was left"], rows),
