@@ -105,8 +105,10 @@ class YanTransitions(nn.Module):
             states = self.norm(embedding(candidates))
             # layers that others have quantized may want two dimensions
             return projection(states.flatten(0, 2)).unflatten(0, states.shape[:3])
-        vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device)
-        return select_rows(projection(self.norm(embedding(vocabulary))), candidates)
+        vocabulary = torch.arange(embedding.num_embeddings, device=candidates.device).unsqueeze(
+            0
+        )  # a batch, for hooks
+        return select_rows(projection(self.norm(embedding(vocabulary))).squeeze(0), candidates)
 
     def loss(
         self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, targets: torch.Tensor

@@ -85,7 +85,8 @@ class YanGenerationConfig(GenerationConfig):
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
             is 0 and all rows start from the same noise.
         return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
-            compares them with the labels.
+            compares them with the labels. `max_length` and `min_length` count what is returned. A saved config is
+            without it, because a pipeline cuts the prompt off itself.
         compile_config: With a `CompileConfig` of transformers, generation is one program of `torch.compile`. On a GPU
             it is recorded as a CUDA graph. The first call for a batch size, a canvas length and each 64 tokens of
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
@@ -129,6 +130,12 @@ class YanGenerationConfig(GenerationConfig):
         """The default options of a fresh model: deterministic, one canvas, and nothing left to a pipeline's taste."""
         token_ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return cls(do_sample=False, temperature=1.0, max_new_tokens=config.canvas_length, **token_ids)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, without `return_prompt`."""
+        saved = deepcopy(self)
+        saved.return_prompt = None
+        super(YanGenerationConfig, saved).save_pretrained(*args, **kwargs)
 
     def validate(self, strict: bool = False, *args: Any, **kwargs: Any) -> None:
         """Check every field; raises ValueError with the field, its value and what is allowed."""
@@ -237,6 +244,8 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
     ) -> YanGenerationConfig:
         """Keyword, then passed config, then the model's config, then the defaults."""
         check_options(kwargs, self.config.vocab_size)  # transformers would not say which one it can't compare
+        if isinstance(kwargs.get("suppress_tokens"), int):
+            kwargs = {**kwargs, "suppress_tokens": [kwargs["suppress_tokens"]]}
         num_sequences = kwargs.get("num_return_sequences")
         # transformers would refuse several that are neither sampled nor beams
         others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
@@ -253,8 +262,9 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
             "crf_decoding": True,
             "return_prompt": "synced_gpus" not in model_kwargs,
             "max_new_tokens": self.config.canvas_length,
+            "temperature": 1.0,
         }
-        for name in (*FLOW_FIELDS, "max_new_tokens"):
+        for name in (*FLOW_FIELDS, "max_new_tokens", "temperature"):
             value = model_kwargs.pop(name, getattr(options, name, None))
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
@@ -264,7 +274,8 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         self._check_fit(options)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
         if model_kwargs:
-            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}")
+            hint = ": prepare_tokenizer leaves them out" if "token_type_ids" in model_kwargs else ""
+            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}{hint}")
         return options
 
     def _default_expert_choice(self, options: YanGenerationConfig) -> str:
@@ -321,7 +332,10 @@ def _is_off(name: str, value: Any) -> bool:
 
 
 def length_limits(options: YanGenerationConfig, asked: list[dict[str, Any]], prompt_length: int) -> tuple[int, int]:
-    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them."""
+    """Most and fewest new tokens; the first of `asked` that has one of the two upper limits decides between them.
+
+    `prompt_length` tokens are returned before the new ones, and count in `max_length` and `min_length`.
+    """
     decisive = next((limits for limits in asked if limits.get("max_new_tokens") or limits.get("max_length")), {})
     max_new_tokens = options.max_new_tokens
     if not decisive.get("max_new_tokens") and decisive.get("max_length"):

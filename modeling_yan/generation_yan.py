@@ -141,7 +141,7 @@ class YanGenerationMixin(YanOptionsMixin):
         if seed is None:
             seed = _draw_seed(generator) if options.do_sample else 0
         prompt, context, context_mask = self._prepare_prompt(inputs, options, **given)
-        max_new_tokens, min_new_tokens = length_limits(options, asked, prompt.shape[1])
+        max_new_tokens, min_new_tokens = length_limits(options, asked, prompt.shape[1] if options.return_prompt else 0)
         if streamer is not None:
             streamer.put(prompt.cpu())
         num_rows = len(prompt) * options.num_return_sequences

@@ -191,6 +191,7 @@ class YanPretrainedMixin(YanBaseMixin):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         hub_options: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
         **fields: Any,
     ) -> "Self":
         """A new model on a pretrained text encoder: `from_encoder_pretrained("bert-base-uncased", hidden_size=128)`.
@@ -203,11 +204,17 @@ class YanPretrainedMixin(YanBaseMixin):
             name_or_path: Folder or hub name of the encoder and of its tokenizer.
             tokenizer: Another tokenizer, with the encoder's vocabulary.
             hub_options: Of transformers' `from_pretrained`, such as `{"revision": ..., "token": ...}`.
+            dtype: Of the weights, such as `torch.bfloat16`; float32 if None.
             fields: Fields of `YanConfig`, instead of those of the encoder and of `DEFAULTS`.
 
         Raises:
             ValueError: A model that is no text encoder, has no tokenizer or does not fit the fields; unknown fields.
+            TypeError: A tokenizer or a dtype that is none.
         """
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer={tokenizer!r}: must be a tokenizer, as AutoTokenizer loads it")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype={dtype!r}: must be a dtype of floating-point numbers, such as torch.bfloat16")
         hub_options = hub_options or {}
         encoder = AutoConfig.from_pretrained(name_or_path, **hub_options)
         backbone_class(encoder)
@@ -221,6 +228,7 @@ class YanPretrainedMixin(YanBaseMixin):
         model = cls(config)
         _load_encoder(model, name_or_path, hub_options)
         model.tie_weights()
+        model.to(dtype or model.dtype)  # type: ignore[arg-type]
         return model.eval()
 
     def post_init(self) -> None:

@@ -162,6 +162,21 @@ def test_lines_of_stdin_are_prompts(yan, folder, type_in):
     assert yan("generate", folder, *STEPS) == (0, expected, [])
 
 
+def test_lines_of_other_systems_are_the_same_prompts(yan, folder, type_in):
+    texts = []
+    for end in ("\n", "\r\n"):
+        type_in(f"ab cd{end}ef{end}")
+        texts.append(yan("generate", folder)[1])
+    assert texts[0] == texts[1]
+
+
+def test_bytes_that_are_no_text_are_refused(yan, folder, type_in):
+    type_in("caf\udce9\n")
+    code, _, errors = yan("generate", folder)
+    assert code == 2
+    assert "must be in UTF-8" in errors[0]
+
+
 def test_a_stream_shows_the_draft_of_every_step(yan, folder):
     text = yan("generate", folder, SENTENCES[0], *STEPS, "--max_new_tokens", 8)[1]
     code, lines, drafts = yan("generate", folder, SENTENCES[0], *STEPS, "--max_new_tokens", 8, "--stream")

@@ -5,10 +5,12 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer, EvalPrediction
 
 from modeling_yan import YanForFlowGeneration
@@ -108,6 +110,7 @@ def test_rows_are_held_out_from_a_file_a_split_or_a_share(folder):
         (["--train_file", "x", "--validation_split", "x"], "--validation_split: is for --dataset"),
         (["--train_file", "x", "--fields", "[]"], """--fields '[]': must be a JSON object, such as {"freeze_enc"""),
         (["--train_file", "x", "--fields", "{x}"], "--fields '{x}': must be a JSON object"),
+        (["--train_file", "x", "--fields", '{"canvas_length": 8}'], "is for a new model, on an --encoder"),
     ],
 )
 def test_words_that_do_not_fit_together(capsys, words, message):
@@ -168,6 +171,71 @@ def test_a_few_held_out_rows_are_shown_at_every_evaluation(capsys):
     assert "   source: Where is Joe?" in shown
     Samples(tokenizer, rows, is_shown=False)(EvalPrediction(written, ids))
     assert capsys.readouterr().out == ""
+
+
+def run_here(tmp_path, *words, **fields):
+    """Train on a few rows, of which the third has a target of six words."""
+    places = ("here", "there", "in a house by the sea", "away")
+    rows = [{"source": f"where is {name}?", "target": place} for name, place in zip("abcd", places, strict=True)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away")
+    command = ["--train_file", str(tmp_path / "rows.jsonl"), "--validation_file", str(tmp_path / "rows.jsonl")]
+    command += ["--max_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
+    command += [
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        *(["--fields", json.dumps(fields)] if fields else []),
+    ]
+    words = [str(tmp_path / word) if word in ("encoder", "rows.jsonl", "out") else word for word in words]
+    finetune(*parse_finetuning([*command, *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "encoder", "--output_dir", "out"], "encoder': its model_type='bert' must be 'yan'"),
+        (["--model", "nowhere", "--output_dir", "out"], "--model 'nowhere': must be a folder or a name on the hub"),
+        (
+            ["--encoder", "nowhere", "--output_dir", "out"],
+            "--encoder 'nowhere': must be a folder or a name on the hub",
+        ),
+        (["--encoder", "encoder", "--output_dir", "rows.jsonl"], "rows.jsonl': must be a folder, and is a file"),
+    ],
+)
+def test_names_that_can_not_be_are_named(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_here(tmp_path, *words)
+
+
+def test_a_target_without_room_is_named(tmp_path):
+    words = ["--encoder", "encoder", "--output_dir", "out"]
+    with pytest.raises(ValueError, match=r"the target of row 3 has 6 tokens: shorten it, or give --fields .*=6"):
+        run_here(tmp_path, *words, max_position_embeddings=6)
+    run_here(tmp_path, *words, max_position_embeddings=6, canvas_length=4, num_flow_layers=1)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.canvas_length == 4
+
+
+def test_without_generated_texts_there_is_no_metric_of_them(tmp_path, capsys):
+    words = ["--encoder", "encoder", "--output_dir", "out", "--predict_with_generate", "False"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    assert "eval_loss" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    shown = capsys.readouterr().out
+    assert "eval_loss" in shown
+    assert "exact_match" not in shown
+
+
+def test_the_dtype_and_the_tokenizer_of_a_new_model(tmp_path):
+    save_encoder(tmp_path, "where is a b c d here there")
+    make = partial(YanForFlowGeneration.from_encoder_pretrained, str(tmp_path), num_flow_layers=1)
+    model = make(dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(TypeError, match="dtype='half': must be a dtype of floating-point numbers"):
+        make(dtype="half")
+    with pytest.raises(TypeError, match="tokenizer='x': must be a tokenizer, as AutoTokenizer loads it"):
+        make(tokenizer="x")
 
 
 @pytest.mark.slow

@@ -61,10 +61,27 @@ class TestOptions:
             "canvas_length": 6,
             "seed": 9,
         }
-        fields |= {"return_prompt": False, "do_sample": True, "temperature": 0.5, "max_new_tokens": 13}
-        YanGenerationConfig(**fields).save_pretrained(tmp_path)
+        fields |= {"do_sample": True, "temperature": 0.5, "max_new_tokens": 13}
+        options = YanGenerationConfig(**fields, return_prompt=False)
+        options.save_pretrained(tmp_path)
         loaded = YanGenerationConfig.from_pretrained(tmp_path).to_dict()
         assert {name: loaded[name] for name in fields} == fields
+        assert loaded["return_prompt"] is None  # a pipeline would cut the answer off
+        assert options.return_prompt is False
+
+    def test_lengths_count_what_is_returned(self, model, prompts):
+        with_prompt = model.generate(prompts, max_length=prompts.shape[1] + 3)
+        alone = model.generate(prompts, max_length=3, return_prompt=False)
+        assert torch.equal(alone, with_prompt[:, prompts.shape[1] :])
+        assert model.generate(prompts, min_length=8, return_prompt=False).shape[1] == 8
+
+    def test_no_temperature_is_that_of_one(self, model, prompts):
+        texts = [model.generate(prompts, do_sample=True, seed=1, temperature=value) for value in (None, 1.0)]
+        assert torch.equal(*texts)
+
+    def test_one_suppressed_token_needs_no_list(self, model, prompts):
+        texts = [model.generate(prompts, suppress_tokens=value) for value in (7, [7])]
+        assert torch.equal(*texts)
 
     def test_a_models_generation_config_survives_its_checkpoint(self, model, prompts, tmp_path):
         model.generation_config.num_flow_steps = 5

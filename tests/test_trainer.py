@@ -319,8 +319,17 @@ def test_evaluation_leaves_the_generation_config_as_it_was(model, tokenizer, row
 def test_seq2seq_options_reach_generate(model, tokenizer, rows, tmp_path):
     expected = written(model, tokenizer, rows[:7], max_new_tokens=3, return_prompt=False)
     trainer, _ = make_trainer(Seq2SeqTrainer, model, tokenizer, rows, tmp_path, predict_with_generate=True)
-    predictions = trainer.predict(rows[:7], max_new_tokens=3).predictions
-    assert torch.equal(torch.tensor(predictions)[:, :3], expected)
+    for limit in ({"max_new_tokens": 3}, {"max_length": 3}):  # of the answer, which is all that is returned
+        predictions = trainer.predict(rows[:7], **limit).predictions
+        assert torch.equal(torch.tensor(predictions)[:, :3], expected)
+
+
+def test_noise_on_embeddings(model, tokenizer, rows, tmp_path):
+    """NEFTune's hook wants batches of them."""
+    model = YanForFlowGeneration(model.config.with_fields(crf_rank=4))
+    trainer, losses = make_trainer(Trainer, model, tokenizer, rows, tmp_path, neftune_noise_alpha=5)
+    trainer.train()
+    assert len(losses.of("loss")) == 4
 
 
 def test_a_model_saved_after_an_evaluation_writes_the_same(model, tokenizer, rows, tmp_path):

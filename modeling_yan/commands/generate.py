@@ -50,7 +50,15 @@ def _texts(options: argparse.Namespace) -> Iterable[str]:
     """The texts that were given, or the lines of stdin."""
     if not options.text and sys.stdin.isatty():
         raise ValueError("text: must be given, or come as lines on stdin")
-    return options.text or (line.rstrip("\n") for line in sys.stdin)
+    return map(_checked_text, options.text or (line.rstrip("\r\n") for line in sys.stdin))
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # the interpreter lets such bytes through as surrogates
+        raise ValueError(f"text {text!r:.60}: must be in UTF-8") from error
+    return text
 
 
 def _print_answers(writer: Writer, prompts: Iterable[str]) -> None:

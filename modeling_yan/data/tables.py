@@ -3,7 +3,7 @@
 | a file's name ends in | rows |
 |---|---|
 | `.jsonl`, `.json` | one JSON object a line, or one array of objects |
-| `.csv`, `.tsv` | a table whose first line names the columns; every field is text, as it stands there |
+| `.csv`, `.tsv` | a table whose first line names the columns; every field is text, and may stand in quotes |
 | `.parquet` | the table's rows |
 
 All but `.parquet` may be gzipped. `datasets` reads tables; of JSON it would take texts that look like dates for dates.
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .readers import read_file
 from .rows import Row, check_row, numbered_lines
@@ -175,10 +175,10 @@ def _csv_settings(path: Path, suffix: str) -> dict[str, Any]:
 
     try:
         first = next((line.decode("utf-8") for _, line in numbered_lines(path)), "").rstrip("\r\n")
+        separator = "\t" if suffix == ".tsv" else max(SEPARATORS, key=first.count)
+        header, quoting = _read_header(path, separator)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be in UTF-8 ({error})") from error
-    separator = "\t" if suffix == ".tsv" else max(SEPARATORS, key=first.count)
-    header = next(csv.reader([first], delimiter=separator), [])
     if not any(header):
         raise ValueError(f"{path}: the first line must name the columns, and it is empty")
     twice = [name for name in header if header.count(name) > 1]
@@ -186,7 +186,42 @@ def _csv_settings(path: Path, suffix: str) -> dict[str, Any]:
         raise ValueError(f"{path}: the first line must name every column once, and has {twice[0]!r} twice")
     names = [name or f"Unnamed: {index}" for index, name in enumerate(header)]  # as pandas calls them
     features = Features(dict.fromkeys(names, Value("string")))
-    return {"sep": separator, "features": features, "keep_default_na": False, "index_col": False}
+    settings = {"sep": separator, "features": features, "keep_default_na": False, "index_col": False}
+    return {**settings, "quoting": quoting}
+
+
+def _read_header(path: Path, separator: str) -> tuple[list[str], int]:
+    """The names in the first line of a table, and whether its fields may stand in quotes, as `csv` calls it.
+
+    A quote is one of the text's own in a table between tabs of which it would be a fault, as in `"Who?" he said`.
+
+    Raises:
+        ValueError: A line has more fields than the first one, or quotes in the middle of a field; the message has its
+            number.
+    """
+    try:
+        return _count_fields(path, separator, csv.QUOTE_MINIMAL), csv.QUOTE_MINIMAL
+    except ValueError:
+        if separator != "\t":
+            raise
+        return _count_fields(path, separator, csv.QUOTE_NONE), csv.QUOTE_NONE
+
+
+def _count_fields(path: Path, separator: str, quoting: Literal[0, 3]) -> list[str]:
+    """The names in the first line, if no other line has more fields."""
+    lines = (line.decode("utf-8") for _, line in numbered_lines(path))
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    header: list[str] = []
+    try:
+        header = next(reader, [])
+        for row in reader:
+            if len(row) > len(header):
+                hint = f"put a field that holds {separator!r} in quotes"
+                raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields for {len(header)} names; {hint}")
+    except csv.Error as error:
+        hint = "a field with a quote or a line break stands in quotes, and a quote in it is doubled"
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; {hint}") from error
+    return header
 
 
 def _field_of(column: str, columns: PairColumns) -> str:

@@ -22,7 +22,13 @@ ROLES = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MAS
 STAND_INS = {"bos_token": "cls_token", "eos_token": "sep_token"}
 MODEL_INPUTS = ["input_ids", "attention_mask"]
 # What was said, line by line: a model that was trained on plain prompts has no marks for who speaks.
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n' }}{% endfor %}"
+# A message is a text, or OpenAI's list of parts of type "text".
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] != 'text' %}"
+    "{{ raise_exception('a part of type ' ~ part['type'] ~ ': must be text') }}{% endif %}{{ part['text'] }}"
+    "{% endfor %}{% endif %}{{ '' if loop.last else '\n' }}{% endfor %}"
+)
 NUM_BYTES = 256
 SPACE = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]  # how byte-level BPE spells " "
 

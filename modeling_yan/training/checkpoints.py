@@ -5,15 +5,20 @@ and in `state/` what Accelerate needs to go on: weights, optimizer, schedule, gr
 """
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..data.rows import UNFINISHED, remove
+from .arguments import PretrainingArguments
 
 try:
     import fcntl
@@ -22,6 +27,13 @@ except ImportError:  # not on Windows
 
 NAME = re.compile(r"checkpoint-(\d+)")
 LOCK = ".lock"
+SETTINGS_FILE = "training_arguments.json"
+# A resumed run with another value of these would see other batches, or train another model, from its first update on.
+FIXED = (
+    *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
+    *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches", "config_overrides"),
+)
+HASHED_BYTES = 2**20  # of a file's beginning and of its end
 
 
 @contextlib.contextmanager
@@ -32,6 +44,8 @@ def claim(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         OSError: It can't be written to, or another process is training into it.
     """
     output_dir = Path(output_dir)
+    if output_dir.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "output_dir must be a folder, and is a file", str(output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / LOCK).open("a") as file:
         try:
@@ -53,6 +67,54 @@ def remove_unfinished(output_dir: str | os.PathLike[str]) -> None:
     """Clear away what killed runs left half written."""
     for path in Path(output_dir).glob(UNFINISHED + "*"):
         remove(path)
+
+
+def count_microbatches(accelerator: Accelerator) -> int:
+    """Micro-batches of one update, over all processes."""
+    return accelerator.num_processes * accelerator.gradient_accumulation_steps
+
+
+def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -> Path | None:
+    """The newest whole checkpoint if this run resumes. Clears away what a killed run left half written.
+
+    Raises:
+        FileExistsError: There are checkpoints, and `resume` is off.
+        ValueError: The checkpoint saw other batches than this run would.
+    """
+    output_dir = Path(arguments.output_dir)
+    if accelerator.is_main_process:
+        remove_unfinished(output_dir)
+    accelerator.wait_for_everyone()
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return None
+    if not arguments.resume:
+        raise FileExistsError(
+            f"{output_dir} holds {checkpoints[-1].name}: go on with --resume, or choose another folder"
+        )
+    before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
+    before.setdefault("num_microbatches", before.get("num_places"))  # its name in 0.2
+    now = asdict(arguments) | {"num_microbatches": count_microbatches(accelerator)}
+    changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
+    if "train_file_hash" in before and before["train_file_hash"] != hash_files(arguments.train_file):
+        changed.append(f"other contents of train_file={arguments.train_file}")
+    if changed:
+        found = f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}"
+        raise ValueError(f"{found}: the batches or the model would be others")
+    return checkpoints[-1]
+
+
+def hash_files(paths: Sequence[str]) -> str:
+    """A hash of what files hold: of their sizes, and of the first and the last mebibyte of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in filter(os.path.isfile, paths):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{size} ".encode())
+            for start in (0, max(0, size - HASHED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(HASHED_BYTES))
+    return digest.hexdigest()
 
 
 def write_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:

@@ -31,6 +31,7 @@ from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
 from .encoder_states import RowsWithStates, StatesCollator
+from .models import naming
 from .optimization import make_groups
 from .samples import Samples
 
@@ -105,7 +106,8 @@ class FinetuningArguments:
         for one, other in (("train_file", "dataset"), ("model", "encoder")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"--{one}, or --{other}: must be given, and not both")
-        self.new_fields()
+        if self.new_fields() and self.encoder is None:
+            raise ValueError(f"--fields {self.fields!r}: is for a new model, on an --encoder")
         if self.encoder is not None and self.lora and self.new_fields().get("freeze_encoder"):
             raise ValueError("--lora: adapts the encoder, which freeze_encoder in --fields keeps as it is")
         if self.encoder is not None and self.encoder_learning_rate is None and not self.lora:
@@ -156,6 +158,8 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
 
     It is trained until its loss on the held-out rows has not fallen for three epochs; the best one is kept.
     """
+    if os.path.isfile(cast(str, training.output_dir)):
+        raise ValueError(f"--output_dir {training.output_dir!r}: must be a folder, and is a file")
     with training.main_process_first():  # the others find what it downloaded and converted
         rows, held_out, held_name = load_pairs(options, training.seed)
     model, tokenizer = _model_and_tokenizer(options, rows)
@@ -165,6 +169,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     collator = FlowCollator(tokenizer, model=model)
+    samples = Samples(tokenizer, held_out, is_main) if training.predict_with_generate else None
     trained: PreTrainedModel = model
     adapter, output_dir, train_rows = None, cast(str, training.output_dir), cast(Any, rows)
     if options.lora and options.encoder is not None:
@@ -182,7 +187,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         eval_dataset=cast(Any, held_out),
         data_collator=StatesCollator(collator),
         processing_class=tokenizer,
-        compute_metrics=Samples(tokenizer, held_out, is_main),
+        compute_metrics=samples,
         callbacks=[EarlyStoppingCallback(PATIENCE)] if training.load_best_model_at_end else None,
         optimizers=(_two_rates(trained, training, options.encoder_learning_rate), None),
     )
@@ -197,7 +202,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     trainer.save_model()
     trainer.save_metrics("eval", after)
     if is_main:
-        for name in SHOWN:
+        for name in filter(before.__contains__, SHOWN):
             print(f"{name:18} {before[name]:.4f} -> {after[name]:.4f}")
         print(f"The model is in {training.output_dir}. Next:\n  {command}")
 
@@ -231,19 +236,33 @@ def _model_and_tokenizer(
     if options.encoder is not None:
         return _new_model(options.encoder, rows, options.new_fields())
     name = cast(str, options.model)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return cast(YanForFlowGeneration, AutoModelForCausalLM.from_pretrained(name)), tokenizer
+    with naming("model", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name)
+    if model.config.model_type != "yan":
+        raise ValueError(f"--model {name!r}: its model_type={model.config.model_type!r} must be 'yan'")
+    return cast(YanForFlowGeneration, model), tokenizer
 
 
 def _new_model(
     encoder: str, rows: Sequence[Row], fields: dict[str, Any]
 ) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
     """A model and its tokenizer on a pretrained encoder, with room for the longest target of the rows."""
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    with naming("encoder", encoder):
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
     targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
-    fields = {"canvas_length": max(map(len, targets)) + 1, **fields}  # with its EOS
-    model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
+    longest = max(range(len(targets)), key=lambda index: len(targets[index]))
+    length = len(targets[longest]) + 1  # with its EOS
+    try:
+        model = YanForFlowGeneration.from_encoder_pretrained(
+            encoder, tokenizer=tokenizer, **{"canvas_length": length, **fields}
+        )
+    except ValueError as error:
+        if "canvas_length" in fields or f"canvas_length={length}" not in str(error):
+            raise
+        shorter = """shorten it, or give --fields '{"canvas_length": N}', which cuts what is longer"""
+        raise ValueError(f"the target of row {longest + 1} has {length - 1} tokens: {shorter} ({error})") from error
     limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}
     texts = [row["source"] for row in rows[:MEASURED_ROWS]]
     batches = (texts[start : start + 32] for start in range(0, len(texts), 32))
@@ -313,7 +332,9 @@ def fill_card(
     card.metrics = ["exact_match", "rouge"]
     card.results = {"rows trained on": f"{num_rows:,} of {os.path.basename(options.origin)}"}
     card.results |= {
-        f"{name.removeprefix('eval_')}, {num_held_out:,} held-out rows": f"{scores[name]:.4f}" for name in SHOWN
+        f"{name.removeprefix('eval_')}, {num_held_out:,} held-out rows": f"{scores[name]:.4f}"
+        for name in SHOWN
+        if name in scores
     }
     if options.dataset is not None and not os.path.exists(options.dataset):
         card.datasets = [options.dataset]

@@ -31,9 +31,18 @@ from ..checks_yan import IGNORE_INDEX
 from ..data import load_rows, prepare_tokenizer, read_rows
 from ..data.rows import SUFFIXES, replacing, write_whole
 from .arguments import PretrainingArguments
-from .checkpoints import claim, list_checkpoints, remove_old, remove_unfinished, write_checkpoint
+from .checkpoints import (
+    SETTINGS_FILE,
+    claim,
+    count_microbatches,
+    find_checkpoint,
+    hash_files,
+    list_checkpoints,
+    remove_old,
+    write_checkpoint,
+)
 from .loading import load_updates, to_device
-from .models import choose_attention, load_config, load_model
+from .models import choose_attention, load_config, load_model, naming
 from .optimization import MovingAverage, follow_schedule, make_optimizer
 from .sampler import Batch, TaskSampler
 from .stages import STAGES
@@ -41,12 +50,7 @@ from .throughput import baseline_flops, measure_peak, training_flops
 from .validation import Validation
 from .vocabulary import limit_prompts
 
-SETTINGS_FILE, STATE_FOLDER, LOG_FILE = "training_arguments.json", "state", "log.jsonl"
-# A resumed run with another value of these would see other batches, or train another model, from its first update on.
-FIXED = (
-    *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
-    *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches", "config_overrides"),
-)
+STATE_FOLDER, LOG_FILE = "state", "log.jsonl"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,11 +72,13 @@ def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None
     output_dir = Path(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, accelerator)
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    with naming("tokenizer", arguments.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     prepare_tokenizer(tokenizer)
-    model = load_model(
-        arguments.stage, arguments.config, tokenizer, arguments.resize_embeddings, arguments.config_overrides
-    )
+    with naming("config", arguments.config):
+        model = load_model(
+            arguments.stage, arguments.config, tokenizer, arguments.resize_embeddings, arguments.config_overrides
+        )
     with accelerator.main_process_first():  # the others find what it downloaded and converted
         rows = load_training_rows(arguments, arguments.train_file, arguments.dataset)
     num_microbatches = count_microbatches(accelerator)
@@ -137,39 +143,6 @@ def check_sharding(accelerator: Accelerator) -> None:
                 f"{variable}=true: must be false on {accelerator.device}, where Accelerate trains by {found.value}; "
                 "use configuration/accelerate/ddp.yaml"
             )
-
-
-def count_microbatches(accelerator: Accelerator) -> int:
-    """Micro-batches of one update, over all processes."""
-    return accelerator.num_processes * accelerator.gradient_accumulation_steps
-
-
-def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -> Path | None:
-    """The newest whole checkpoint if this run resumes. Clears away what a killed run left half written.
-
-    Raises:
-        FileExistsError: There are checkpoints, and `resume` is off.
-        ValueError: The checkpoint saw other batches than this run would.
-    """
-    output_dir = Path(arguments.output_dir)
-    if accelerator.is_main_process:
-        remove_unfinished(output_dir)
-    accelerator.wait_for_everyone()
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        return None
-    if not arguments.resume:
-        raise FileExistsError(
-            f"{output_dir} holds {checkpoints[-1].name}: go on with --resume, or choose another folder"
-        )
-    before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
-    before.setdefault("num_microbatches", before.get("num_places"))  # its name in 0.2
-    now = asdict(arguments) | {"num_microbatches": count_microbatches(accelerator)}
-    changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
-    if changed:
-        found = f"cannot go on from {checkpoints[-1]} with {', '.join(changed)}"
-        raise ValueError(f"{found}: the batches or the model would be others")
-    return checkpoints[-1]
 
 
 def load_training_rows(arguments: PretrainingArguments, files: list[str], names: list[str]) -> Any:
@@ -468,7 +441,7 @@ class Training:
         limit_prompts(self.tokenizer, model.config)
         self.tokenizer.save_pretrained(folder)
         state = {"step": self.step, "seconds": self.seconds, "num_microbatches": count_microbatches(self.accelerator)}
-        settings = asdict(self.arguments) | state
+        settings = asdict(self.arguments) | state | {"train_file_hash": hash_files(self.arguments.train_file)}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     def _is_sharded(self) -> bool:

@@ -1,6 +1,8 @@
 """The model of a stage, from a preset or from a checkpoint."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +28,15 @@ LONGEST_EAGER = 256  # tokens; beyond, torch's fused attention is the faster one
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
+@contextlib.contextmanager
+def naming(option: str, value: str) -> Iterator[None]:
+    """Raise a ValueError that names the option where a folder or hub name can't be loaded."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--{option} {value!r}: must be a folder or a name on the hub ({error})") from error
+
+
 def load_model(
     stage: str,
     name: str,
@@ -45,12 +56,16 @@ def load_model(
         config_overrides: Fields of the config to change, as for `load_config`.
 
     Raises:
-        ValueError: The tokenizer lacks a special token, or does not fit the checkpoint; or as `load_config`.
+        ValueError: The tokenizer lacks a special token, or does not fit the checkpoint; overrides of a field that
+            follows from the tokenizer; or as `load_config`.
     """
     for role in ("pad_token_id", "eos_token_id", "mask_token_id"):
         if getattr(tokenizer, role) is None:
             raise ValueError(f"the tokenizer has no {role}: call prepare_tokenizer first")
     special = {role: getattr(tokenizer, role) for role in ROLES}
+    given = [field for field, _ in split_overrides(config_overrides) if field == "vocab_size" or field in special]
+    if given:
+        raise ValueError(f"config_overrides={config_overrides!r}: {given[0]} is that of the tokenizer")
     config = load_config(name, config_overrides)
     is_baseline = find_stage(stage).is_baseline
     if is_baseline or not has_weights(name):
@@ -91,6 +106,12 @@ def _make_baseline(stage: str, name: str, config: YanConfig) -> PreTrainedModel:
     return model
 
 
+def split_overrides(overrides: str) -> list[tuple[str, str]]:
+    """The fields and values of name=value,name=value."""
+    pairs = re.split(r",\s*(?=\w+=)", overrides) if overrides else []
+    return [(field, value) for field, _, value in (pair.partition("=") for pair in pairs)]
+
+
 def load_config(name: str, overrides: str = "") -> YanConfig:
     """The config of a folder or hub name, with fields changed as `overrides` says: name=value,name=value.
 
@@ -100,12 +121,11 @@ def load_config(name: str, overrides: str = "") -> YanConfig:
     config = YanConfig.from_pretrained(name)
     if overrides:
         try:
-            for pair in re.split(r",\s*(?=\w+=)", overrides):
-                field, _, value = pair.partition("=")
+            for field, value in split_overrides(overrides):
                 if getattr(config, field, overrides) is None:  # transformers knows no type to read it as
                     setattr(config, field, yaml.safe_load(value))
                 else:
-                    config.update_from_string(pair)
+                    config.update_from_string(f"{field}={value}")
         except (ValueError, TypeError, AttributeError, yaml.YAMLError, StrictDataclassError) as error:
             raise ValueError(f"config_overrides={overrides!r}: must be name=value,name=value; {error}") from error
         config.validate_fields()

@@ -66,6 +66,17 @@ def test_a_field_is_text_as_it_stands_there(tmp_path):
     assert [pair["target"] for pair in make_pairs(load_file(lines), COLUMNS, "rows")] == answers
 
 
+def test_quotes_of_a_table_between_tabs(tmp_path):
+    """They are the text's own where they can't be those of a field."""
+    texts = ["Where is the cup? he said.", '"Who?" he said', "three"]
+    plain = "question\tanswer\n" + "".join(f'{text}\t"cellar\n' for text in ['"Where', *texts])
+    pairs = make_pairs(load_file(write(tmp_path / "plain.tsv", plain)), COLUMNS, "plain.tsv")
+    assert pairs == [{"source": text, "target": '"cellar'} for text in ['"Where', *texts]]
+    quoted = 'question\tanswer\n"Who?\nHe ""said""."\tcellar\n'
+    pairs = make_pairs(load_file(write(tmp_path / "quoted.tsv", quoted)), COLUMNS, "quoted.tsv")
+    assert pairs == [{"source": 'Who?\nHe "said".', "target": "cellar"}]
+
+
 def test_a_changed_file_is_read_anew(tmp_path):
     load_file(write(tmp_path / "rows.csv", CSV))
     changed = load_file(write(tmp_path / "rows.csv", CSV.replace("Ann", "Anna")))
@@ -122,9 +133,14 @@ def test_a_folder_has_splits(folder):
         ("empty.jsonl", "", "empty.jsonl: the file holds no rows"),
         ("header.csv", "question,answer\n", "header.csv: the file holds no rows"),
         ("twice.csv", "answer,answer\nx,y\n", "twice.csv: .* every column once, and has 'answer' twice"),
-        ("wide.csv", "question,answer\nx,y\nx,y,z\n", "wide.csv: .*Expected 2 fields in line 3, saw 3"),
+        ("wide.csv", "question,answer\nx,y\nx,y,z\n", "wide.csv, line 3: 3 fields for 2 names; put .* in quotes"),
+        ("first.csv", "question,answer\nx, y,z\nx,y\n", "first.csv, line 2: 3 fields for 2 names; put .* in quotes"),
+        ("first.tsv", "question\tanswer\nx\ty\tz\n", "first.tsv, line 2: 3 fields for 2 names"),
+        ("quoted.csv", 'question,answer\n"x" y,z\n', "quoted.csv, line 2: .* a quote in it is doubled"),
+        ("open.csv", 'question,answer\n"x,y\na,b\n', "open.csv, line 3: unexpected end of data"),
+        ("mac.csv", "question,answer\rx,y\r", "mac.csv, line 1: new-line character seen"),
         ("latin.csv", "question,ánswer\n".encode("latin-1"), "latin.csv: must be in UTF-8"),
-        ("latin2.csv", "question,answer\nx,á\n".encode("latin-1"), "latin2.csv: 'utf-8' codec"),
+        ("latin2.csv", "question,answer\nx,á\n".encode("latin-1"), "latin2.csv: must be in UTF-8"),
         ("cut.parquet", b"PAR1", "cut.parquet: "),
         ("line.jsonl", '{"question": 1}\n[]\n', "line.jsonl, line 2: found list, and a row must be an object"),
         ("rows.txt", "x", r"rows.txt: the name of a file must end in .jsonl, .json, .csv, .tsv, .parquet or"),

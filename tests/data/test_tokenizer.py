@@ -2,14 +2,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from modeling_yan.data import generate_stories, train_tokenizer, write_rows
 from modeling_yan.data.rows import row_texts
-from modeling_yan.data.tokenizer import main, read_texts
+from modeling_yan.data.tokenizer import CHAT_TEMPLATE, main, read_texts
 
 TEXTS = [
     "Mary went to the kitchen.",
@@ -142,8 +144,19 @@ def test_a_chat_becomes_a_plain_prompt(tmp_path):
     messages = [{"role": "user", "content": "Anna took the apple."}, {"role": "user", "content": "Who has it?"}]
     prompt = "Anna took the apple.\nWho has it?"
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
+    parts = [{"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    assert tokenizer.apply_chat_template(parts, tokenize=False) == prompt
+    picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    with pytest.raises(TemplateError, match="a part of type image: must be text"):
+        tokenizer.apply_chat_template(picture, tokenize=False)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.apply_chat_template(messages, tokenize=False) == prompt
     encoded = loaded.apply_chat_template(messages, return_dict=True)
     assert encoded["input_ids"] == loaded(prompt)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
+def test_the_bundled_models_have_the_template(name):
+    folder = Path(__file__).parents[2] / "examples" / "checkpoints" / name
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE

@@ -110,6 +110,34 @@ class TestData:
         with pytest.raises(ValueError, match="nothing to train on: give train_file or dataset"):
             pretrain(arguments(train_file=[]))
 
+    def test_a_run_goes_on_with_the_same_rows_alone(self, arguments, runs, fresh, tmp_path):
+        rows = [{"source": "Where is Mary?", "target": f"in room {number}"} for number in range(4)]
+        write_rows(tmp_path / "own.jsonl", rows)
+        settings = arguments(stage="flow", train_file=[str(tmp_path / "own.jsonl")], max_steps=2, save_steps=2)
+        pretrain(settings)
+        write_rows(tmp_path / "own.jsonl", rows[::-1])
+        fresh()
+        with pytest.raises(ValueError, match=r"cannot go on .* with other contents of train_file=.*own\.jsonl"):
+            pretrain(replace(settings, max_steps=4, resume=True))
+        write_rows(tmp_path / "own.jsonl", rows)
+        fresh()
+        pretrain(replace(settings, max_steps=4, resume=True))
+        assert runs.log(settings.output_dir)[-1]["step"] == 4
+
+    @pytest.mark.parametrize("field", ["vocab_size=10", "eos_token_id=5"])
+    def test_what_is_the_tokenizers_can_not_be_overridden(self, arguments, field):
+        with pytest.raises(ValueError, match=f"config_overrides='{field}': .* is that of the tokenizer"):
+            pretrain(replace(arguments(stage="flow"), config_overrides=field))
+
+    def test_names_and_folders_that_can_not_be(self, arguments, tmp_path):
+        settings = arguments(stage="flow")
+        for name in ("tokenizer", "config"):
+            with pytest.raises(ValueError, match=f"--{name} 'nowhere': must be a folder or a name on the hub"):
+                pretrain(replace(settings, **{name: "nowhere"}))
+        (tmp_path / "file").write_text("")
+        with pytest.raises(NotADirectoryError, match="output_dir must be a folder, and is a file"):
+            pretrain(replace(settings, output_dir=str(tmp_path / "file")))
+
     def test_what_does_not_fit_is_counted(self, arguments, runs, tmp_path):
         row = {"source": "Mary went to the garden. " * 20 + "Where?", "target": "in the garden and in the house " * 9}
         write_rows(tmp_path / "long.jsonl", [row])

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from modeling_yan.baselines import INPUT_ADAPTERS
 from modeling_yan.data import TEXT_TASKS
 from modeling_yan.training import PretrainingArguments
-from modeling_yan.training.loop import SETTINGS_FILE, find_checkpoint
+from modeling_yan.training.checkpoints import SETTINGS_FILE, find_checkpoint
 from modeling_yan.training.stages import STAGES, find_stage
 from modeling_yan.training.streams import PAIRS, TEXT
 
