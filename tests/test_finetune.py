@@ -214,7 +214,8 @@ def test_a_target_without_room_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"the target of row 3 has 6 tokens: shorten it, or give --fields .*=6"):
         run_here(tmp_path, *words, max_position_embeddings=6)
     run_here(tmp_path, *words, max_position_embeddings=6, canvas_length=4, num_flow_layers=1)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.canvas_length == 4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.canvas_length, model.generation_config.max_new_tokens) == (4, 7)
 
 
 def test_without_generated_texts_there_is_no_metric_of_them(tmp_path, capsys):

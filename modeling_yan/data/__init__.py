@@ -21,6 +21,7 @@ _HOMES = {
     "split_sentences": "tasks",
     "crop_sentences": "tasks",
     "build_pairs": "tasks",
+    "split_targets": "canvases",
     "AutoencoderCollator": "collators",
     "FlowCollator": "collators",
     "CompletionCollator": "completions",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks_yan import IGNORE_INDEX
+from .canvases import GOES_ON
 from .encoding import EncodedRow, Row, check_rows, encode_rows, entry
 from .masking import (
     Ids,
@@ -240,8 +241,8 @@ class FlowCollator:
     Sources are encoded as a prompt is, with the special tokens that the tokenizer adds to one, and padded on its
     `padding_side`; one longer than `max_source_length` keeps the answer slot that it begins with, if there is one, and
     its end, where the question is, and is counted in `num_truncated`. An empty source becomes a single BOS. A target
-    gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, because
-    its text goes on in the next canvas, and is counted in `num_cut_targets`. The first row that is cut brings a
+    gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, and is
+    counted in `num_cut_targets`. `split_targets` makes rows of all its canvases. The first row that is cut brings a
     warning. An empty target is its EOS alone, which teaches to generate nothing: `TaskSampler` leaves such rows out.
     Each worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
     `multiple_of`, at most the two limits.
@@ -296,7 +297,7 @@ class FlowCollator:
         return _as_tensors(
             input_ids=pad_rows(source, source_width, self.tokenizer.pad_token_id, starts),
             attention_mask=is_between(starts, starts + source.lengths, source_width).astype(np.int64),
-            labels=self._end_targets([row["target"] for row in encoded]),
+            labels=self._end_targets([row["target"] for row in encoded], [row.get(GOES_ON, False) for row in rows]),
         )
 
     def _cut_source(self, ids: Ids, answer_span: tuple[int, int]) -> Ids:
@@ -314,16 +315,21 @@ class FlowCollator:
         stop = min(stop, limit) if stop > start else 0  # a slot stays, and with it what stands before it
         return np.concatenate([flatten([part]).tokens for part in (ids[:stop], ids[stop + excess :])])
 
-    def _end_targets(self, targets: Sequence[Ids]) -> Array:
+    def _end_targets(self, targets: Sequence[Ids], goes_on: Sequence[bool]) -> Array:
         target = flatten([ids[: self.canvas_length] for ids in targets])
         width = _bucket(int(target.lengths.max()) + 1, self.multiple_of, self.canvas_length)
         labels = pad_rows(target, width, IGNORE_INDEX)
         has_end = target.lengths < self.canvas_length
-        if not (self.num_cut_targets or has_end.all()):
+        if (has_end & goes_on).any():
+            length = int(target.lengths[has_end & goes_on][0])
+            needed = f"canvas_length={self.canvas_length}, as those of split_targets(rows, tokenizer, canvas_length)"
+            raise ValueError(f"a target of {length} tokens that goes on in the next canvas: must have {needed}")
+        is_cut = ~has_end & ~np.asarray(goes_on)
+        if is_cut.any() and not self.num_cut_targets:
             longest = max(map(len, targets))
             limit = f"canvas_length={self.canvas_length}, of which an EOS takes one"
             _warn_of_cut(f"a target of {longest} tokens to {limit}", "num_cut_targets")
-        self.num_cut_targets += int(np.count_nonzero(~has_end))
+        self.num_cut_targets += int(np.count_nonzero(is_cut))
         labels[has_end, target.lengths[has_end]] = self.tokenizer.eos_token_id
         return labels
 

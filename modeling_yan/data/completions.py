@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks_yan import IGNORE_INDEX
+from .canvases import split_targets
 from .collators import Batch, FlowCollator
 from .encoding import check_rows
 from .masking import Ids
@@ -21,7 +22,8 @@ class CompletionCollator:
     completion. Of a chat with `assistant_only_loss` every turn of the assistant is a pair by itself, with all that
     came before it as its source. A completion gets the tokens that its text has alone, as targets do everywhere, and
     not those that it has behind a prompt without a space. The EOS that SFTTrainer puts behind a completion counts as
-    its end. Without a prompt the source is a single BOS. Sources and targets are cut as in `FlowCollator`.
+    its end. Without a prompt the source is a single BOS. A completion beyond one canvas gives a pair for every canvas
+    (`split_targets`). Sources are cut as in `FlowCollator`.
 
     Args:
         tokenizer: The `processing_class` of the trainer.
@@ -54,7 +56,7 @@ class CompletionCollator:
                 "give rows of prompt and completion, or learn texts out of nothing with allow_no_prompts=True of "
                 "CompletionCollator"
             )
-        return self.pairs(pairs)
+        return self.pairs(split_targets(pairs, self.tokenizer, self.pairs.canvas_length))
 
     def _take_apart(self, row: Mapping[str, Any]) -> list[dict[str, Ids]]:
         """A pair for every run of labels."""

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..cards_yan import YanModelCard
 from ..configuration_yan import LORA_PARAMETERS
-from ..data import FlowCollator, prepare_tokenizer
+from ..data import FlowCollator, prepare_tokenizer, split_targets
 from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
@@ -169,6 +169,9 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     collator = FlowCollator(tokenizer, model=model)
+    longest = max(len(ids) for ids in _target_ids(tokenizer, rows)) + 1  # with its EOS
+    model.generation_config.max_new_tokens = max(longest, model.generation_config.max_new_tokens)
+    rows = split_targets(rows, tokenizer, model.config.canvas_length)
     samples = Samples(tokenizer, held_out, is_main) if training.predict_with_generate else None
     trained: PreTrainedModel = model
     adapter, output_dir, train_rows = None, cast(str, training.output_dir), cast(Any, rows)
@@ -244,6 +247,10 @@ def _model_and_tokenizer(
     return cast(YanForFlowGeneration, model), tokenizer
 
 
+def _target_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
+    return cast(list[list[int]], tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"])
+
+
 def _new_model(
     encoder: str, rows: Sequence[Row], fields: dict[str, Any]
 ) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
@@ -251,7 +258,7 @@ def _new_model(
     with naming("encoder", encoder):
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
-    targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
+    targets = _target_ids(tokenizer, rows)
     longest = max(range(len(targets)), key=lambda index: len(targets[index]))
     length = len(targets[longest]) + 1  # with its EOS
     try:
@@ -261,7 +268,7 @@ def _new_model(
     except ValueError as error:
         if "canvas_length" in fields or f"canvas_length={length}" not in str(error):
             raise
-        shorter = """shorten it, or give --fields '{"canvas_length": N}', which cuts what is longer"""
+        shorter = """shorten it, or give --fields '{"canvas_length": N}' for several canvases of N tokens"""
         raise ValueError(f"the target of row {longest + 1} has {length - 1} tokens: {shorter} ({error})") from error
     limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}
     texts = [row["source"] for row in rows[:MEASURED_ROWS]]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_yan import YanConfig
 from ..data import TEXT_TASKS, AutoencoderCollator, FlowCollator, crop_sentences
+from ..data.canvases import canvas_of, count_canvases
 from ..data.encoding import encode_rows, pair_fields
 from .stages import find_stage
 from .streams import PAIRS, TEXT, DrawnRows, Filled, Row, Rows, TaskSchedule, cut, split_kinds
@@ -44,6 +45,8 @@ class TaskSampler(Dataset[Batch]):
     `bucket_batches` batches of a task are drawn together, sorted by their rows' numbers of tokens, cut, and dealt out
     in random order: every row is used once, beside rows of about its length. In memory there are never more rows than
     one such group for each task, and the buffer of a stream.
+
+    In the flow stage, a target that needs several canvases gives one of them, drawn at random.
 
     A row that a task can't use (no sentence of `max_words` or fewer, an empty target) is skipped and counted in
     `num_skipped`; `num_truncated` and `num_cut_targets` are those of the collators. They count the groups and batches
@@ -208,11 +211,16 @@ class TaskSampler(Dataset[Batch]):
     def _collate(self, rows: list[Row], rng: random.Random) -> Batch:
         if isinstance(self._collator, AutoencoderCollator):
             return dict(self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60))))
-        batch: Batch = dict(self._collator(rows))
+        batch: Batch = dict(self._collator([self._draw_canvas(row, rng) for row in rows]))
         batch["canvas_length"] = width = batch["labels"].shape[1]
         if rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
         return batch
+
+    def _draw_canvas(self, row: Row, rng: random.Random) -> Row:
+        length = self.config.canvas_length
+        number = count_canvases(row, length)
+        return row if number == 1 else dict(canvas_of(row, length, rng.randrange(number)))
 
 
 def _num_tokens(row: Row) -> int:

@@ -30,15 +30,18 @@ class Samples:
         self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], is_shown: bool = True, number: int = 3
     ) -> None:
         self.tokenizer, self.rows = tokenizer, rows
+        targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
+        self.wanted = tokenizer.batch_decode(targets, skip_special_tokens=True)  # labels have one canvas alone
         chosen = sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))
         self.shown = chosen if is_shown else []
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        generated, wanted = self._decode(prediction.predictions), self._decode(prediction.label_ids)
+        generated = self._decode(prediction.predictions)
         for index in self.shown:
-            texts = {"source": self.rows[index]["source"], "wanted": wanted[index], "generated": generated[index]}
+            source, wanted = self.rows[index]["source"], self.wanted[index]
+            texts = {"source": source, "wanted": wanted, "generated": generated[index]}
             tqdm.write("\n".join(f"{name:>9}: {_shorten(text)}" for name, text in texts.items()))
-        pairs = list(zip(generated, wanted, strict=True))
+        pairs = list(zip(generated, self.wanted, strict=True))
         return {name: float(np.mean([metric(*pair) for pair in pairs])) for name, metric in METRICS.items()}
 
     def _decode(self, ids: Any) -> list[str]:
