@@ -60,4 +60,5 @@ def test_only_the_row_with_nan_is_lost(model):
     embeddings[1, 2, 5] = torch.nan
     logits = model(inputs_embeds=embeddings).logits
     assert logits[1].isnan().all()
-    torch.testing.assert_close(logits[::2], expected[::2])
+    # vector kernels may round the neighbours of a NaN in another way, by the processor
+    torch.testing.assert_close(logits[::2], expected[::2], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
