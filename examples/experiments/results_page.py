@@ -220,8 +220,9 @@ def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
                 p = stats.ttest_ind(own, others, equal_var=False).pvalue
                 difference = np.mean(own) - np.mean(others)
                 cells += [f"{difference:+.{digits}f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-        is_part = arm.startswith(PARTS_OF) and rival != PARTS_OF.rstrip(", ")  # an ablation
-        if any(cells) and arm.startswith(COMPARED) and arm != rival and not is_part:
+        is_aside = arm.startswith(PARTS_OF) and rival != PARTS_OF.rstrip(", ")  # an ablation
+        is_aside |= arm.startswith("AR") and rival.startswith("one pass")  # both are rivals of YAN
+        if any(cells) and arm.startswith(COMPARED) and arm != rival and not is_aside:
             lines.append(f"| {arm}, minus {rival} | " + " | ".join(cells) + " |")
     if not lines:
         return []
