@@ -200,18 +200,18 @@ def _read_header(path: Path, separator: str) -> tuple[list[str], int]:
             number.
     """
     try:
-        return _count_fields(path, separator, csv.QUOTE_MINIMAL), csv.QUOTE_MINIMAL
+        return _checked_header(path, separator, csv.QUOTE_MINIMAL), csv.QUOTE_MINIMAL
     except ValueError:
         if separator != "\t":
             raise
-        return _count_fields(path, separator, csv.QUOTE_NONE), csv.QUOTE_NONE
+        return _checked_header(path, separator, csv.QUOTE_NONE), csv.QUOTE_NONE
 
 
-def _count_fields(path: Path, separator: str, quoting: Literal[0, 3]) -> list[str]:
+def _checked_header(path: Path, separator: str, quoting: Literal[0, 3]) -> list[str]:
     """The names in the first line, if no other line has more fields."""
     lines = (line.decode("utf-8") for _, line in numbered_lines(path))
     reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
-    header: list[str] = []
+    limit = csv.field_size_limit(2**31 - 1)  # it is everyone's, and too low for long texts
     try:
         header = next(reader, [])
         for row in reader:
@@ -221,6 +221,8 @@ def _count_fields(path: Path, separator: str, quoting: Literal[0, 3]) -> list[st
     except csv.Error as error:
         hint = "a field with a quote or a line break stands in quotes, and a quote in it is doubled"
         raise ValueError(f"{path}, line {reader.line_num}: {error}; {hint}") from error
+    finally:
+        csv.field_size_limit(limit)
     return header
 
 

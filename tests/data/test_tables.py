@@ -1,5 +1,6 @@
 """Pairs out of any columns: files as people have them, folders of data sets, and what is refused."""
 
+import csv
 import gzip
 import json
 import logging
@@ -75,6 +76,13 @@ def test_quotes_of_a_table_between_tabs(tmp_path):
     quoted = 'question\tanswer\n"Who?\nHe ""said""."\tcellar\n'
     pairs = make_pairs(load_file(write(tmp_path / "quoted.tsv", quoted)), COLUMNS, "quoted.tsv")
     assert pairs == [{"source": 'Who?\nHe "said".', "target": "cellar"}]
+
+
+def test_a_field_may_be_long(tmp_path):
+    limit, long = csv.field_size_limit(), "word " * 40_000
+    rows = load_file(write(tmp_path / "long.csv", f"question,answer\n{long},x\n"))
+    assert rows[0]["question"] == long
+    assert csv.field_size_limit() == limit
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
