@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # their files import this one
     from typing_extensions import Self
 
     from .decoding_yan import YanTransitions
+    from .graphs_yan import YanGraph
     from .modeling_yan import YanDecoder, YanModel
     from .velocity_yan import YanFlow
 else:
@@ -81,3 +82,4 @@ class YanFlowMixin(YanBaseMixin):
         model: YanModel
         flow: YanFlow
         transitions: YanTransitions | None
+        graph: YanGraph | None

@@ -3,7 +3,8 @@
 `forward`, `generate`, compiled and exported generation all come here, to `solve_canvas`.
 
 Letters of the shape comments: B prompts, R sequences a prompt, S prompt length, L canvas length, D hidden size,
-K experts, N solver steps, C candidates of a token.
+K experts, N solver steps, C candidates of a token. With several vertices a token, points, latents and experts are
+those of the vertices, and L is their number.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from torch.nn import functional as F
 
 from .compilation_yan import is_exporting
 from .configuration_yan import YanConfig
-from .decoding_yan import YanDecodingMixin, YanTransitions, log_probs_of_text_and_fill
+from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
 from .experts_yan import YanExpertChoice, YanExpertPrior, choose_experts
 from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
-from .layers_yan import count_positions
+from .layers_yan import count_positions, select_positions
 from .pretrained_yan import YanPretrainedMixin
 from .velocity_yan import YanCondition, YanVelocity
 
@@ -72,7 +73,8 @@ class CanvasNoise(NamedTuple):
 
     Args:
         x_0: Start points (B R or 1, L, D). expert_uniform, expert_ranks: As in `choose_experts`, for B R rows.
-        token_uniform: Numbers (B R, L, C) in (0, 1) to draw the tokens of the CRF with; None for the best text.
+        token_uniform: Numbers (B R, L, C) in (0, 1) to draw the tokens of the CRF with, or (B R, L, 2) for a path;
+            None for the best text.
     """
 
     x_0: torch.Tensor
@@ -154,6 +156,7 @@ def solve_canvas(
     canvas.num_trunk_passes = velocity.num_trunk_passes
     if canvas.tokens is not None:  # a gate that is NaN still chooses an expert
         is_lost = cast(torch.Tensor, velocity.gate_log_probs).isnan().any(-1)
+        is_lost = is_lost if model.graph is None else is_lost.any(1, keepdim=True)
         canvas.tokens = canvas.tokens.masked_fill(is_lost, -1)
     if plan.keep_path:
         canvas.trajectory, canvas.experts = torch.stack(path, 1), velocity.experts
@@ -240,13 +243,20 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
     def _fill_slots(
         self, slots: torch.Tensor, prompt: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """What the answer slots of a prompt (B, S, ...) hold: `slots` (1, N, ...), or its own first N tokens."""
+        """What the answer slots of a prompt (B, S, ...) hold: `slots` (1, N, ...), or its own first tokens.
+
+        Each of those is in as many slots as a token has vertices.
+        """
         number = slots.shape[1]
         slots = slots.expand(prompt.shape[0], *slots.shape[1:])
         if not self.config.copy_prompt_to_slots:
             return slots
         if attention_mask is None:
             attention_mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        if self.config.vertices_per_token > 1:
+            prompt, attention_mask = (
+                each.repeat_interleave(self.config.vertices_per_token, 1) for each in (prompt, attention_mask)
+            )
         is_token = F.pad(attention_mask, (0, number))[:, :number].bool()
         copied = F.pad(prompt, (0, 0) * (prompt.dim() - 2) + (0, number))[:, :number]
         return torch.where(is_token.view(*is_token.shape, *[1] * (prompt.dim() - 2)), copied, slots)
@@ -258,14 +268,35 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         ids = torch.full((1, self.config.num_answer_slots), self.config.mask_token_id, device=device)
         return self.get_input_embeddings()(ids)
 
+    def logits_of_canvas(self, prompt: YanPrompt, canvas_length: int, num_flow_steps: int) -> dict[str, torch.Tensor]:
+        """Latents (B, L, D) of the canvas that `generate` decodes without sampling, and their logits (B, L, V)."""
+        noise = CanvasNoise(self.start_noise((1, self.config.num_vertices(canvas_length)), prompt.latents))
+        plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
+        latents = cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents)
+        terms = {"logits": self.decode(latents), "latents": latents}
+        if self.graph is None:
+            return terms
+        _, vertices = self.graph.most_likely(terms["logits"], latents, canvas_length, plan.eos)
+        return {name: select_positions(term, vertices) for name, term in terms.items()}
+
+    def along_path(self, terms: dict[str, torch.Tensor], canvas: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Terms whose logits and latents are those of the tokens `canvas` (B, L), on their most probable path."""
+        if self.graph is None:
+            return terms
+        logits, latents = terms["logits"], terms["latents"]
+        with torch.no_grad():
+            vertices = self.graph.align(logits, latents, canvas, self.config.end_ids)
+        return terms | {"logits": select_positions(logits, vertices), "latents": select_positions(latents, vertices)}
+
     def _check_draft(self, canvas_length: int, num_flow_steps: int) -> None:
         """Raise ValueError if the encoder's draft is asked for and does not fill the canvas."""
-        slots = self.config.num_answer_slots
-        if slots < canvas_length and self.config.refine_draft:
-            allowed = f"at most num_answer_slots={slots} with refine_draft=True"
-            raise ValueError(f"canvas_length={canvas_length}: must be {allowed}")
-        if slots < canvas_length and num_flow_steps == 0:
-            allowed = f"at least 1 with num_answer_slots={slots} and canvas_length={canvas_length}: there is no draft"
+        slots, per_token = self.config.num_answer_slots, self.config.vertices_per_token
+        has_draft = slots >= self.config.num_vertices(canvas_length)
+        shares = f"num_answer_slots={slots}" + f" / vertices_per_token={per_token}" * (per_token > 1)
+        if not has_draft and self.config.refine_draft:
+            raise ValueError(f"canvas_length={canvas_length}: must be at most {shares} with refine_draft=True")
+        if not has_draft and num_flow_steps == 0:
+            allowed = f"at least 1 with {shares} and canvas_length={canvas_length}: there is no draft"
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
 
     def draft(self, latents: torch.Tensor | None, canvas_length: int) -> torch.Tensor:
@@ -338,11 +369,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         Args:
             ends: What every expert's head predicts, (B, L, K, D). uniform: Numbers (B, L, K) in (0, 1).
         """
-        transitions, embedding = cast(YanTransitions, self.transitions), self.get_input_embeddings()
-        masses = [
-            transitions.log_mass(embedding, self.allowed_logits(part, plan), part, plan.end_ids, plan.temperature)
-            for part in self._rows_of_experts(ends)
-        ]
+        masses = [self.log_mass(part, plan) for part in self._rows_of_experts(ends)]
         joint = prior.gate_log_probs[:, 0] + torch.cat(masses).view(ends.shape[2], -1).T
         chosen = cast(torch.Tensor, choose_experts(joint, "sample", uniform[:, 0]))
         return chosen.unsqueeze(-1).expand(prior.gate_log_probs.shape[:2])

@@ -187,6 +187,15 @@ def check_length(config: PreTrainedConfig, length: int, name: str, num_slots: in
         raise ValueError(f"{name} has {length} tokens: must be 1 to {allowed}")
 
 
+def check_canvas(config: PreTrainedConfig, length: int) -> None:
+    """Raise ValueError unless the model has positions for all vertices of a canvas of so many tokens."""
+    check_length(config, length, "the canvas")
+    longest, per_token = config.max_position_embeddings, config.vertices_per_token
+    if length * per_token > longest:
+        allowed = f"1 to max_position_embeddings={longest} / vertices_per_token={per_token}"
+        raise ValueError(f"the canvas has {length} tokens: must be {allowed}")
+
+
 def check_prompt(
     model: PreTrainedModel,
     input_ids: Any,

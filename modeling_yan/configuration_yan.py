@@ -34,7 +34,7 @@ POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "num_encoder_layers"),
     *("num_flow_layers", "num_decoder_layers", "max_position_embeddings", "state_size", "conv_kernel", "expand"),
     *("time_step_rank", "num_experts", "gate_temperature", "gate_rank", "init_noise", "canvas_length"),
-    *("layer_norm_eps", "initializer_range", "crf_candidates"),
+    *("layer_norm_eps", "initializer_range", "crf_candidates", "vertices_per_token"),
 )
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout")
 TOKEN_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id")
@@ -108,6 +108,11 @@ class YanConfig(PreTrainedConfig):
         crf_rank: Rank R of the scores of neighbouring tokens, a linear-chain CRF that decodes the canvas; at least 0,
             default 0, which decodes every token independently.
         crf_candidates: Number of likeliest tokens of each position that the CRF scores; at least 1, default 16.
+        vertices_per_token: Number of vertices that the canvas has for each token; at least 1, default 1, which gives
+            every token its position. With more, a text is a path through the vertices, along learned links (arXiv
+            2205.07459, section 3). Its probability is the sum over all paths. 2 suits texts that are about as long as
+            the prompt. It needs `train_expert_choice="posterior"`, no CRF and no `mse_weight`. Several experts need
+            `expert_scope="sequence"`.
         train_expert_choice: The objective, and the expert that its solver uses. `"sample"`, the default, draws the
             expert from the gate, with the losses of the paper (section 3). `"argmax"` takes the gate's most probable
             one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all
@@ -194,6 +199,7 @@ class YanConfig(PreTrainedConfig):
     num_flow_steps: int = 3
     crf_rank: int = 0
     crf_candidates: int = 16
+    vertices_per_token: int = 1
     train_expert_choice: str = "sample"
 
     pad_token_id: int | None = 0
@@ -303,6 +309,7 @@ class YanConfig(PreTrainedConfig):
                 )
         self.objective.validate_fields()
         self._check_choices()
+        self._check_graph()
         self._check_lengths()
 
     def _check_choices(self) -> None:
@@ -330,15 +337,28 @@ class YanConfig(PreTrainedConfig):
             vocabulary = f"the encoder's {self.encoder.vocab_size}"
             require(self, "vocab_size", self.encoder.vocab_size.__eq__, vocabulary)
 
+    def _check_graph(self) -> None:
+        if self.vertices_per_token == 1:
+            return
+        reason = f"with vertices_per_token={self.vertices_per_token}"
+        require(self, "train_expert_choice", "posterior".__eq__, f"'posterior' {reason}")
+        for name in ("crf_rank", "mse_weight"):
+            require(self, name, lambda value: value == 0, f"0 {reason}")
+        allowed = f"'sequence' {reason} and num_experts={self.num_experts}"
+        require(self, "expert_scope", lambda value: self.num_experts == 1 or value == "sequence", allowed)
+
     def _check_lengths(self) -> None:
-        longest = self.max_position_embeddings
-        require(self, "canvas_length", lambda value: value <= longest, f"at most max_position_embeddings={longest}")
+        longest, per_token = self.max_position_embeddings, self.vertices_per_token
+        most = f"at most max_position_embeddings={longest}" + f" / vertices_per_token={per_token}" * (per_token > 1)
+        require(self, "canvas_length", lambda value: value * per_token <= longest, most)
         slots = f"0 to below max_position_embeddings={longest}, and 0 without mask_token_id"
         has_slots = self.mask_token_id is not None or self.encoder is not None
         require(self, "num_answer_slots", lambda value: 0 <= value < (longest if has_slots else 1), slots)
         allowed = f"False with num_answer_slots={self.num_answer_slots}"
         require(self, "copy_prompt_to_slots", lambda value: not value or self.num_answer_slots > 0, allowed)
-        has_draft = self.num_answer_slots >= self.canvas_length and self.train_expert_choice == "posterior"
+        has_draft = (
+            self.num_answer_slots >= self.num_vertices(self.canvas_length) and self.train_expert_choice == "posterior"
+        )
         allowed = "False without answer slots for the canvas and train_expert_choice='posterior'"
         require(self, "refine_draft", lambda value: not value or has_draft, allowed)
         least = 0 if has_draft else 1
@@ -347,6 +367,15 @@ class YanConfig(PreTrainedConfig):
         )
         for name in ("num_flow_steps", "min_train_flow_steps"):
             require(self, name, lambda value: least <= value <= MOST, f"{steps}, and at most {MOST}")
+
+    def num_vertices(self, num_tokens: int) -> int:
+        """Vertices, or positions, of a canvas of so many tokens."""
+        return num_tokens * self.vertices_per_token
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return () if self.eos_token_id is None else (self.eos_token_id,)
 
     @property
     def flow_layers_with_cross_attention(self) -> list[int]:

@@ -10,7 +10,7 @@ Letters of the shape comments: B batch, L canvas length, C candidates of a token
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from .base_yan import YanFlowMixin
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
 from .compilation_yan import is_exporting, select_rows, use_custom_ops
 from .configuration_yan import YanConfig
+from .flow_matching_yan import token_log_likelihood
+from .graphs_yan import YanGraph
 from .linear_yan import ZeroInitLinear
 
 if TYPE_CHECKING:  # its file imports this one
@@ -221,6 +223,16 @@ class YanDecodingMixin(YanFlowMixin):
         """Logits (B, L, V) of latents (B, L, D)."""
         return self.lm_head(self.decoder(latents))
 
+    def text_log_likelihood(self, logits: torch.Tensor, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+        """log p(y) of the ids `canvas` (B, L) without a CRF: of each token (B, L), or of a whole path (B, 1)."""
+        if self.graph is None:
+            return token_log_likelihood(logits, canvas)
+        return self.graph.log_likelihood(logits, latents, canvas, self.config.end_ids).unsqueeze(1)
+
+    def text_cross_entropy(self, logits: torch.Tensor, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+        """The same as a loss: its negative over the number of the canvas's tokens."""
+        return -self.text_log_likelihood(logits, latents, canvas).sum() / canvas.numel()
+
     def most_likely(
         self,
         logits: torch.Tensor,
@@ -255,18 +267,39 @@ class YanDecodingMixin(YanFlowMixin):
             logits = self.allowed_logits(part, plan)
             # a weight of the head that is NaN shows in every position, so one of them tells
             is_lost = ~part.isfinite().all(-1) | logits[:, :1].isnan().any(-1)
-            if token_uniform is None or self.transitions is None:
+            uniform = None
+            if token_uniform is not None:
+                uniform, token_uniform = token_uniform.split([len(part), len(token_uniform) - len(part)])
+            if self.graph is not None:
+                text = self._read_path(logits, part, plan, uniform)
+                is_lost = is_lost.any(1, keepdim=True)
+            elif uniform is None or self.transitions is None:
                 text = self.most_likely(logits, part, plan.end_ids, plan.crf_decoding, plan.length_penalty)
             else:
-                uniform, token_uniform = token_uniform.split([len(part), len(token_uniform) - len(part)])
                 options = uniform, plan.end_ids, plan.temperature
                 text = self.transitions.draw(self.get_input_embeddings(), logits, part, *options)
             texts.append(text.masked_fill(is_lost, -1))
         return torch.cat(texts)
 
+    def _read_path(
+        self, logits: torch.Tensor, latents: torch.Tensor, plan: "CanvasPlan", uniform: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Token ids (B, L) of a path through the vertices: the best, or one drawn; -1 where links are no numbers."""
+        graph = cast(YanGraph, self.graph)
+        if uniform is not None:
+            text = graph.draw(logits, latents, uniform, plan.eos, plan.num_without_eos, plan.temperature)
+        else:
+            number = latents.shape[1] // self.config.vertices_per_token
+            text, _ = graph.most_likely(logits, latents, number, plan.eos, plan.num_without_eos, plan.length_penalty)
+        return text.masked_fill(graph.is_lost(latents).unsqueeze(1), -1)
+
     def score_tokens(self, latents: torch.Tensor, plan: "CanvasPlan") -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""
         logits = self.allowed_logits(latents, plan)
+        if self.graph is not None:
+            number = latents.shape[1] // self.config.vertices_per_token
+            options = number, plan.eos, plan.num_without_eos, plan.length_penalty
+            return self.graph.score(logits, latents, *options)
         text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
         length = text.new_full((text.shape[0],), text.shape[1])
         for token in plan.end_ids:
@@ -276,13 +309,23 @@ class YanDecodingMixin(YanFlowMixin):
             return chosen.squeeze(-1).sum(-1), length
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
 
+    def log_mass(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
+        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts that are drawn from latents (B, L, D)."""
+        logits = self.allowed_logits(latents, plan)
+        if self.graph is not None:
+            number = latents.shape[1] // self.config.vertices_per_token
+            return self.graph.log_mass(logits, latents, number, plan.eos, plan.num_without_eos, plan.temperature)
+        transitions, embedding = cast(YanTransitions, self.transitions), self.get_input_embeddings()
+        return transitions.log_mass(embedding, logits, latents, plan.end_ids, plan.temperature)
+
     def allowed_logits(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D), those of forbidden tokens minus infinity."""
         logits = self.decode(latents)
         # one token after the other: a list as an index would be copied to the device, and keep CUDA graphs out
         for token in plan.suppressed:
             logits[..., token] = -torch.inf
-        for token in plan.eos if plan.num_without_eos > 0 else ():
+        by_position = plan.num_without_eos > 0 and self.graph is None  # a path counts its tokens itself
+        for token in plan.eos if by_position else ():
             logits[:, : plan.num_without_eos, token] = -torch.inf
         return logits
 

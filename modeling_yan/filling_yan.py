@@ -55,13 +55,17 @@ class YanFillingMixin(YanBaseMixin):
             A `YanFilling`.
 
         Raises:
-            ValueError: A text without mask token, or too long for the canvas; a width below 1.
+            ValueError: A text without mask token, or too long for the canvas; a width below 1; a model whose texts
+                are paths (`vertices_per_token`).
 
         Example:
 
             >>> model.fill(tokenizer, "You are lucky in having <mask> a master.").text  # doctest: +SKIP
             'You are lucky in having such a master.'
         """
+        if self.config.vertices_per_token > 1:
+            allowed = "1 to fill gaps, which stay where they are"
+            raise ValueError(f"vertices_per_token={self.config.vertices_per_token}: must be {allowed}")
         if not isinstance(text, str) or tokenizer.mask_token not in text:
             raise ValueError(f"text={text!r}: must be a string with at least one {tokenizer.mask_token}")
         if isinstance(max_gap_tokens, bool) or not isinstance(max_gap_tokens, int) or max_gap_tokens < 1:

@@ -10,7 +10,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.utils import logging
 
 from .canvas_yan import YanCanvasMixin
-from .checks_yan import check_length, check_options
+from .checks_yan import check_canvas, check_options
 from .clients_yan import open_options
 from .decoding_yan import EOS_STRATEGIES
 from .experts_yan import EXPERT_CHOICES
@@ -269,7 +269,7 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
             setattr(options, name, defaults.get(name) if value is None else value)
         _check_flow_fields(options)
         check_options(vars(options), self.config.vocab_size)
-        check_length(self.config, options.canvas_length, "the canvas")
+        check_canvas(self.config, options.canvas_length)
         self._check_num_sequences(options)
         self._check_fit(options)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}

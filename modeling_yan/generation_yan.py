@@ -30,6 +30,7 @@ from .compilation_yan import merging
 from .cuda_graphs_yan import CudaGraphCache
 from .flow_matching_yan import hashed_normal, hashed_uniform
 from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_limits
+from .graphs_yan import UNIFORMS
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
 PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
@@ -242,7 +243,8 @@ class YanGenerationMixin(YanOptionsMixin):
         streamer: Streamer | None,
     ) -> Canvas:
         """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
-        draws_tokens = options.do_sample and options.crf_decoding and self._draws_tokens()
+        draws_tokens = options.do_sample and self._draws_tokens()
+        draws_tokens = draws_tokens and (options.crf_decoding or self.graph is not None)
         plan = _plan(options, index, num_without_eos, draws_tokens)
         noise = self._draw_noise(plan.repeats * len(context), options, seed + index, draws_tokens, context.device)
         on_draft = None
@@ -257,7 +259,7 @@ class YanGenerationMixin(YanOptionsMixin):
         self, num_rows: int, options: YanGenerationConfig, seed: int, draws_tokens: bool, device: torch.device
     ) -> CanvasNoise:
         """All that is drawn for a canvas of `num_rows`; without sampling, they share one noise."""
-        shape = num_rows if options.do_sample else 1, options.canvas_length
+        shape = num_rows if options.do_sample else 1, self.config.num_vertices(options.canvas_length)
         if options.do_sample:
             x_0 = options.temperature * self.start_noise(shape, torch.empty(0, device=device), seed)
         else:
@@ -271,11 +273,14 @@ class YanGenerationMixin(YanOptionsMixin):
             ranks = ranks.repeat(num_rows // len(ranks)).unsqueeze(1)
         if draws_tokens and self.transitions is not None:
             tokens = hashed_uniform(seed ^ 0x70CE70CE, (*shape, self.transitions.num_candidates), device)
+        if draws_tokens and self.graph is not None:
+            tokens = hashed_uniform(seed ^ 0x70CE70CE, (num_rows, options.canvas_length, UNIFORMS), device)
         return CanvasNoise(x_0, uniform, ranks, tokens)
 
     def _draws_tokens(self) -> bool:
-        """Whether sampling draws the tokens of the CRF, too: where the model was trained as a distribution of them."""
-        return self.transitions is not None and self.config.train_expert_choice == "posterior"
+        """Whether sampling draws the tokens of the CRF or of a path, too: if they were trained as a distribution."""
+        has_joint = self.transitions is not None or self.graph is not None
+        return has_joint and self.config.train_expert_choice == "posterior"
 
     def _solve_compiled(
         self,

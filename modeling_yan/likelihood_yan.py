@@ -10,7 +10,6 @@ import torch
 
 from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
 from .checks_yan import check_labels, check_prompt, is_integer
-from .flow_matching_yan import token_log_likelihood
 from .generation_config_yan import YanGenerationConfig
 from .layers_yan import with_valid_first
 from .objective_yan import YanObjectiveMixin
@@ -30,9 +29,10 @@ class YanLikelihoodMixin(YanObjectiveMixin):
     ) -> torch.Tensor:
         """Log-probability (B,), in nats, of each target behind its prompt.
 
-        The noise is the fixed one of generation without sampling. The probability is that of a canvas: of the target,
-        and of EOS in all positions behind it. The text itself is at least as probable. Its tokens are a chain
-        (`crf_rank`), or independent of one another. One expert of several for a whole text
+        The noise is the fixed one of generation without sampling. With `vertices_per_token` above 1 the probability is
+        that of the text, summed over all paths. Else it is that of a canvas: of the target, and of EOS in all
+        positions behind it. The text itself is at least as probable. Its tokens are a chain (`crf_rank`), or
+        independent of one another. One expert of several for a whole text
         (`expert_scope="sequence"`) is summed over:
 
             p(y) = sum_k pi_k p(y | x1_hat_k)
@@ -70,7 +70,7 @@ class YanLikelihoodMixin(YanObjectiveMixin):
         self._check_draft(canvas.shape[1], num_flow_steps)
         if num_flow_steps == 0 or self.config.expert_scope != "sequence":
             plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
-            noise = CanvasNoise(self.start_noise((1, canvas.shape[1]), prompt.latents))
+            noise = CanvasNoise(self.start_noise((1, self.config.num_vertices(canvas.shape[1])), prompt.latents))
             return self._log_likelihood_of(cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents), canvas)
         joint = [self._joint(prompt, canvas, num_flow_steps, rank) for rank in range(self.config.num_experts)]
         return torch.stack(joint).logsumexp(0)
@@ -83,7 +83,8 @@ class YanLikelihoodMixin(YanObjectiveMixin):
             keep_path=True,
         )
         ranks = torch.full((len(canvas), 1), rank, device=canvas.device)
-        noise = CanvasNoise(self.start_noise((1, canvas.shape[1]), prompt.latents), expert_ranks=ranks)
+        x_0 = self.start_noise((1, self.config.num_vertices(canvas.shape[1])), prompt.latents)
+        noise = CanvasNoise(x_0, expert_ranks=ranks)
         solved = solve_canvas(self, prompt, noise, plan)
         gate, experts = cast(torch.Tensor, solved.gate), cast(torch.Tensor, solved.experts)
         shares = gate[:, 0].gather(1, experts[:, :1]).squeeze(1)
@@ -93,5 +94,5 @@ class YanLikelihoodMixin(YanObjectiveMixin):
         """log p(y | x1_hat) (B,) of the ids `canvas` (B, L), for latents (B, L, D)."""
         logits = self.decode(latents)
         if self.transitions is None:
-            return token_log_likelihood(logits, canvas).sum(1)
+            return self.text_log_likelihood(logits, latents, canvas).sum(1)
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, canvas)

@@ -16,9 +16,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .canvas_yan import CanvasNoise, CanvasPlan, YanPrompt, solve_canvas
 from .cards_yan import YanCardMixin, YanModelCard
-from .checks_yan import IGNORE_INDEX, check_labels, check_length, check_prompt, is_integer
+from .checks_yan import IGNORE_INDEX, check_canvas, check_labels, check_prompt, is_integer
 from .clients_yan import refuse_cache, refuse_echo, refuse_harness_likelihood, token_output, watch_trainers
 from .configuration_yan import YanConfig
 from .decoding_yan import YanTransitions
@@ -28,6 +27,7 @@ from .filling_yan import YanFillingMixin
 from .flow_matching_yan import token_cross_entropy
 from .generation_config_yan import YanGenerationConfig
 from .generation_yan import YanGenerationMixin
+from .graphs_yan import YanGraph
 from .layers_yan import (
     YanAttention,
     YanDecoderLayer,
@@ -115,6 +115,8 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
             module.reset_statistics()
         elif isinstance(module, YanProjection):
             module.reset_rotation()
+        elif isinstance(module, YanGraph):
+            module.reset_distances()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save weights, config, a model card and this code; every class of the family loads from the folder."""
@@ -141,7 +143,7 @@ class YanModel(YanPreTrainedModel):
         torch.Size([1, 3, 32])
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^(flow|decoder|lm_head|transitions)\."}  # of the classes with a head
+    _keys_to_ignore_on_load_unexpected = {r"^(flow|decoder|lm_head|transitions|graph)\."}  # of the classes with a head
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__(config)
@@ -249,7 +251,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         (torch.Size([1, 3, 100]), 0)
     """
 
-    _keys_to_ignore_on_load_unexpected = {r"^(flow|transitions)\."}  # of stage two
+    _keys_to_ignore_on_load_unexpected = {r"^(flow|transitions|graph)\."}  # of stage two
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
     takes_num_items = True
 
@@ -348,6 +350,7 @@ class YanForFlowGeneration(
         self._tied_weights_keys = {"lm_head.weight": f"model.{self.model.words_name}.weight"}
         self.lm_head = nn.Linear(config.word_embedding_size, config.vocab_size)
         self.transitions = YanTransitions(config) if config.crf_rank else None
+        self.graph = YanGraph(config) if config.vertices_per_token > 1 else None
         self.generation_config = YanGenerationConfig.for_model(config)
         self.post_init()
         self.apply_freeze_switches()
@@ -461,7 +464,7 @@ class YanForFlowGeneration(
             sequences = attention_mask, input_ids, position_ids, inputs_embeds
             attention_mask, input_ids, position_ids, inputs_embeds = with_valid_first(*sequences)
         canvas_length = self.config.canvas_length if canvas_length is None else canvas_length
-        check_length(self.config, canvas_length, "the canvas")
+        check_canvas(self.config, canvas_length)
         num_flow_steps = self._draw_num_steps() if num_flow_steps is None else num_flow_steps
         if not is_integer(num_flow_steps):
             raise ValueError(f"num_flow_steps={num_flow_steps!r}: must be an integer of at least 0")
@@ -470,20 +473,13 @@ class YanForFlowGeneration(
             input_ids, attention_mask, position_ids, inputs_embeds, encoder_outputs=encoder_outputs, **kwargs
         )
         if labels is None:
-            terms = self._logits_of_canvas(prompt, canvas_length, num_flow_steps)
+            terms = self.logits_of_canvas(prompt, canvas_length, num_flow_steps)
         else:
             canvas = self.labels_to_canvas(labels, canvas_length)
-            terms = self._objective(canvas, prompt, num_flow_steps)
+            terms = self.along_path(self._objective(canvas, prompt, num_flow_steps), canvas)
             positions = positions_from_start(labels != IGNORE_INDEX)
             terms |= {name: select_positions(terms[name], positions) for name in ("logits", "latents")}
         return YanFlowOutput(**terms, hidden_states=prompt.hidden_states, attentions=prompt.attentions)
-
-    def _logits_of_canvas(self, prompt: YanPrompt, canvas_length: int, num_flow_steps: int) -> dict[str, torch.Tensor]:
-        """Latents (B, L, D) of the canvas that `generate` decodes without sampling, and their logits (B, L, V)."""
-        noise = CanvasNoise(self.start_noise((1, canvas_length), prompt.latents))
-        plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
-        latents = cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents)
-        return {"logits": self.decode(latents), "latents": latents}
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import cast
 
 import torch
+from torch.nn import functional as F
 
 from .base_yan import YanBaseMixin
 from .canvas_yan import CanvasPlan, YanCanvasMixin, YanPrompt
@@ -29,7 +30,6 @@ from .flow_matching_yan import (
     sample_times,
     solve_flow,
     token_cross_entropy,
-    token_log_likelihood,
 )
 from .layers_yan import count_positions
 from .objective_config_yan import YanObjectiveConfig
@@ -77,10 +77,14 @@ class YanObjectiveMixin(YanCanvasMixin):
 
     @torch.no_grad()
     def _expert_log_likelihood(self, ends: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
-        """log p_k(y) (B, L, K) of the target ids where each expert leads, `ends` (B, L, K, D)."""
+        """log p_k(y) (B, L, K) of the target ids `canvas` where each expert leads, `ends` (B, L, K, D)."""
         # one by one: the logits of all experts at once would be K vocabularies wide
-        logits = (self.lm_head(self.decoder(end, dropout=False)) for end in ends.detach().unbind(-2))
-        return torch.stack([token_log_likelihood(each, canvas) for each in logits], dim=-1)
+        each = []
+        for end in ends.detach().unbind(-2):
+            each.append(self.text_log_likelihood(self.lm_head(self.decoder(end, dropout=False)), end, canvas))
+        stacked = torch.stack(each, dim=-1)
+        # of a whole text as if its first token had all of it
+        return F.pad(stacked, (0, 0, 0, ends.shape[1] - stacked.shape[1]))
 
     def _number_rows(
         self, canvas: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
@@ -120,7 +124,8 @@ class YanObjectiveMixin(YanCanvasMixin):
         """
         config, objective = self.config, self.config.objective
         rows = self._number_rows(canvas, prompt.input_ids, prompt.attention_mask)
-        condition = self.condition(prompt.latents, prompt.attention_mask, canvas.shape[1], prompt.position_ids)
+        num_vertices = config.num_vertices(canvas.shape[1])
+        condition = self.condition(prompt.latents, prompt.attention_mask, num_vertices, prompt.position_ids)
         if config.train_expert_choice == "posterior":
             return self._text_objective(canvas, condition, num_flow_steps, rows)
         x_1 = self._encode_target(canvas)
@@ -183,9 +188,10 @@ class YanObjectiveMixin(YanCanvasMixin):
                 return self._most_probable(ends, prior)
             return cast(torch.Tensor, posterior.choose("sample"))
 
-        x_0, _ = self._draw_path(condition.mean.new_empty(*canvas.shape, config.hidden_size), rows)
+        num_vertices = config.num_vertices(canvas.shape[1])
+        x_0, _ = self._draw_path(condition.mean.new_empty(len(canvas), num_vertices, config.hidden_size), rows)
         choice = YanExpertChoice(judge=choose if config.num_experts > 1 else None)
-        velocity = self.velocity_field(condition, canvas.shape[1], num_flow_steps, choice=choice)
+        velocity = self.velocity_field(condition, num_vertices, num_flow_steps, choice=choice)
         ends, path = [], [x_0]
 
         def collect(step: int, x: torch.Tensor) -> None:
@@ -194,7 +200,8 @@ class YanObjectiveMixin(YanCanvasMixin):
 
         x_1_hat = solve_flow(velocity, x_0, num_flow_steps, callback=collect)
         all_logits = [self.decode(end) for end in ends]
-        ce_losses = [token_cross_entropy(logits, canvas) for logits in all_logits]
+        pairs = zip(all_logits, ends, strict=True)
+        ce_losses = [self.text_cross_entropy(logits, end, canvas) for logits, end in pairs]
         terms["ce_loss"] = add_up(ce_losses) / num_flow_steps
         if config.num_experts == 1:  # its likelihood is known, and there is nothing to choose
             terms |= {"text_loss": ce_losses[0].detach(), "expert_usage": torch.ones(1, device=canvas.device)}
@@ -213,9 +220,9 @@ class YanObjectiveMixin(YanCanvasMixin):
 
     def _one_pass_objective(self, canvas: torch.Tensor, condition: YanCondition) -> dict[str, torch.Tensor]:
         """The same without a flow: the likelihood of the text where the encoder's answer slots stand."""
-        draft = self.draft(condition.draft, canvas.shape[1])
+        draft = self.draft(condition.draft, self.config.num_vertices(canvas.shape[1]))
         logits = self.decode(draft)
-        terms = {"ce_loss": token_cross_entropy(logits, canvas)}
+        terms = {"ce_loss": self.text_cross_entropy(logits, draft, canvas)}
         if self.transitions is not None:
             embedding = self.get_input_embeddings()
             terms["crf_loss"] = self.transitions.loss(embedding, logits, draft, canvas)
@@ -258,8 +265,9 @@ class YanObjectiveMixin(YanCanvasMixin):
 
     def _draft_loss(self, condition: YanCondition, canvas: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cross-entropy of the encoder's draft, where there is one to train."""
-        has_draft, objective = self.config.num_answer_slots >= canvas.shape[1], self.config.objective
+        number, objective = self.config.num_vertices(canvas.shape[1]), self.config.objective
+        has_draft = self.config.num_answer_slots >= number
         if not has_draft or objective.freeze_encoder or not objective.draft_weight:
             return {}
-        draft = self.draft(condition.draft, canvas.shape[1])
-        return {"draft_loss": token_cross_entropy(self.decode(draft), canvas)}
+        draft = self.draft(condition.draft, number)
+        return {"draft_loss": self.text_cross_entropy(self.decode(draft), draft, canvas)}

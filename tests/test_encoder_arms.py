@@ -18,7 +18,7 @@ ARMS = {
     "YAN": {},
     "YAN on it": {"encoder": True},
     "YAN on it, LoRA": {"encoder": True, "lora": 2},
-    "one pass on it": {"encoder": True, "kind": "one pass, CRF"},
+    "one pass on it": {"encoder": True, "kind": "one pass, joint"},
     "AR encoder-decoder on it": {"encoder": True, "kind": "encoder_decoder"},
     "head": {"encoder": True, "kind": "classifier"},
 }

@@ -96,7 +96,7 @@ TASK_ARMS = {
     "YAN": {},
     "one expert": {"fields": {"num_experts": 1, "moe_intermediate_size": 32, "expert_scope": "token"}},
     "one pass": {"kind": "one pass"},
-    "one pass with a CRF": {"kind": "one pass, CRF"},
+    "one pass with a CRF": {"kind": "one pass, joint"},
     "one pass with cross-attention": {"kind": "one pass, cross-attention"},
     "AR decoder": {"kind": "decoder"},
     "taught": {"teacher": "AR decoder"},

@@ -23,7 +23,7 @@ from modeling_yan.data import FlowCollator, prepare_tokenizer, read_rows
 from modeling_yan.data.rows import replacing
 from modeling_yan.training.finetuning import adapt_encoder
 
-ONE_PASS_CRF, CLASSIFIER = "one pass, CRF", "classifier"
+ONE_PASS_JOINT, CLASSIFIER = "one pass, joint", "classifier"
 MEASURED_ROWS = 1024
 BATCH_SIZE = 32
 
@@ -39,7 +39,7 @@ def start_model(encoder: str, fields: dict, kind: str, rows: list[dict], folder:
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
     model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
-    if kind == ONE_PASS_CRF:
+    if kind == ONE_PASS_JOINT:
         fields = one_pass_fields(model.config, fields)
         model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)
     limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}

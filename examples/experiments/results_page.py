@@ -11,7 +11,6 @@ and ends with `routes.md` beside it. `notes.md` beside a table says what it show
 import argparse
 import json
 import math
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,13 @@ TITLES = {
     "squad_devsplit": "SQuAD: answers to questions",
 }
 CLASSIFICATION = {"sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
-COMPARED = ("YAN", "AR decoder")  # arms that begin so
-PARTS_OF = "YAN, one expert, "  # arms that begin so are compared with one expert alone
-RIVALS = ("YAN, one expert", "one pass", "one pass with a CRF", "AR encoder-decoder")
+WHOLE = ("YAN, one expert", "YAN, sixteen experts")  # an arm that is one of them without a part has it as its rival
+GRAPH = "one pass with a graph"
+RIVALS = {
+    "YAN": ("YAN, one expert", "one pass", "one pass with a CRF", GRAPH, "AR encoder-decoder"),
+    GRAPH: ("one pass", "one pass with a CRF"),
+    "AR decoder": (*WHOLE, GRAPH),
+}
 ENCODER_RIVALS = ("one pass with a CRF on MiniLM", "classification head on MiniLM")
 METRICS = {  # name, scale, digits
     "bleu": ("BLEU", 1, 1),
@@ -48,7 +51,7 @@ README_TASKS = {
     "dbpedia": "things (DBpedia)",
 }
 README_ARMS = (
-    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass with a CRF", "AR decoder"),
+    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass with a CRF", GRAPH, "AR decoder"),
     *("YAN on MiniLM", "one pass with a CRF on MiniLM", "classification head on MiniLM"),
 )
 README_METRICS = {"bleu": ("bleu", "chrf"), "exact": ("exact",)}
@@ -207,10 +210,21 @@ def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[fl
     return found
 
 
+def rivals_of(arm: str) -> tuple[str, ...]:
+    """The arms that an arm is compared with."""
+    for whole in WHOLE:
+        if arm.startswith(f"{whole}, "):
+            return (whole,)
+    if arm.startswith("YAN"):
+        return tuple(rival for rival in RIVALS["YAN"] + ENCODER_RIVALS if rival != arm)
+    return RIVALS.get(arm, ())
+
+
 def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
     """Arms against their rivals: the differences, and p of Welch's t-test over training seeds; columns as below."""
     lines = []
-    for arm, rival in product(runs, RIVALS + ENCODER_RIVALS):
+    pairs = [(arm, rival) for arm in runs for rival in rivals_of(arm)]
+    for arm, rival in pairs:
         cells = []
         for digits, scale, *path in columns.values():
             own, others = (final_figures(runs, name, *path, scale=scale) for name in (arm, rival))
@@ -220,9 +234,7 @@ def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
                 p = stats.ttest_ind(own, others, equal_var=False).pvalue
                 difference = np.mean(own) - np.mean(others)
                 cells += [f"{difference:+.{digits}f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
-        is_aside = arm.startswith(PARTS_OF) and rival != PARTS_OF.rstrip(", ")  # an ablation
-        is_aside |= arm.startswith("AR") and rival.startswith("one pass")  # both are rivals of YAN
-        if any(cells) and arm.startswith(COMPARED) and arm != rival and not is_aside:
+        if any(cells):
             lines.append(f"| {arm}, minus {rival} | " + " | ".join(cells) + " |")
     if not lines:
         return []

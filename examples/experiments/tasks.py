@@ -52,7 +52,7 @@ OPTIONAL = (
 )
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 NUM_TEXTS = 4  # of one source, for self-BLEU
-ONE_PASS, ONE_PASS_CRF = "one pass", "one pass, CRF"  # without a flow, and without a CRF or with one
+ONE_PASS, ONE_PASS_JOINT = "one pass", "one pass, joint"  # without a flow; tokens alone, or decoded together
 # the usual non-autoregressive decoder: the flow's layers, with hardly any noise
 ONE_PASS_CROSS = "one pass, cross-attention"
 NO_STEPS = {"num_flow_steps": 0, "min_train_flow_steps": 0, "max_train_flow_steps": 0}
@@ -202,17 +202,17 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     tokenizer, updates = AutoTokenizer.from_pretrained(task.tokenizer), recipe["updates"]
     config, settings = preset(recipe, tokenizer, arm.get("fields", {})), arm.get("training", {})
     kind = arm.get("kind", "yan")
-    if kind in (ONE_PASS, ONE_PASS_CRF):
+    if kind in (ONE_PASS, ONE_PASS_JOINT):
         config = widen_encoder(config)
-    if kind in (ONE_PASS_CRF, ONE_PASS_CROSS):
-        config = config.with_fields(**(NO_STEPS if kind == ONE_PASS_CRF else ONE_STEP))
+    if kind in (ONE_PASS_JOINT, ONE_PASS_CROSS):
+        config = config.with_fields(**(NO_STEPS if kind == ONE_PASS_JOINT else ONE_STEP))
     check_recipe(home, arm, recipe)
     config.save_pretrained(home / "preset")
     own = settings if kind != "yan" else {**recipe.get("flow_training", {}), **settings}
     train_file = taught_rows(arm["teacher"], task, recipe, options) if "teacher" in arm else task.files["train"]
     run = (train_file, task, recipe, options, own)
     if kind != "yan":
-        stage = {ONE_PASS: "autoencoder", ONE_PASS_CRF: "flow", ONE_PASS_CROSS: "flow"}.get(kind, kind)
+        stage = {ONE_PASS: "autoencoder", ONE_PASS_JOINT: "flow", ONE_PASS_CROSS: "flow"}.get(kind, kind)
         train_stage(stage, home / "preset", home / "model", updates, *run)
         return home / "model"
     first = round(arm.get("autoencoder_share", recipe["autoencoder_share"]) * updates)
@@ -246,7 +246,7 @@ def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -
         own = recipe, settings, arm["lora"], options.seed, home / "model"
         encoder_arms.train_adapter(home / "start", task.files["train"], *own)
         return home / "model"
-    stage = "flow" if kind in ("yan", ONE_PASS_CRF) else kind
+    stage = "flow" if kind in ("yan", ONE_PASS_JOINT) else kind
     run = (recipe["updates"], task.files["train"], task, recipe, options, settings)
     train_stage(stage, home / "start", home / "model", *run, tokenizer=home / "start")
     return home / "model"
@@ -277,7 +277,7 @@ def shared_key(config: YanConfig, train_file: str) -> str:
 
 def load(folder: Path, kind: str):
     """The model of an arm; one pass is a YAN whose flow is never asked."""
-    if kind in (ONE_PASS, ONE_PASS_CRF):
+    if kind in (ONE_PASS, ONE_PASS_JOINT):
         return YanForFlowGeneration.from_pretrained(folder).eval()
     if kind == encoder_arms.CLASSIFIER:
         return encoder_arms.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -303,7 +303,7 @@ def measure(folder: Path, name: str, task: Task, recipe: dict, options) -> dict:
         settings |= {"max_source_length": recipe.get("training", {}).get("max_source_length")}
         return generate_answers(model, tokenizer, sources, 100, max_new_tokens=config.canvas_length, **settings)
 
-    only = {ONE_PASS_CRF: 0, ONE_PASS_CROSS: 1}.get(kind)  # number of steps
+    only = {ONE_PASS_JOINT: 0, ONE_PASS_CROSS: 1}.get(kind)  # number of steps
 
     def draw(temperature: float, number: int, num_flow_steps: int = 3 if only is None else only):
         """So many texts for each source."""
@@ -347,7 +347,7 @@ def measure_nats(model, tokenizer, kind: str, task: Task, recipe: dict, config: 
     steps = {"greedy": 0} if kind in INPUT_ADAPTERS else {"0": 0}
     if kind == ONE_PASS_CROSS:
         steps = {"1": 1}
-    elif kind not in (*INPUT_ADAPTERS, ONE_PASS, ONE_PASS_CRF):
+    elif kind not in (*INPUT_ADAPTERS, ONE_PASS, ONE_PASS_JOINT):
         steps = {str(number): number for number in (1, 3) if number in recipe["steps"]}
     rows = [{"source": source, "target": text} for source in task.sources for text in task.references[source]]
     lengths = config.canvas_length, recipe.get("training", {}).get("max_source_length")
@@ -363,7 +363,7 @@ def run_arm(name: str, task: Task, recipe: dict, options):
     folder, kind = train_arm(name, task, recipe, options), recipe["arms"][name].get("kind", "yan")
     figures = measure(folder, name, task, recipe, options)
     model = load(folder, kind)
-    unused = sum(each.numel() for each in model.flow.parameters()) if kind in (ONE_PASS, ONE_PASS_CRF) else 0
+    unused = sum(each.numel() for each in model.flow.parameters()) if kind in (ONE_PASS, ONE_PASS_JOINT) else 0
     figures["parameters"] = model.num_parameters() - unused
     figures["commit"] = current_commit()
     figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))

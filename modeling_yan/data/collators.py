@@ -108,6 +108,7 @@ class AutoencoderCollator:
         multiple_of: At least 1.
         num_answer_slots: Mask tokens before the source of every pair, as in `YanConfig`; at least 0.
         copy_prompt_to_slots: Whether the slots hold the source's own first tokens instead, as in `YanConfig`.
+        vertices_per_token: Number of slots for each token of the source or target, as in `YanConfig`; at least 1.
 
     Raises:
         ValueError: An argument out of its range, or a row without those keys.
@@ -134,12 +135,14 @@ class AutoencoderCollator:
         multiple_of: int = 8,
         num_answer_slots: int = 0,
         copy_prompt_to_slots: bool = False,
+        vertices_per_token: int = 1,
     ):
         check_masking(mask_ratio, max_span_len)
         check_masking(target_mask_ratio, max_span_len)
         check_length("max_length", max_length)
         check_length("multiple_of", multiple_of)
         check_length("num_answer_slots", num_answer_slots, least=0)
+        check_length("vertices_per_token", vertices_per_token)
         check_length("seed", seed, least=-(2**63))
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -148,6 +151,7 @@ class AutoencoderCollator:
         self.target_mask_ratio = target_mask_ratio
         self.num_answer_slots = num_answer_slots
         self.copy_prompt_to_slots = copy_prompt_to_slots
+        self.vertices_per_token = vertices_per_token
         self.fixed_width = fixed_width
         self.multiple_of = multiple_of
         self.draws = SeededDraws(seed)
@@ -178,9 +182,10 @@ class AutoencoderCollator:
         number = self.num_answer_slots
         if not number or "target" not in row:
             return row
-        self.num_truncated += len(row["target"]) > number
-        source, target = list(row["source"]), row["target"][:number]
-        slots = source[:number] if self.copy_prompt_to_slots else []
+        source = list(row["source"])
+        copied, target = (np.repeat(row[name], self.vertices_per_token) for name in ("source", "target"))
+        self.num_truncated += len(target) > number
+        slots, target = copied[:number].tolist() if self.copy_prompt_to_slots else [], target[:number]
         slots += [self.tokenizer.mask_token_id] * (number - len(slots))
         return {"source": slots + source, "target": target, "answer_span": (0, number)}
 

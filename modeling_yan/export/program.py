@@ -27,7 +27,7 @@ class YanCanvasProgram(nn.Module):
         super().__init__()
         self.model, self.plan = model, plan
         like = torch.zeros((), device=model.device)
-        noise = model.start_noise((1, canvas_length), like, seed)
+        noise = model.start_noise((1, model.config.num_vertices(canvas_length)), like, seed)
         self.register_buffer("start_noise", noise, persistent=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ def _key(prompts: list[torch.Tensor], model: YanForFlowGeneration) -> str:
     """A hash of all that the states depend on."""
     encoder = cast(PreTrainedConfig, model.config.encoder)
     digest = hashlib.sha256(encoder.to_json_string().encode())
-    fields = ("num_answer_slots", "copy_prompt_to_slots", "mask_token_id")
+    fields = ("num_answer_slots", "copy_prompt_to_slots", "vertices_per_token", "mask_token_id")
     digest.update(repr(([getattr(model.config, name) for name in fields], str(model.dtype))).encode())
     for name, weight in model.base_model.encoder.state_dict().items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -97,7 +97,7 @@ def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None
         validation = Validation(arguments, sampler, tokenizer)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    longest = arguments.max_source_length + max(config.canvas_length, config.num_answer_slots)
+    longest = arguments.max_source_length + max(config.num_vertices(config.canvas_length), config.num_answer_slots)
     choose_attention(model, accelerator.device, accelerator.mixed_precision, longest)
     training = Training(arguments, accelerator, model, tokenizer, samplers, validation)
     if checkpoint:

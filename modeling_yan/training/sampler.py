@@ -203,7 +203,8 @@ class TaskSampler(Dataset[Batch]):
         config = self.config
         if self.stage.corrupts:
             options = {name: getattr(config.objective, name) for name in ("mask_ratio", "max_span_len")}
-            options |= {name: getattr(config, name) for name in ("num_answer_slots", "copy_prompt_to_slots")}
+            names = ("num_answer_slots", "copy_prompt_to_slots", "vertices_per_token")
+            options |= {name: getattr(config, name) for name in names}
             longest = min(longest + config.num_answer_slots, config.max_position_embeddings)
             return AutoencoderCollator(self.tokenizer, longest, **options)
         return FlowCollator(self.tokenizer, longest, config.canvas_length, CANVAS_MULTIPLE)
@@ -213,7 +214,9 @@ class TaskSampler(Dataset[Batch]):
             return dict(self._collator(rows, torch.Generator().manual_seed(rng.getrandbits(60))))
         batch: Batch = dict(self._collator([self._draw_canvas(row, rng) for row in rows]))
         batch["canvas_length"] = width = batch["labels"].shape[1]
-        if rng.random() < WIDE_CANVAS_CHANCE:
+        if self.config.vertices_per_token > 1:  # how many vertices there are must not tell how long the text is
+            batch["canvas_length"] = self.config.canvas_length
+        elif rng.random() < WIDE_CANVAS_CHANCE:
             batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
         return batch
 

@@ -1,0 +1,1 @@
+../../../modeling_yan/graphs_yan.py

@@ -1,0 +1,287 @@
+"""Texts as paths through vertices: exact against all paths, and in everything that a model does."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from modeling_yan import YanConfig, YanForFlowGeneration
+from modeling_yan.canvas_yan import CanvasPlan
+from modeling_yan.data import AutoencoderCollator
+from modeling_yan.graphs_yan import UNREACHABLE, _log_probs, best_text, best_vertices, log_sum_of_paths
+
+VOCABULARY, LENGTH, EOS, PROMPT = 5, 3, 2, torch.tensor([[4, 1, 4]])
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
+SLOTS = {"num_answer_slots": 2 * LENGTH, "copy_prompt_to_slots": True, "refine_draft": True}
+EXPERTS = {"num_experts": 3, "share_expert_head": True, "expert_scope": "sequence"}
+FORMS = {"one expert": {}, "experts": EXPERTS, "from noise": {"refine_draft": False, "init_noise": 0.1}}
+FORMS["mamba"] = {"encoder_mixer": "mamba", "flow_mixer": "mamba"}
+
+
+def make_graph(seed=0, **fields):
+    torch.manual_seed(seed)
+    fields = {"vertices_per_token": 2, "num_experts": 1, **SLOTS, **fields}
+    fields |= {
+        "train_expert_choice": "posterior",
+        "mse_weight": 0.0,
+        "initializer_range": 0.5,
+        "freeze_encoder": False,
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS, "mask_token_id": 3}
+    config = YanConfig(
+        vocab_size=VOCABULARY, canvas_length=LENGTH, max_position_embeddings=32, **SIZES, **ids, **fields
+    )
+    model = YanForFlowGeneration(config).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def all_texts():
+    """Every text of a canvas: those with an end, and the longest without one."""
+    others = [token for token in range(VOCABULARY) if token != EOS]
+    ended = [[*tokens, EOS] for number in range(LENGTH) for tokens in itertools.product(others, repeat=number)]
+    return ended + [list(tokens) for tokens in itertools.product(others, repeat=LENGTH)]
+
+
+def chances(model, num_flow_steps):
+    """The model's probability of each text behind the prompt."""
+    texts = all_texts()
+    labels = torch.full((len(texts), LENGTH), -100)
+    for row, text in zip(labels, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    prompts = PROMPT.expand(len(texts), -1)
+    found = model.log_likelihood(prompts, labels, num_flow_steps=num_flow_steps).exp()
+    return {tuple(text): chance for text, chance in zip(texts, found.tolist(), strict=True)}
+
+
+def ended(row):
+    """A row up to its EOS."""
+    tokens = row.tolist()
+    return tuple(tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens)
+
+
+def draw_graph(num_vertices=7, num_tokens=4, reach=3):
+    """Links and emissions of two texts that no model made, and their lengths."""
+    generator = torch.Generator().manual_seed(1)
+    links = torch.randn(2, num_vertices, reach, generator=generator)
+    targets = torch.arange(num_vertices).unsqueeze(1) + torch.arange(1, reach + 1)
+    links = links.masked_fill(targets >= num_vertices, UNREACHABLE).log_softmax(-1)
+    links = links.masked_fill(targets >= num_vertices, UNREACHABLE)
+    return links, torch.randn(2, num_tokens, num_vertices, generator=generator), torch.tensor([4, 2])
+
+
+def every_path(links, emissions, length):
+    """Scores of all paths of one text: a path -> its log-probability."""
+    scores = {}
+    for jumps in itertools.product(range(links.shape[1]), repeat=length - 1):
+        path = [0, *itertools.accumulate(jump + 1 for jump in jumps)]
+        if path[-1] < len(links):
+            score = sum(emissions[index, vertex] for index, vertex in enumerate(path))
+            score = score + sum(links[here, jump] for here, jump in zip(path, jumps, strict=False))
+            scores[tuple(path)] = float(score)
+    return scores
+
+
+def test_sums_and_maxima_are_those_over_all_paths():
+    links, emissions, length = draw_graph()
+    sums, best = log_sum_of_paths(links, emissions, length), best_vertices(links, emissions, length)
+    for row, number in enumerate(length.tolist()):
+        scores = every_path(links[row], emissions[row], number)
+        assert sums[row].item() == pytest.approx(torch.tensor(list(scores.values())).logsumexp(0).item(), abs=1e-4)
+        assert tuple(best[row, :number].tolist()) == max(scores, key=scores.get)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+@pytest.mark.parametrize("fewest", [0, 2])
+def test_the_best_text_of_any_length_is_found(penalty, fewest):
+    links, emissions, _ = draw_graph()
+    tokens, ends = emissions[:, 0], emissions[:, 1]
+    vertices, length, is_ended = best_text(links, tokens, ends, 4, fewest, penalty)
+    for row in range(2):
+        found = {}
+        for number in range(1, 5):
+            for has_end in [True, False] if number == 4 else [True]:
+                if has_end and number <= fewest:
+                    continue
+                said = torch.stack([*[tokens[row]] * (number - 1), ends[row] if has_end else tokens[row]])
+                scores = every_path(links[row], said, number)
+                best = max(scores, key=scores.get)
+                found[best, has_end] = scores[best] / number**penalty
+        path, has_end = max(found, key=found.get)
+        assert (tuple(vertices[row, : len(path)].tolist()), length[row], is_ended[row]) == (path, len(path), has_end)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+@pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
+def test_the_probabilities_of_all_texts_add_up_to_one(fields, num_steps):
+    found = list(chances(make_graph(**fields), num_steps).values())
+    assert sum(found) == pytest.approx(1, abs=1e-4)
+    assert torch.tensor(found).std() > 1e-4  # they differ
+
+
+def test_texts_are_drawn_as_often_as_they_are_probable():
+    model, number = make_graph(seed=3), 4000
+    wanted = chances(model, 0)
+    options = {"do_sample": True, "num_return_sequences": number, "seed": 1, "return_prompt": False}
+    drawn = Counter(map(ended, model.generate(PROMPT, num_flow_steps=0, **options)))
+    assert sum(abs(chance - drawn[text] / number) for text, chance in wanted.items()) / 2 < 0.05
+    cold = model.generate(PROMPT, num_flow_steps=0, temperature=0.01, **options)
+    assert len(set(map(ended, cold))) == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("fewest", [0, 2])
+def test_the_mass_at_a_temperature_is_that_of_all_paths_and_texts(temperature, fewest):
+    model = make_graph(seed=3)
+    latents = model.draft(model.encode_prompt(PROMPT).latents, 2 * LENGTH)
+    logits = model.decode(latents)
+    links, log_probs = model.graph.links(latents)[0], _log_probs(logits, (EOS,))[0]
+
+    def mass(vertex, index):
+        words = [log_probs[vertex, token] / temperature for token in range(VOCABULARY) if token != EOS]
+        scores = [log_probs[vertex, EOS] / temperature] if index >= fewest else []
+        for word in words:
+            if index == LENGTH - 1:
+                scores.append(word)
+            else:
+                reached = range(vertex + 1, min(vertex + 1 + links.shape[1], len(links)))
+                scores += [
+                    word + links[vertex, each - vertex - 1] / temperature + mass(each, index + 1) for each in reached
+                ]
+        return torch.stack(scores or [torch.tensor(UNREACHABLE)]).logsumexp(0)
+
+    plan = CanvasPlan.of_config(model.config, 0, num_without_eos=fewest, temperature=temperature)
+    assert model.log_mass(latents, plan).item() == pytest.approx(mass(0, 0).item(), abs=1e-3)
+
+
+def test_a_best_text_is_as_probable_as_its_score_says():
+    model = make_graph(**EXPERTS)
+    latents = model.draft(model.encode_prompt(PROMPT).latents, 2 * LENGTH)
+    score, length = model.score_tokens(latents, CanvasPlan.of_config(model.config, 0))
+    text = ended(model.generate(PROMPT, num_flow_steps=0, return_prompt=False)[0])
+    assert (score.exp().item(), length.item()) == (pytest.approx(chances(model, 0)[text], rel=1e-4), len(text))
+
+
+def test_the_least_number_of_tokens_counts_tokens_and_not_vertices():
+    model = make_graph()
+    for options in ({}, {"do_sample": True, "seed": 0, "num_return_sequences": 20}):
+        for fewest in range(1, LENGTH + 1):
+            tokens = model.generate(
+                PROMPT, return_prompt=False, min_new_tokens=fewest, max_new_tokens=LENGTH, **options
+            )
+            assert not (tokens[:, :fewest] == EOS).any()
+
+
+def test_a_text_goes_on_in_the_next_canvas():
+    model = make_graph()
+    tokens = model.generate(PROMPT, return_prompt=False, min_new_tokens=2 * LENGTH, max_new_tokens=2 * LENGTH)
+    assert tokens.shape == (1, 2 * LENGTH)
+    assert not (tokens == EOS).any()
+
+
+@pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
+def test_it_learns_and_is_the_same_when_loaded(fields, tmp_path):
+    model = make_graph(**fields)
+    before = chances(model, 2)[4, 1, EOS]
+    model.train()
+    labels, optimizer = torch.tensor([[4, 1, EOS]]), torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        output = model(PROMPT, torch.ones_like(PROMPT), labels=labels, num_flow_steps=2)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.grad is not None for parameter in model.graph.parameters())
+    model.eval()
+    assert chances(model, 2)[4, 1, EOS] > 10 * before
+    model.save_pretrained(tmp_path)
+    loaded = YanForFlowGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded(PROMPT, torch.ones_like(PROMPT)).logits, model(PROMPT, torch.ones_like(PROMPT)).logits)
+
+
+def test_logits_are_those_of_the_path():
+    """Without labels of the best path, with labels of the path that says them best."""
+    model, mask = make_graph(), torch.ones_like(PROMPT)
+    latents = model.draft(model.encode_prompt(PROMPT).latents, 2 * LENGTH)
+    vertices = [model.decode(latents)[0, vertex] for vertex in range(2 * LENGTH)]
+    output = model(PROMPT, mask, num_flow_steps=0)
+    assert output.logits.shape == (1, LENGTH, VOCABULARY)
+    told = model(PROMPT, mask, labels=torch.tensor([[-100, 4, 1]]), num_flow_steps=0)
+    assert told.logits.shape == (1, 3, VOCABULARY)
+    for row in (output.logits[0, 0], told.logits[0, 1]):  # a path begins at the first vertex
+        torch.testing.assert_close(row, vertices[0])
+    assert any(torch.allclose(told.logits[0, 2], each) for each in vertices[1:])
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model, other = make_graph(), torch.tensor([[1, 4, 0, 0]])
+    rows, mask = (
+        torch.cat([torch.nn.functional.pad(PROMPT, (0, 1)), other]),
+        torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
+    )
+    together = model.generate(rows, attention_mask=mask, return_prompt=False)
+    for index, prompt in enumerate((PROMPT, other[:, :2])):
+        assert ended(model.generate(prompt, return_prompt=False)[0]) == ended(together[index])
+    labels = torch.tensor([[4, EOS, -100], [1, 1, 1]])
+    losses = [model(row[None], one[None], labels=label[None]).loss for row, one, label in zip(rows, mask, labels)]
+    torch.testing.assert_close(model(rows, mask, labels=labels).loss, torch.stack(losses).mean())
+
+
+def test_slots_hold_each_prompt_token_as_often_as_a_token_has_vertices():
+    model = make_graph()
+    given = model.with_answer_slots(PROMPT, torch.ones_like(PROMPT))
+    assert given["input_ids"].tolist() == [[4, 4, 1, 1, 4, 4, 4, 1, 4]]
+    short = model.with_answer_slots(torch.tensor([[4, 0]]), torch.tensor([[1, 0]]))
+    assert short["input_ids"].tolist() == [[4, 4, 3, 3, 3, 3, 4, 0]]
+
+
+def test_the_first_stage_sees_the_same_slots(bundled_tokenizer):
+    tokenizer = bundled_tokenizer
+    slots = {"num_answer_slots": 12, "copy_prompt_to_slots": True, "vertices_per_token": 2}
+    row = {"source": [7, 8, 9], "target": [11, 12]}
+    batch = AutoencoderCollator(tokenizer, max_length=32, target_mask_ratio=0.0, **slots)([row])
+    mask, eos = tokenizer.mask_token_id, tokenizer.eos_token_id
+    assert batch["labels"][0, :12].tolist() == [11, 11, 12, 12] + [eos] * 8
+    assert mask not in batch["input_ids"][0, :4].tolist()
+
+
+def test_lost_numbers_are_an_error():
+    model = make_graph()
+    torch.nn.init.constant_(model.graph.distance_bias, math.nan)
+    for options in ({}, {"do_sample": True, "seed": 0}):
+        with pytest.raises(FloatingPointError, match=r"graph\.distance_bias"):
+            model.generate(PROMPT, **options)
+
+
+REFUSED = {
+    "crf_rank": (4, "crf_rank=4: must be 0 with vertices_per_token=2"),
+    "mse_weight": (1.0, "mse_weight=1.0: must be 0 with vertices_per_token=2"),
+    "train_expert_choice": ("sample", "'posterior' with vertices_per_token=2"),
+    "expert_scope": ("chain", "'sequence' with vertices_per_token=2 and num_experts=3"),
+    "canvas_length": (17, "at most max_position_embeddings=32 / vertices_per_token=2"),
+    "vertices_per_token": (0, "vertices_per_token=0: must be greater than 0"),
+    "num_answer_slots": (5, "refine_draft=True: must be False without answer slots"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_do_not_fit_a_graph_are_refused(name):
+    value, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        make_graph(**EXPERTS).config.with_fields(**{name: value})
+
+
+def test_what_a_graph_cannot_do_is_refused(bundled_tokenizer):
+    model = make_graph(refine_draft=False)
+    with pytest.raises(ValueError, match="vertices_per_token=2: must be 1 to fill gaps"):
+        model.fill(bundled_tokenizer, "a <mask> b")
+    with pytest.raises(ValueError, match="the canvas has 17 tokens: must be 1 to max_position_embeddings=32 / vert"):
+        model.generate(PROMPT, canvas_length=17)
+    with pytest.raises(ValueError, match="at least 1 with num_answer_slots=6 / vertices_per_token=2"):
+        model.generate(PROMPT, canvas_length=4, num_flow_steps=0)
