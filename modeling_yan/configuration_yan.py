@@ -92,10 +92,11 @@ class YanConfig(PreTrainedConfig):
         init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, default 1.0.
         num_answer_slots: Mask tokens that the model puts before every prompt; below `max_position_embeddings`,
             default 0. The encoder's latents in their positions are a draft of the answer. With `canvas_length` of
-            them the draft can be decoded without a flow.
+            them, times `vertices_per_token`, the draft can be decoded without a flow.
         copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
-            (arXiv 1711.02281); default False. Answers that follow the prompt word for word, such as translations, are
-            learned faster so. It is for answers of one canvas, because every further one has the same slots.
+            (arXiv 1711.02281), each `vertices_per_token` times; default False. Answers that follow the prompt word for
+            word, such as translations, are learned faster so. It is for answers of one canvas, because every further
+            one has the same slots.
         refine_draft: Whether the flow refines the encoder's draft; default False. Its trunk sees the draft at every
             step, and a head predicts what to add to it, zero at first. The start stays noise, where arXiv 2310.03725
             couples it to the prompt. Train the encoder, too (`freeze_encoder=False`). Needs answer slots for the whole

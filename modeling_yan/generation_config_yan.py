@@ -79,7 +79,7 @@ class YanGenerationConfig(GenerationConfig):
         canvas_length: Tokens generated at once; the model's if None.
         eos_strategy: Where a text ends; "likeliest" if None. It takes the length for which the tokens and the EOS in
             all positions behind them are the most probable together. "first" takes the first EOS among tokens that
-            are chosen without regard to it.
+            are chosen without regard to it. A graph (`vertices_per_token`) has neither: its path ends with EOS.
         crf_decoding: Of a model with `crf_rank`: whether the CRF decodes a canvas, and not every token independently;
             True if None.
         seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
@@ -92,10 +92,10 @@ class YanGenerationConfig(GenerationConfig):
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off, and a saved config is without it.
         temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
-            log-probabilities of the experts and of the CRF's tokens. With `expert_scope="sequence"` it divides the
-            joint log-probability of expert and text.
+            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"` it
+            divides the joint log-probability of expert and text.
         length_penalty: Exponent of the length by which a text's log-probability is divided; the best text has the
-            highest quotient. For a CRF or a chain of experts with `train_expert_choice="posterior"`, without
+            highest quotient. For a CRF, a graph or a chain of experts with `train_expert_choice="posterior"`, without
             `do_sample`; 1 if None.
 
     Example:

@@ -277,7 +277,7 @@ def _emissions(logits: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]) 
         return emissions, torch.full_like(targets[:, 0], targets.shape[1])
     is_end = torch.stack([targets == token for token in eos]).any(0)
     at_last = _log_probs(logits[:, -1:], eos).squeeze(1).gather(1, targets).unsqueeze(-1)
-    length = ((~is_end).long().cumprod(1).sum(1) + 1).clamp(max=targets.shape[1])
+    length = ((is_end.cumsum(1) == 0).sum(1) + 1).clamp(max=targets.shape[1])
     return torch.cat([emissions[..., :-1], at_last], dim=-1), length
 
 

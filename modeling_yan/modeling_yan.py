@@ -429,8 +429,8 @@ class YanForFlowGeneration(
             inputs_embeds: (B, S, E) in place of `input_ids`, E the width of the input embeddings.
             labels: Target ids (B, at most L); -100 is ignored, wherever it stands. The target moves to the start of
                 the canvas. EOS pads it to L tokens, and counts in the loss.
-            canvas_length: Canvas width L, in [1, max_position_embeddings]; `config.canvas_length` if None. At most
-                `num_answer_slots` with `refine_draft`.
+            canvas_length: Canvas width L, in [1, max_position_embeddings / vertices_per_token];
+                `config.canvas_length` if None. At most `num_answer_slots / vertices_per_token` with `refine_draft`.
             num_flow_steps: Euler steps N; `config.num_flow_steps` if None. In training None draws N from
                 `min_train_flow_steps` to `max_train_flow_steps`. 0 decodes the encoder's draft.
             encoder_outputs: States (B, num_answer_slots + S, encoder width) from `encoder_states`, so that a frozen

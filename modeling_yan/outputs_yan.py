@@ -42,7 +42,9 @@ class YanFlowOutput(ModelOutput):
         nll_loss_per_dim: The same divided by D, comparable across widths.
         mse_loss: Squared error of the solved latents, per token and dimension.
         ce_loss: Cross-entropy of the decoded solved latents, nats per token; with `train_expert_choice="posterior"`
-            the mean over the solver's steps, each with the end point that it leads to.
+            the mean over the solver's steps, each with the end point that it leads to. With a graph
+            (`vertices_per_token`) it is the negative log-likelihood of the text, summed over its paths, and so are
+            `text_loss` and `draft_loss`. It is divided by the canvas's tokens.
         text_loss: Negative log-likelihood of the target's tokens where the first step leads, summed over all experts,
             nats per token, with `train_expert_choice="posterior"`.
         draft_loss: Cross-entropy of the encoder's decoded draft, nats per token, where there are answer slots for it
@@ -57,7 +59,8 @@ class YanFlowOutput(ModelOutput):
             several experts.
         mmd_loss, latent_norm_loss: Of the target latents, where the encoder is trained through them.
         logits: (B, L, V) of the canvas; if there are labels, those of every label in its position, and where there is
-            none those of the EOS behind the target.
+            none those of the EOS behind the target. With a graph they are those of the vertices on the most probable
+            path, of the labels if there are any.
         latents: The solved latents (B, L, D) that they are decoded from.
         hidden_states, attentions: Of the encoded prompt, its padding moved to the end, when asked for.
     """

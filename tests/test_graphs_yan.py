@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers.generation.configuration_utils import CompileConfig
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.canvas_yan import CanvasPlan
 from modeling_yan.data import AutoencoderCollator
+from modeling_yan.export import export_generation
 from modeling_yan.graphs_yan import UNREACHABLE, _log_probs, best_text, best_vertices, log_sum_of_paths
 
 VOCABULARY, LENGTH, EOS, PROMPT = 5, 3, 2, torch.tensor([[4, 1, 4]])
@@ -257,6 +259,18 @@ def test_lost_numbers_are_an_error():
     for options in ({}, {"do_sample": True, "seed": 0}):
         with pytest.raises(FloatingPointError, match=r"graph\.distance_bias"):
             model.generate(PROMPT, **options)
+
+
+@pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["one expert", "experts"])
+def test_compiled_and_exported_programs_write_the_same(fields):
+    model = make_graph(**fields)
+    tokens = model.generate(PROMPT, return_prompt=False, min_new_tokens=LENGTH)
+    compiled = CompileConfig(backend="eager")
+    assert torch.equal(
+        model.generate(PROMPT, return_prompt=False, min_new_tokens=LENGTH, compile_config=compiled), tokens
+    )
+    program = export_generation(model, batch_size=1, prompt_length=PROMPT.shape[1]).module()
+    assert ended(program(PROMPT, torch.ones_like(PROMPT))[0]) == ended(model.generate(PROMPT, return_prompt=False)[0])
 
 
 REFUSED = {

@@ -270,7 +270,7 @@ def check_recipe(home: Path, arm: dict, recipe: dict):
 def shared_key(config: YanConfig, train_file: str) -> str:
     """Names the first stage that arms have in common whose encoder, decoder and rows are the same."""
     names = ["hidden_size", "intermediate_size", "num_encoder_layers", "num_decoder_layers", "num_answer_slots"]
-    names += ["copy_prompt_to_slots"]
+    names += ["copy_prompt_to_slots", "vertices_per_token"]
     parts = [*(getattr(config, name) for name in names), Path(train_file).name]
     return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:6]
 
