@@ -364,13 +364,19 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
 
         Expert k and text y are drawn in proportion to (pi_k p_k(y))^(1/T). So an expert counts by pi_k^(1/T), the
         tempered `prior`, times the sum of p_k(y)^(1/T) over its texts: at a low temperature the expert of the most
-        probable text is drawn, and not the gate's favourite.
+        probable text is drawn, and not the gate's favourite. With a graph that sum would prefer short texts. There the
+        best text of an expert stands for all, its log-probability times 1 / T - 1, as if all were equally long.
 
         Args:
             ends: What every expert's head predicts, (B, L, K, D). uniform: Numbers (B, L, K) in (0, 1).
         """
-        masses = [self.log_mass(part, plan) for part in self._rows_of_experts(ends)]
-        joint = prior.gate_log_probs[:, 0] + torch.cat(masses).view(ends.shape[2], -1).T
+        if self.graph is None:
+            parts = [self.log_mass(part, plan) for part in self._rows_of_experts(ends)]
+            masses = torch.cat(parts).view(ends.shape[2], -1).T
+        else:
+            scores, lengths = self._best_of_each(ends, plan)
+            masses = (1 / max(plan.temperature, 1e-4) - 1) * scores * lengths.float().mean(1, keepdim=True) / lengths
+        joint = prior.gate_log_probs[:, 0] + masses
         chosen = cast(torch.Tensor, choose_experts(joint, "sample", uniform[:, 0]))
         return chosen.unsqueeze(-1).expand(prior.gate_log_probs.shape[:2])
 
@@ -395,10 +401,15 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         return by_expert if is_exporting() else self.split_rows(torch.cat(by_expert))
 
     def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
-        scored = [self.score_tokens(part, plan) for part in self._rows_of_experts(ends)]
-        scores, lengths = (torch.cat(each).view(ends.shape[2], -1).T for each in zip(*scored, strict=True))
+        scores, lengths = self._best_of_each(ends, plan)
         best = ((scores + prior.gate_log_probs[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
         return best.expand(prior.gate_log_probs.shape[:2])
+
+    def _best_of_each(self, ends: torch.Tensor, plan: CanvasPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and length (B, K) of the most likely text of each expert, `ends` (B, L, K, D)."""
+        scored = [self.score_tokens(part, plan) for part in self._rows_of_experts(ends)]
+        scores, lengths = (torch.cat(each).view(ends.shape[2], -1).T for each in zip(*scored, strict=True))
+        return scores, lengths
 
     def _best_chain(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
         """For chains of experts: those that lead to the best text together."""

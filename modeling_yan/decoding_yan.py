@@ -310,12 +310,9 @@ class YanDecodingMixin(YanFlowMixin):
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
 
     def log_mass(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
-        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts that are drawn from latents (B, L, D)."""
-        logits = self.allowed_logits(latents, plan)
-        if self.graph is not None:
-            number = latents.shape[1] // self.config.vertices_per_token
-            return self.graph.log_mass(logits, latents, number, plan.eos, plan.num_without_eos, plan.temperature)
+        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts of a CRF, for latents (B, L, D)."""
         transitions, embedding = cast(YanTransitions, self.transitions), self.get_input_embeddings()
+        logits = self.allowed_logits(latents, plan)
         return transitions.log_mass(embedding, logits, latents, plan.end_ids, plan.temperature)
 
     def allowed_logits(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:

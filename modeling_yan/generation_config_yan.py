@@ -92,8 +92,8 @@ class YanGenerationConfig(GenerationConfig):
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off, and a saved config is without it.
         temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
-            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"` it
-            divides the joint log-probability of expert and text.
+            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"`
+            and a CRF it divides the joint log-probability of expert and text.
         length_penalty: Exponent of the length by which a text's log-probability is divided; the best text has the
             highest quotient. For a CRF, a graph or a chain of experts with `train_expert_choice="posterior"`, without
             `do_sample`; 1 if None.

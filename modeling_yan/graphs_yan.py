@@ -206,66 +206,27 @@ class YanGraph(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, L), drawn with numbers `uniform` (B, L, 2) in (0, 1).
 
-        A path and its tokens are drawn together, in proportion to their probability to the power 1 / temperature.
+        The log-probabilities of each token and each link are divided by the temperature, one after the other: those of
+        whole texts would make the shortest ones far too frequent.
         """
-        scaled, links, onwards = self._tempered(logits, latents, uniform.shape[1], eos, num_without_eos, temperature)
+        scale, (num_vertices, num_tokens) = 1 / max(temperature, 1e-4), (logits.shape[1], uniform.shape[1])
+        log_probs, links = scale * _log_probs(logits, eos), scale * self.links(latents)
+        jumps = torch.arange(1, self.reach + 1, device=logits.device)
         vertex = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
         is_over = torch.zeros_like(vertex, dtype=torch.bool)
         text: list[torch.Tensor] = []
-        for index, (rest, behind) in enumerate(onwards):
-            here = scaled.gather(1, vertex.unsqueeze(-1).expand(-1, -1, scaled.shape[-1])).squeeze(1)
-            weights = _without_ends(here, eos) + rest.gather(1, vertex)
-            for end in eos if index >= num_without_eos else ():
-                weights[:, end] = here[:, end]
-            token = _draw_index(weights, uniform[:, index, :1])
+        for index in range(num_tokens):
+            here = _rows_at(log_probs, vertex)
+            token = _draw_index(_without_ends(here, eos) if index < num_without_eos else here, uniform[:, index, :1])
             text.append(torch.where(is_over, text[-1], token) if text else token)
             for end in eos:
                 is_over = is_over | (token == end)
-            if behind is not None:
-                reached = of_next_vertices(behind, self.reach) + links
-                row = reached.gather(1, vertex.unsqueeze(-1).expand(-1, -1, self.reach)).squeeze(1)
-                vertex = (vertex + 1 + _draw_index(row, uniform[:, index, 1:2])).clamp(max=logits.shape[1] - 1)
+            # of the vertices, as many stay as there must be tokens behind the next one
+            needed = max(0, (num_without_eos if eos else num_tokens - 1) - index - 1)
+            is_far = vertex + jumps > num_vertices - 1 - needed
+            jump = _draw_index(_rows_at(links, vertex).masked_fill(is_far, UNREACHABLE), uniform[:, index, 1:2])
+            vertex = (vertex + 1 + jump).clamp(max=num_vertices - 1)
         return torch.cat(text, dim=1)
-
-    def log_mass(
-        self,
-        logits: torch.Tensor,
-        latents: torch.Tensor,
-        num_tokens: int,
-        eos: Sequence[int] = (),
-        num_without_eos: int = 0,
-        temperature: float = 1.0,
-    ) -> torch.Tensor:
-        """Logarithm (B,) of the sum of p^(1 / temperature) over the paths and texts that `draw` draws from."""
-        scaled, _, onwards = self._tempered(logits, latents, num_tokens, eos, num_without_eos, temperature)
-        first = (_without_ends(scaled[:, 0], eos)).logsumexp(-1) + onwards[0][0][:, 0]
-        return torch.logaddexp(first, _sum_of_ends(scaled[:, :1], eos)[:, 0]) if eos and num_without_eos < 1 else first
-
-    def _tempered(
-        self,
-        logits: torch.Tensor,
-        latents: torch.Tensor,
-        num_tokens: int,
-        eos: Sequence[int],
-        num_without_eos: int,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor | None]]]:
-        """Log-probabilities of tokens and links over the temperature, and what is possible behind each token.
-
-        For each token of the canvas there are two log-sums (B, G). The first is over all that may follow, at each
-        vertex, a token that is no end. The second is over all that may stand at each vertex next, None behind the
-        last token.
-        """
-        scale = 1 / max(temperature, 1e-4)
-        scaled, links = scale * _log_probs(logits, eos), scale * self.links(latents)
-        tokens, ends = _without_ends(scaled, eos).logsumexp(-1), _sum_of_ends(scaled, eos)
-        onwards: list[tuple[torch.Tensor, torch.Tensor | None]] = [(torch.zeros_like(tokens), None)]
-        for index in range(num_tokens - 1, 0, -1):
-            here = tokens + onwards[-1][0]
-            if index >= num_without_eos:
-                here = torch.logaddexp(here, ends)
-            onwards.append(((links + of_next_vertices(here, self.reach)).logsumexp(-1), here))
-        return scaled, links, onwards[::-1]
 
 
 def _emissions(logits: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,11 +272,9 @@ def _best_end(log_probs: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor
     return best, torch.stack([torch.full_like(which, token) for token in eos]).gather(0, which.unsqueeze(0)).squeeze(0)
 
 
-def _sum_of_ends(scaled: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
-    """Logarithm (B, G) of the summed exp(scaled) of all ends."""
-    if not eos:
-        return torch.full_like(scaled[..., 0], UNREACHABLE)
-    return torch.stack([scaled[..., token] for token in eos]).logsumexp(0)
+def _rows_at(table: torch.Tensor, vertex: torch.Tensor) -> torch.Tensor:
+    """The rows (B, N) of a table (B, G, N) at one vertex each, (B, 1)."""
+    return table.gather(1, vertex.unsqueeze(-1).expand(-1, -1, table.shape[-1])).squeeze(1)
 
 
 def _draw_index(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

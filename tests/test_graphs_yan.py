@@ -12,7 +12,7 @@ from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.canvas_yan import CanvasPlan
 from modeling_yan.data import AutoencoderCollator
 from modeling_yan.export import export_generation
-from modeling_yan.graphs_yan import UNREACHABLE, _log_probs, best_text, best_vertices, log_sum_of_paths
+from modeling_yan.graphs_yan import UNREACHABLE, best_text, best_vertices, log_sum_of_paths
 
 VOCABULARY, LENGTH, EOS, PROMPT = 5, 3, 2, torch.tensor([[4, 1, 4]])
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
@@ -135,29 +135,23 @@ def test_texts_are_drawn_as_often_as_they_are_probable():
     assert len(set(map(ended, cold))) == 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
-@pytest.mark.parametrize("fewest", [0, 2])
-def test_the_mass_at_a_temperature_is_that_of_all_paths_and_texts(temperature, fewest):
-    model = make_graph(seed=3)
-    latents = model.draft(model.encode_prompt(PROMPT).latents, 2 * LENGTH)
-    logits = model.decode(latents)
-    links, log_probs = model.graph.links(latents)[0], _log_probs(logits, (EOS,))[0]
+def test_a_temperature_divides_the_log_probability_of_each_token():
+    """One of whole texts would draw the shortest ones, in which the fewest tokens can be improbable."""
+    model, number = make_graph(seed=3), 4000
+    options = {"do_sample": True, "num_return_sequences": number, "seed": 1, "return_prompt": False}
+    drawn = model.generate(PROMPT, num_flow_steps=0, temperature=0.5, **options)[:, 0]
+    logits = model.decode(model.draft(model.encode_prompt(PROMPT).latents, 2 * LENGTH))[0, 0]
+    shares = torch.bincount(drawn, minlength=VOCABULARY) / number
+    assert (shares - (logits / 0.5).softmax(-1)).abs().sum() / 2 < 0.03
 
-    def mass(vertex, index):
-        words = [log_probs[vertex, token] / temperature for token in range(VOCABULARY) if token != EOS]
-        scores = [log_probs[vertex, EOS] / temperature] if index >= fewest else []
-        for word in words:
-            if index == LENGTH - 1:
-                scores.append(word)
-            else:
-                reached = range(vertex + 1, min(vertex + 1 + links.shape[1], len(links)))
-                scores += [
-                    word + links[vertex, each - vertex - 1] / temperature + mass(each, index + 1) for each in reached
-                ]
-        return torch.stack(scores or [torch.tensor(UNREACHABLE)]).logsumexp(0)
 
-    plan = CanvasPlan.of_config(model.config, 0, num_without_eos=fewest, temperature=temperature)
-    assert model.log_mass(latents, plan).item() == pytest.approx(mass(0, 0).item(), abs=1e-3)
+def test_a_cold_draw_takes_one_expert_and_a_warm_one_asks_the_gate():
+    model, number = make_graph(seed=3, **EXPERTS), 2000
+    options = {"do_sample": True, "num_return_sequences": number, "seed": 1, "return_dict_in_generate": True}
+    warm, cold = (model.generate(PROMPT, num_flow_steps=1, temperature=t, **options) for t in (1.0, 0.01))
+    shares = torch.bincount(warm.experts[0][:, 0], minlength=3) / number
+    assert (shares - warm.gate[0][:, 0].mean(0)).abs().sum() / 2 < 0.05
+    assert len(cold.experts[0].unique()) == 1
 
 
 def test_a_best_text_is_as_probable_as_its_score_says():
