@@ -276,7 +276,9 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         terms = {"logits": self.decode(latents), "latents": latents}
         if self.graph is None:
             return terms
-        _, vertices = self.graph.most_likely(terms["logits"], latents, canvas_length, plan.eos)
+        _, vertices = self.graph.most_likely(
+            self.get_input_embeddings(), terms["logits"], latents, canvas_length, plan.eos
+        )
         return {name: select_positions(term, vertices) for name, term in terms.items()}
 
     def along_path(self, terms: dict[str, torch.Tensor], canvas: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -285,7 +287,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
             return terms
         logits, latents = terms["logits"], terms["latents"]
         with torch.no_grad():
-            vertices = self.graph.align(logits, latents, canvas, self.config.end_ids)
+            vertices = self.graph.align(self.get_input_embeddings(), logits, latents, canvas, self.config.end_ids)
         return terms | {"logits": select_positions(logits, vertices), "latents": select_positions(latents, vertices)}
 
     def _check_draft(self, canvas_length: int, num_flow_steps: int) -> None:

@@ -111,9 +111,9 @@ class YanConfig(PreTrainedConfig):
         crf_candidates: Number of likeliest tokens of each position that the CRF scores; at least 1, default 16.
         vertices_per_token: Number of vertices that the canvas has for each token; at least 1, default 1, which gives
             every token its position. With more, a text is a path through the vertices, along learned links (arXiv
-            2205.07459, section 3). Its probability is the sum over all paths. 2 suits texts that are about as long as
-            the prompt. It needs `train_expert_choice="posterior"`, no CRF and no `mse_weight`. Several experts need
-            `expert_scope="sequence"`.
+            2205.07459, section 3) that also depend on the token before. Its probability is the sum over all paths. 2
+            suits texts that are about as long as the prompt. It needs `train_expert_choice="posterior"`, no CRF and no
+            `mse_weight`. Several experts need `expert_scope="sequence"`.
         train_expert_choice: The objective, and the expert that its solver uses. `"sample"`, the default, draws the
             expert from the gate, with the losses of the paper (section 3). `"argmax"` takes the gate's most probable
             one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all

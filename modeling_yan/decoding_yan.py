@@ -227,7 +227,9 @@ class YanDecodingMixin(YanFlowMixin):
         """log p(y) of the ids `canvas` (B, L) without a CRF: of each token (B, L), or of a whole path (B, 1)."""
         if self.graph is None:
             return token_log_likelihood(logits, canvas)
-        return self.graph.log_likelihood(logits, latents, canvas, self.config.end_ids).unsqueeze(1)
+        return self.graph.log_likelihood(
+            self.get_input_embeddings(), logits, latents, canvas, self.config.end_ids
+        ).unsqueeze(1)
 
     def text_cross_entropy(self, logits: torch.Tensor, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
         """The same as a loss: its negative over the number of the canvas's tokens."""
@@ -287,10 +289,13 @@ class YanDecodingMixin(YanFlowMixin):
         """Token ids (B, L) of a path through the vertices: the best, or one drawn; -1 where links are no numbers."""
         graph = cast(YanGraph, self.graph)
         if uniform is not None:
-            text = graph.draw(logits, latents, uniform, plan.eos, plan.num_without_eos, plan.temperature)
+            text = graph.draw(
+                self.get_input_embeddings(), logits, latents, uniform, plan.eos, plan.num_without_eos, plan.temperature
+            )
         else:
             number = latents.shape[1] // self.config.vertices_per_token
-            text, _ = graph.most_likely(logits, latents, number, plan.eos, plan.num_without_eos, plan.length_penalty)
+            options = number, plan.eos, plan.num_without_eos, plan.length_penalty
+            text, _ = graph.most_likely(self.get_input_embeddings(), logits, latents, *options)
         return text.masked_fill(graph.is_lost(latents).unsqueeze(1), -1)
 
     def score_tokens(self, latents: torch.Tensor, plan: "CanvasPlan") -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +304,7 @@ class YanDecodingMixin(YanFlowMixin):
         if self.graph is not None:
             number = latents.shape[1] // self.config.vertices_per_token
             options = number, plan.eos, plan.num_without_eos, plan.length_penalty
-            return self.graph.score(logits, latents, *options)
+            return self.graph.score(self.get_input_embeddings(), logits, latents, *options)
         text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
         length = text.new_full((text.shape[0],), text.shape[1])
         for token in plan.end_ids:
@@ -331,5 +336,6 @@ class YanDecodingMixin(YanFlowMixin):
         if is_exporting():  # for any number of rows
             return [latents]
         chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
-        per_token = max(self.config.vocab_size, chains)
+        paths = 0 if self.graph is None else self.graph.num_candidates * (latents.shape[1] + self.graph.reach)
+        per_token = max(self.config.vocab_size, chains, paths)
         return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))

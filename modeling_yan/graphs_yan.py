@@ -2,14 +2,14 @@
 
 A canvas that has one position for each token has to know where every word stands. In a graph there are several
 vertices for each token, and a text is a path from the first vertex on: every vertex has a distribution of tokens, and
-links to the next vertices. The probability of a text is the sum over all paths that say it. So words need no fixed
-position, and the path decides which words go together.
+links to the next vertices, which depend on the token that it says. The probability of a text is the sum over all paths
+that say it. So words need no fixed position, and the path decides which words go together.
 
 A path that has said EOS ends, and so does one of as many tokens as the canvas has. The last vertex says nothing but
 EOS, so that the probabilities of all texts sum to 1.
 
-Letters of the shape comments: B batch, G vertices, L tokens of a canvas, R vertices that a link may reach, V
-vocabulary, D hidden size, H heads.
+Letters of the shape comments: B batch, G vertices, L tokens of a canvas, R vertices that a link may reach, C
+candidates of a vertex, V vocabulary, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_yan import YanConfig
+from .linear_yan import ZeroInitLinear
 
 UNREACHABLE = -1e9  # finite, because sums of infinities have no gradient
 REACH = 8  # a link goes as far as this number of tokens
+CANDIDATES = 8  # tokens of a vertex that the best text chooses from
 UNIFORMS = 2  # numbers that a drawn token needs: for itself, and for the link behind it
 
 
@@ -35,12 +37,13 @@ def log_sum_of_paths(links: torch.Tensor, emissions: torch.Tensor, length: torch
     """Log-probability (B,) of texts, summed over all paths from the first vertex on.
 
     Args:
-        links: Log-probability (B, G, R) of the next vertices. emissions: That of each of a text's tokens at each
-            vertex, (B, L, G). length: Number of tokens (B,), at least 1; what stands behind them does not count.
+        links: Log-probability (B, L, G, R) of the next vertices behind each token. emissions: That of each of a text's
+            tokens at each vertex, (B, L, G). length: Number of tokens (B,), at least 1; what stands behind them does
+            not count.
     """
     rest = torch.zeros_like(emissions[:, 0])
     for index in range(emissions.shape[1] - 1, -1, -1):
-        onwards = (links + of_next_vertices(rest, links.shape[-1])).logsumexp(-1)
+        onwards = (links[:, index] + of_next_vertices(rest, links.shape[-1])).logsumexp(-1)
         rest = emissions[:, index] + onwards.masked_fill((length == index + 1).unsqueeze(1), 0.0)
     return rest[:, 0]
 
@@ -49,19 +52,14 @@ def best_vertices(links: torch.Tensor, emissions: torch.Tensor, length: torch.Te
     """The most probable path (B, L) of a text; arguments as of `log_sum_of_paths`."""
     rest, jumps = torch.zeros_like(emissions[:, 0]), []
     for index in range(emissions.shape[1] - 1, -1, -1):
-        onwards, jump = (links + of_next_vertices(rest, links.shape[-1])).max(-1)
+        onwards, jump = (links[:, index] + of_next_vertices(rest, links.shape[-1])).max(-1)
         rest = emissions[:, index] + onwards.masked_fill((length == index + 1).unsqueeze(1), 0.0)
         jumps.append(jump)
-    return torch.stack(_follow(jumps[::-1]), dim=1)
-
-
-def _follow(jumps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The vertices (B,) of each token, from what every vertex jumps over behind it, (B, G)."""
-    vertices = [torch.zeros_like(jumps[0][:, 0])]
-    for jump in jumps[:-1]:
-        here = vertices[-1].unsqueeze(1)
-        vertices.append((here + 1 + jump.gather(1, here)).squeeze(1).clamp(max=jump.shape[1] - 1))
-    return vertices
+    vertex, vertices = torch.zeros_like(length), []
+    for jump in reversed(jumps):
+        vertices.append(vertex)
+        vertex = (vertex + 1 + jump.gather(1, vertex.unsqueeze(1)).squeeze(1)).clamp(max=jump.shape[1] - 1)
+    return torch.stack(vertices, dim=1)
 
 
 def best_text(
@@ -71,90 +69,108 @@ def best_text(
     num_tokens: int,
     num_without_end: int = 0,
     length_penalty: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Vertices (B, L) of the best path of any length, the number of its tokens (B,), and whether it has an end (B,).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best path of any length: its vertices and which candidates they say, (B, L), its length, and if it ends.
 
     The paths are compared by their log-probability over their length to the power `length_penalty`.
 
     Args:
-        links: Log-probability (B, G, R) of the next vertices. tokens, ends: That of each vertex's best token that is
-            no end of a text, and of its best end, (B, G). num_tokens: L, of the longest text, which may have no end.
-            num_without_end: So many tokens at the beginning are no end.
+        links: Log-probability (B, G, C, R) of the next vertices behind each candidate. tokens: That of each vertex's
+            candidates, which are no ends of a text, (B, G, C). ends: That of its best end, (B, G). num_tokens: L, of
+            the longest text, which may have no end. num_without_end: So many tokens at the beginning are no end.
     """
-    rest = torch.stack([ends, tokens], dim=1)  # of what ends in an end, and of what does not
-    scores, jumps = [rest[:, 0, 0]], []
+    rest = torch.stack([ends, tokens.amax(-1)], dim=1)  # of what ends in an end, and of what does not
+    scores, steps = [rest[:, 0, 0]], [torch.stack([torch.zeros_like(ends, dtype=torch.long), tokens.argmax(-1)], 1)]
     for _ in range(num_tokens - 1):
-        onwards, jump = (links.unsqueeze(1) + of_next_vertices(rest, links.shape[-1])).max(-1)
-        rest = tokens.unsqueeze(1) + onwards
+        reached = of_next_vertices(rest, links.shape[-1])
+        onwards, jump = (links.unsqueeze(1) + reached.unsqueeze(3)).max(-1)  # (B, 2, G, C)
+        rest, choice = (tokens.unsqueeze(1) + onwards).max(-1)
         scores.append(rest[:, 0, 0])
-        jumps.append(jump)
+        # what a vertex says and how far it jumps, in one number
+        steps.append(choice + tokens.shape[-1] * jump.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
     lengths = torch.arange(1, num_tokens + 1, device=links.device).clamp(min=1)
     ended = torch.stack(scores, dim=1).masked_fill(lengths <= num_without_end, 2 * UNREACHABLE)
     penalised = torch.cat([ended, rest[:, 1, :1]], dim=1) / torch.cat([lengths, lengths[-1:]]) ** length_penalty
     best = penalised.argmax(1)
     is_ended, length = best < num_tokens, (best + 1).clamp(max=num_tokens)
-    if not jumps:
-        return torch.zeros_like(best).unsqueeze(1), length, is_ended
-    kind = (~is_ended).long().view(-1, 1, 1).expand(-1, 1, links.shape[1])
-    table = torch.stack([jump.gather(1, kind).squeeze(1) for jump in jumps])  # by tokens behind this one
-    ordered = []
+    kind = (~is_ended).long().view(-1, 1, 1).expand(-1, 1, ends.shape[1])
+    table = torch.stack([step.gather(1, kind).squeeze(1) for step in steps])  # by tokens behind this one
+    vertex, vertices, choices = torch.zeros_like(length), [], []
     for index in range(num_tokens):
-        behind = (length - index - 2).clamp(min=0).view(1, -1, 1).expand(1, -1, links.shape[1])
-        ordered.append(table.gather(0, behind).squeeze(0))
-    return torch.stack(_follow(ordered), dim=1), length, is_ended
+        behind = (length - index - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, ends.shape[1])
+        step = table.gather(0, behind).squeeze(0).gather(1, vertex.unsqueeze(1)).squeeze(1)
+        vertices.append(vertex)
+        choices.append(step % tokens.shape[-1])
+        vertex = (vertex + 1 + step // tokens.shape[-1]).clamp(max=ends.shape[1] - 1)
+    return torch.stack(vertices, dim=1), torch.stack(choices, dim=1), length, is_ended
 
 
 class YanGraph(nn.Module):
-    """The links between the vertices of a canvas, from their latents.
+    """The links between the vertices of a canvas, from their latents and from the token that the first of two says.
 
     A fresh link goes `vertices_per_token` vertices on: the vertices of a copied prompt are then read in its order.
     """
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__()
-        self.num_heads, self.vertices_per_token = config.num_attention_heads, config.vertices_per_token
-        self.reach = REACH * config.vertices_per_token
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.head_gate = nn.Linear(config.hidden_size, self.num_heads)
-        self.distance_bias = nn.Parameter(torch.empty(self.num_heads, self.reach))
+        self.vertices_per_token, width = config.vertices_per_token, config.hidden_size
+        self.num_candidates, self.reach = min(CANDIDATES, config.vocab_size), REACH * config.vertices_per_token
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(config.word_embedding_size, eps=config.layer_norm_eps)
+        self.token_proj = ZeroInitLinear(config.word_embedding_size, width, bias=False)
+        self.distance_bias = nn.Parameter(torch.empty(self.reach))
 
     @torch.no_grad()
     def reset_distances(self) -> None:
         """Start with links that are the likelier, the nearer they are to one token's number of vertices."""
         distance = torch.arange(1, self.reach + 1, dtype=torch.float, device=self.distance_bias.device)
-        init.copy_(self.distance_bias, -((distance / self.vertices_per_token - 1).abs()).expand(self.num_heads, -1))
+        init.copy_(self.distance_bias, -(distance / self.vertices_per_token - 1).abs())
 
-    def links(self, latents: torch.Tensor) -> torch.Tensor:
-        """Log-probability (B, G, R), float32, of the vertices 1 to R behind each one, from latents (B, G, D)."""
+    def _keys(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a vertex offers (B, G, D), and the scores (B, G, R) of links whatever token is said, from latents."""
         number = latents.shape[1]
-        queries, keys = (
-            proj(latents).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj)
-        )
-        scores = (queries @ keys.transpose(-1, -2)).float() * queries.shape[-1] ** -0.5
-        vertices = torch.arange(number, device=latents.device)
-        targets = vertices.unsqueeze(1) + torch.arange(1, self.reach + 1, device=latents.device)
-        is_beyond = targets >= number
-        index = targets.clamp(max=number - 1).expand(*scores.shape[:3], -1)
-        near = scores.gather(-1, index) + self.distance_bias.float().unsqueeze(1)
-        shares = self.head_gate(latents).float().log_softmax(-1).transpose(1, 2).unsqueeze(-1)
-        near = near.masked_fill(is_beyond, UNREACHABLE).log_softmax(-1)
-        return (near + shares).logsumexp(1).masked_fill(is_beyond, UNREACHABLE)
+        keys = self.k_proj(latents) * latents.shape[-1] ** -0.5
+        scores = (self.q_proj(latents) @ keys.transpose(-1, -2)).float()
+        targets = torch.arange(number, device=latents.device).unsqueeze(1) + 1
+        targets = targets + torch.arange(self.reach, device=latents.device)
+        near = scores.gather(-1, targets.clamp(max=number - 1).expand(len(latents), -1, -1))
+        return keys, (near + self.distance_bias.float()).masked_fill(targets >= number, UNREACHABLE)
+
+    def _token_scores(self, embedding: nn.Embedding, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """What tokens (B, N) add to the scores of each next vertex, (B, N, G)."""
+        return (self.token_proj(self.norm(embedding(tokens))) @ keys.transpose(-1, -2)).float()
+
+    def links(self, embedding: nn.Embedding, latents: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probability (B, L, G, R) of the vertices 1 to R behind each one, where it says a target (B, L)."""
+        keys, near = self._keys(latents)
+        said = of_next_vertices(self._token_scores(embedding, targets, keys), self.reach)
+        return (near.unsqueeze(1) + said).log_softmax(-1)
 
     def log_likelihood(
-        self, logits: torch.Tensor, latents: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]
+        self,
+        embedding: nn.Embedding,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        targets: torch.Tensor,
+        eos: Sequence[int],
     ) -> torch.Tensor:
         """Log-probability (B,) of the ids `targets` (B, L) up to EOS; for logits (B, G, V) and latents (B, G, D)."""
-        return log_sum_of_paths(self.links(latents), *_emissions(logits, targets, eos))
+        return log_sum_of_paths(self.links(embedding, latents, targets), *_emissions(logits, targets, eos))
 
     def align(
-        self, logits: torch.Tensor, latents: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]
+        self,
+        embedding: nn.Embedding,
+        logits: torch.Tensor,
+        latents: torch.Tensor,
+        targets: torch.Tensor,
+        eos: Sequence[int],
     ) -> torch.Tensor:
         """The vertices (B, L) of the tokens of a canvas on their most probable path; as in `log_likelihood`."""
-        return best_vertices(self.links(latents), *_emissions(logits, targets, eos))
+        return best_vertices(self.links(embedding, latents, targets), *_emissions(logits, targets, eos))
 
     def most_likely(
         self,
+        embedding: nn.Embedding,
         logits: torch.Tensor,
         latents: torch.Tensor,
         num_tokens: int,
@@ -165,20 +181,25 @@ class YanGraph(nn.Module):
         """Token ids (B, L) of the best path, behind which there is EOS, and its vertices (B, L)."""
         log_probs = _log_probs(logits, eos)
         ends, which = _best_end(log_probs, eos)
-        best, tokens = _without_ends(log_probs, eos).max(-1)
-        vertices, length, is_ended = best_text(
-            self.links(latents), best.clamp(min=UNREACHABLE), ends, num_tokens, num_without_eos, length_penalty
+        best, candidates = _without_ends(log_probs, eos).topk(self.num_candidates, dim=-1)
+        keys, near = self._keys(latents)
+        said = self._token_scores(embedding, candidates.flatten(1), keys).unflatten(1, candidates.shape[1:])
+        said = of_next_vertices(said, self.reach).diagonal(dim1=1, dim2=3).movedim(-1, 1)  # of each vertex its own
+        links = (near.unsqueeze(2) + said).log_softmax(-1)
+        vertices, choices, length, is_ended = best_text(
+            links, best.clamp(min=UNREACHABLE), ends, num_tokens, num_without_eos, length_penalty
         )
-        number = torch.arange(num_tokens, device=logits.device)
-        text = tokens.gather(1, vertices)
+        index = vertices.unsqueeze(-1).expand(-1, -1, candidates.shape[-1])
+        text = candidates.gather(1, index).gather(-1, choices.unsqueeze(-1)).squeeze(-1)
         if eos:
+            number = torch.arange(num_tokens, device=logits.device)
             is_end = number >= (length - is_ended.long()).unsqueeze(1)
-            last = vertices.gather(1, (length - 1).unsqueeze(1))
-            text = torch.where(is_end, which.gather(1, last), text)
+            text = torch.where(is_end, which.gather(1, vertices.gather(1, (length - 1).unsqueeze(1))), text)
         return text, vertices
 
     def score(
         self,
+        embedding: nn.Embedding,
         logits: torch.Tensor,
         latents: torch.Tensor,
         num_tokens: int,
@@ -187,16 +208,18 @@ class YanGraph(nn.Module):
         length_penalty: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (B,) of the text of the best path, summed over its paths, and its length (B,) with EOS."""
-        text, _ = self.most_likely(logits, latents, num_tokens, eos, num_without_eos, length_penalty)
+        text, _ = self.most_likely(embedding, logits, latents, num_tokens, eos, num_without_eos, length_penalty)
         emissions, length = _emissions(logits, text, eos)
-        return log_sum_of_paths(self.links(latents), emissions, length), length
+        return log_sum_of_paths(self.links(embedding, latents, text), emissions, length), length
 
     def is_lost(self, latents: torch.Tensor) -> torch.Tensor:
         """Rows (B,) whose links are no numbers: a best path would be found all the same."""
-        return self.links(latents).isnan().flatten(1).any(1)
+        keys, near = self._keys(latents)
+        return near.isnan().flatten(1).any(1) | keys.isnan().flatten(1).any(1) | self.token_proj.weight.isnan().any()
 
     def draw(
         self,
+        embedding: nn.Embedding,
         logits: torch.Tensor,
         latents: torch.Tensor,
         uniform: torch.Tensor,
@@ -210,7 +233,7 @@ class YanGraph(nn.Module):
         whole texts would make the shortest ones far too frequent.
         """
         scale, (num_vertices, num_tokens) = 1 / max(temperature, 1e-4), (logits.shape[1], uniform.shape[1])
-        log_probs, links = scale * _log_probs(logits, eos), scale * self.links(latents)
+        log_probs, (keys, near) = scale * _log_probs(logits, eos), self._keys(latents)
         jumps = torch.arange(1, self.reach + 1, device=logits.device)
         vertex = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
         is_over = torch.zeros_like(vertex, dtype=torch.bool)
@@ -221,10 +244,12 @@ class YanGraph(nn.Module):
             text.append(torch.where(is_over, text[-1], token) if text else token)
             for end in eos:
                 is_over = is_over | (token == end)
+            said = of_next_vertices(self._token_scores(embedding, token, keys).squeeze(1), self.reach)
+            links = _rows_at(near + said, vertex).log_softmax(-1)
             # of the vertices, as many stay as there must be tokens behind the next one
             needed = max(0, (num_without_eos if eos else num_tokens - 1) - index - 1)
             is_far = vertex + jumps > num_vertices - 1 - needed
-            jump = _draw_index(_rows_at(links, vertex).masked_fill(is_far, UNREACHABLE), uniform[:, index, 1:2])
+            jump = _draw_index((scale * links).masked_fill(is_far, UNREACHABLE), uniform[:, index, 1:2])
             vertex = (vertex + 1 + jump).clamp(max=num_vertices - 1)
         return torch.cat(text, dim=1)
 

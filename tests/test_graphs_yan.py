@@ -90,7 +90,8 @@ def every_path(links, emissions, length):
 
 def test_sums_and_maxima_are_those_over_all_paths():
     links, emissions, length = draw_graph()
-    sums, best = log_sum_of_paths(links, emissions, length), best_vertices(links, emissions, length)
+    given = links.unsqueeze(1).expand(-1, emissions.shape[1], -1, -1), emissions, length
+    sums, best = log_sum_of_paths(*given), best_vertices(*given)
     for row, number in enumerate(length.tolist()):
         scores = every_path(links[row], emissions[row], number)
         assert sums[row].item() == pytest.approx(torch.tensor(list(scores.values())).logsumexp(0).item(), abs=1e-4)
@@ -102,7 +103,9 @@ def test_sums_and_maxima_are_those_over_all_paths():
 def test_the_best_text_of_any_length_is_found(penalty, fewest):
     links, emissions, _ = draw_graph()
     tokens, ends = emissions[:, 0], emissions[:, 1]
-    vertices, length, is_ended = best_text(links, tokens, ends, 4, fewest, penalty)
+    candidates = torch.stack([tokens - 9, tokens], dim=-1), links.unsqueeze(2).expand(-1, -1, 2, -1)
+    vertices, choices, length, is_ended = best_text(candidates[1], candidates[0], ends, 4, fewest, penalty)
+    assert (choices[torch.arange(4) < (length - is_ended.long()).unsqueeze(1)] == 1).all()
     for row in range(2):
         found = {}
         for number in range(1, 5):
