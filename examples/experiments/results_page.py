@@ -27,14 +27,17 @@ TITLES = {
     "squad_devsplit": "SQuAD: answers to questions",
 }
 CLASSIFICATION = {"sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
-WHOLE = ("YAN, one expert", "YAN, sixteen experts")  # an arm that is one of them without a part has it as its rival
-GRAPH = "one pass with a graph"
-RIVALS = {
-    "YAN": ("YAN, one expert", "one pass", "one pass with a CRF", GRAPH, "AR encoder-decoder"),
-    GRAPH: ("one pass", "one pass with a CRF"),
-    "AR decoder": (*WHOLE, GRAPH),
+ONE, SIXTEEN, GRAPH = "YAN, one expert", "YAN, sixteen experts", "one pass with a graph"
+PASSES, WITH_CRF = ("one pass", "one pass with a CRF"), "{}, CRF".format
+RIVALS = {  # of each arm; one that is an arm of these without a part has that as its rival
+    ONE: (*PASSES, GRAPH, "AR encoder-decoder"),
+    SIXTEEN: (ONE, *PASSES, GRAPH, "AR encoder-decoder"),
+    WITH_CRF(ONE): (ONE, *PASSES),
+    WITH_CRF(SIXTEEN): (SIXTEEN, WITH_CRF(ONE), *PASSES),
+    GRAPH: PASSES,
+    "AR decoder": (ONE, SIXTEEN, WITH_CRF(ONE), GRAPH),
+    "YAN on MiniLM": ("one pass with a CRF on MiniLM", "classification head on MiniLM"),
 }
-ENCODER_RIVALS = ("one pass with a CRF on MiniLM", "classification head on MiniLM")
 METRICS = {  # name, scale, digits
     "bleu": ("BLEU", 1, 1),
     "chrf": ("chrF", 1, 1),
@@ -51,8 +54,8 @@ README_TASKS = {
     "dbpedia": "things (DBpedia)",
 }
 README_ARMS = (
-    *("YAN, one expert", "YAN, sixteen experts", "one pass", "one pass with a CRF", GRAPH, "AR decoder"),
-    *("YAN on MiniLM", "one pass with a CRF on MiniLM", "classification head on MiniLM"),
+    *(ONE, SIXTEEN, WITH_CRF(ONE), WITH_CRF(SIXTEEN), *PASSES, GRAPH, "AR decoder"),
+    *("YAN on MiniLM", "classification head on MiniLM"),
 )
 README_METRICS = {"bleu": ("bleu", "chrf"), "exact": ("exact",)}
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -192,14 +195,6 @@ def step_name(step: str) -> str:
     return "no step" if step == "0" else f"{step} step" + "s" * (step != "1")
 
 
-def best_table(runs: dict, metric: str = "bleu") -> list[str]:
-    """The best texts by number of steps, in one of the METRICS."""
-    steps = sorted(columns_of(runs, "best"), key=lambda step: (not step.isdigit(), int(step) if step.isdigit() else 0))
-    heads = [step_name(step) for step in steps]
-    _, scale, digits = METRICS[metric]
-    return make_table(runs, heads, [("best", step, metric) for step in steps], digits, scale)
-
-
 def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[float]:
     """An arm's figures under a path, `best` or `nats`, by seed: at three steps, or as the arm writes without steps."""
     found = []
@@ -212,12 +207,8 @@ def final_figures(runs: dict, arm: str, *path: str, scale: float = 1) -> list[fl
 
 def rivals_of(arm: str) -> tuple[str, ...]:
     """The arms that an arm is compared with."""
-    for whole in WHOLE:
-        if arm.startswith(f"{whole}, "):
-            return (whole,)
-    if arm.startswith("YAN"):
-        return tuple(rival for rival in RIVALS["YAN"] + ENCODER_RIVALS if rival != arm)
-    return RIVALS.get(arm, ())
+    wholes = [whole for whole in RIVALS if arm.startswith(f"{whole}, ")]
+    return RIVALS[arm] if arm in RIVALS else (max(wholes, key=len),) if wholes else ()
 
 
 def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
@@ -243,18 +234,29 @@ def comparison_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
     return [title, "", f"| arm and rival | {heads} |", "|---" * (2 * len(columns) + 1) + "|", *lines, ""]
 
 
-def final_table(runs: dict, columns: dict[str, tuple]) -> list[str]:
-    """A line for each arm, and a column for each name with its digits, scale and path, as `final_figures` takes it."""
-    lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+def main_table(runs: dict, metric: str, columns: dict[str, tuple]) -> list[str]:
+    """A line for each arm: its best texts by number of steps in one of the METRICS, then more columns.
+
+    Those have digits, scale and path, as `final_figures` takes it.
+    """
+    name, scale, digits = METRICS[metric]
+    steps = sorted(columns_of(runs, "best"), key=lambda step: (not step.isdigit(), int(step) if step.isdigit() else 0))
+    heads = [*(f"{name}, {step_name(step)}" for step in steps), *columns]
+    lines = ["| arm | seeds | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for arm, seeds in runs.items():
-        found = [(final_figures(runs, arm, *path, scale=scale), digits) for digits, scale, *path in columns.values()]
-        cells = [mean_with_interval(values, digits) if values else "" for values, digits in found]
-        lines += [f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |"] if any(cells) else []
+        cells = []
+        for step in steps:
+            values = [look_up(run, ("best", step, metric)) for run in seeds.values()]
+            values = [scale * value for value in values if value is not None]
+            cells.append(mean_with_interval(values, digits) if values else "")
+        for more_digits, more_scale, *path in columns.values():
+            values = final_figures(runs, arm, *path, scale=more_scale)
+            cells.append(mean_with_interval(values, more_digits) if values else "")
+        lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
-    lines = [f"{title_of(metric)} of the best text, by number of steps:", "", *best_table(runs, metric)]
     name, scale, digits = METRICS[metric]
     compared, columns, meaning = {name: (digits, scale, "best", metric)}, {}, []
     other = {"bleu": "chrf", "exact": "unknown", "f1": "exact"}.get(metric)
@@ -264,11 +266,11 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
         columns[name], meaning = (digits, scale, "best", other), [f"{name} of the same texts"]
     if columns_of(runs, "nats"):
         columns["nats"] = 3, 1, "nats"
-        meaning += ["right texts' negative log-likelihood in nats a token, EOS included (less is better)"]
+        meaning += ["nats a token of right texts"]
+    lines = [f"{title_of(metric)} of the best text, by number of steps."]
     if columns:
-        title = f"At three steps, or as the arm generates: {', and '.join(meaning)}."
-        lines += [title, "", *final_table(runs, columns)]
-    lines += comparison_table(runs, compared | columns)
+        lines[0] += f" At three steps, or as the arm generates: {', and '.join(meaning)}."
+    lines += ["", *main_table(runs, metric, columns), *comparison_table(runs, compared | columns)]
     drawn = columns_of(runs, "drawn")
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
