@@ -20,6 +20,7 @@ from .configuration_yan import YanConfig
 from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
 from .experts_yan import YanExpertChoice, YanExpertPrior, choose_experts
 from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
+from .graphs_yan import YanGraph
 from .layers_yan import count_positions, select_positions
 from .pretrained_yan import YanPretrainedMixin
 from .velocity_yan import YanCondition, YanVelocity
@@ -285,10 +286,14 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         """Terms whose logits and latents are those of the tokens `canvas` (B, L), on their most probable path."""
         if self.graph is None:
             return terms
-        logits, latents = terms["logits"], terms["latents"]
-        with torch.no_grad():
-            vertices = self.graph.align(self.get_input_embeddings(), logits, latents, canvas, self.config.end_ids)
-        return terms | {"logits": select_positions(logits, vertices), "latents": select_positions(latents, vertices)}
+        vertices = self.vertices_of(terms["logits"], terms["latents"], canvas)
+        return terms | {name: select_positions(terms[name], vertices) for name in ("logits", "latents")}
+
+    @torch.no_grad()
+    def vertices_of(self, logits: torch.Tensor, latents: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+        """Where the tokens `canvas` (B, L) of a graph stand on their most probable path, (B, L)."""
+        graph = cast(YanGraph, self.graph)
+        return graph.align(self.get_input_embeddings(), logits, latents, canvas, self.config.end_ids)
 
     def _check_draft(self, canvas_length: int, num_flow_steps: int) -> None:
         """Raise ValueError if the encoder's draft is asked for and does not fill the canvas."""

@@ -61,6 +61,7 @@ class YanGenerationOutput(ModelOutput):
         num_trunk_passes: Passes through the flow's trunk in this call: N a canvas.
         trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
         experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
+            With `vertices_per_token` above 1, L is the number of vertices here.
 
     Example:
 

@@ -104,6 +104,14 @@ def follow_all(
     trajectories, gates = output.trajectory[0].transpose(1, 2).float().cpu(), output.gate[0].float().cpu()
     experts = [None] * len(gates) if output.experts is None else output.experts[0].tolist()
     sequences = output.sequences.cpu()[:, : gates.shape[1]]
+    if model.graph is not None:  # what the tokens' vertices have
+        latents = output.trajectory[0][:, -1]
+        vertices = model.vertices_of(model.decode(latents), latents, output.sequences[:, : model.config.canvas_length])
+        vertices, rows = vertices.cpu(), torch.arange(len(gates)).unsqueeze(1)
+        trajectories, gates = trajectories[rows, vertices], gates[rows, vertices]
+        chosen = output.experts
+        experts = experts if chosen is None else chosen[0].cpu()[rows, vertices].tolist()
+        sequences = sequences[:, : vertices.shape[1]]
     return [
         _path_of(model, tokenizer, tokens, [draft[row] for draft in drafts], trajectory, gate, chosen)
         for row, (tokens, trajectory, gate, chosen) in enumerate(

@@ -13,6 +13,7 @@ from modeling_yan.canvas_yan import CanvasPlan
 from modeling_yan.data import AutoencoderCollator
 from modeling_yan.export import export_generation
 from modeling_yan.graphs_yan import UNREACHABLE, best_text, best_vertices, log_sum_of_paths
+from modeling_yan.visualization import follow
 
 VOCABULARY, LENGTH, EOS, PROMPT = 5, 3, 2, torch.tensor([[4, 1, 4]])
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
@@ -268,6 +269,16 @@ def test_compiled_and_exported_programs_write_the_same(fields):
     )
     program = export_generation(model, batch_size=1, prompt_length=PROMPT.shape[1]).module()
     assert ended(program(PROMPT, torch.ones_like(PROMPT))[0]) == ended(model.generate(PROMPT, return_prompt=False)[0])
+
+
+def test_a_followed_path_has_the_points_of_its_tokens_vertices(bundled_tokenizer):
+    torch.manual_seed(0)
+    graph = {"vertices_per_token": 2, **SLOTS, "num_answer_slots": 16, "train_expert_choice": "posterior"}
+    sizes = {"vocab_size": len(bundled_tokenizer), "canvas_length": 8, "max_position_embeddings": 64, **SIZES}
+    model = YanForFlowGeneration(YanConfig(**sizes, **graph, **EXPERTS, mse_weight=0.0, initializer_range=0.5)).eval()
+    path = follow(model, bundled_tokenizer, "Where is the hat?", 2)
+    number = len(path.tokens)
+    assert (path.points.shape, path.gate.shape, len(path.experts)) == ((number, 3, 2), (number, 3), number)
 
 
 REFUSED = {

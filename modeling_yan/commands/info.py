@@ -53,6 +53,8 @@ def _facts(config: "YanConfig") -> dict[str, Any]:
     }
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
     counts["encoder"] -= counts["embeddings"]
+    number = config.num_vertices(config.canvas_length)
+    vertices = f", {number} vertices" if config.vertices_per_token > 1 else ""
     return {
         "architecture": ", ".join(config.architectures or ["unknown"]),
         "parameters": {"all": model.num_parameters(), **counts},
@@ -62,7 +64,7 @@ def _facts(config: "YanConfig") -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "experts": config.num_experts,
         "longest prompt": f"{config.max_prompt_length} tokens",
-        "canvas": f"{config.canvas_length} tokens in {config.num_flow_steps} steps",
+        "canvas": f"{config.canvas_length} tokens in {config.num_flow_steps} steps{vertices}",
         "answer slots": config.num_answer_slots,
         "versions": {
             "modeling-yan": __version__,
