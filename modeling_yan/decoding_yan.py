@@ -296,7 +296,7 @@ class YanDecodingMixin(YanFlowMixin):
             number = latents.shape[1] // self.config.vertices_per_token
             options = number, plan.eos, plan.num_without_eos, plan.length_penalty
             text, _ = graph.most_likely(self.get_input_embeddings(), logits, latents, *options)
-        return text.masked_fill(graph.is_lost(latents).unsqueeze(1), -1)
+        return text.masked_fill(graph.is_lost(self.get_input_embeddings(), latents).unsqueeze(1), -1)
 
     def score_tokens(self, latents: torch.Tensor, plan: "CanvasPlan") -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (B,) of the most likely text of latents (B, L, D), and its length (B,) with its EOS."""

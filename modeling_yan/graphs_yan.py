@@ -212,10 +212,12 @@ class YanGraph(nn.Module):
         emissions, length = _emissions(logits, text, eos)
         return log_sum_of_paths(self.links(embedding, latents, text), emissions, length), length
 
-    def is_lost(self, latents: torch.Tensor) -> torch.Tensor:
+    def is_lost(self, embedding: nn.Embedding, latents: torch.Tensor) -> torch.Tensor:
         """Rows (B,) whose links are no numbers: a best path would be found all the same."""
         keys, near = self._keys(latents)
-        return near.isnan().flatten(1).any(1) | keys.isnan().flatten(1).any(1) | self.token_proj.weight.isnan().any()
+        first = torch.zeros(len(latents), 1, dtype=torch.long, device=latents.device)  # any token tells
+        said = self._token_scores(embedding, first, keys)
+        return near.isnan().flatten(1).any(1) | said.isnan().flatten(1).any(1)
 
     def draw(
         self,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -252,11 +253,12 @@ def test_the_first_stage_sees_the_same_slots(bundled_tokenizer):
 
 
 def test_lost_numbers_are_an_error():
-    model = make_graph()
-    torch.nn.init.constant_(model.graph.distance_bias, math.nan)
-    for options in ({}, {"do_sample": True, "seed": 0}):
-        with pytest.raises(FloatingPointError, match=r"graph\.distance_bias"):
-            model.generate(PROMPT, **options)
+    for name, _ in make_graph().graph.named_parameters():
+        model = make_graph()
+        torch.nn.init.constant_(model.graph.get_parameter(name), math.nan)
+        for options in ({}, {"do_sample": True, "seed": 0}):
+            with pytest.raises(FloatingPointError, match=re.escape(f"graph.{name}")):
+                model.generate(PROMPT, **options)
 
 
 @pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["one expert", "experts"])
