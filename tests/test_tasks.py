@@ -67,6 +67,10 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
         questions = [{"source": f"{part} {n}", "target": "n,w", "task": f"qa{n % 2}"} for n in range(300)]
         shared = [{"source": "Where?", "target": "hall", "task": "qa1"}]
         write_rows(tmp_path / f"babi-{part}.jsonl.gz", questions + shared)
+    for name in ("wikitext103", "narrativeqa_summaries"):
+        texts = [{"text": "One two three four five six seven eight 9 ."}] * 5 + [{"text": "Too short ."}]
+        write_rows(tmp_path / f"{name}-validation.jsonl.gz", texts)
+        write_rows(tmp_path / f"{name}-test.jsonl.gz", texts)
     words = [{"source": f"story {number}", "target": "here"} for number in range(3)]
     write_rows(tmp_path / "tinystories_lastword-validation.jsonl.gz", words)
     script.main(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "rows")])
@@ -90,6 +94,10 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
     assert [len(parts[f"babi-{part}"]) for part in ("train", "validation")] == [300, 301]
     assert [len(parts[f"lastword-{part}"]) for part in ("train", "validation", "test")] == [24, 2, 1]
     assert parts["lastword-train"][0] == {"source": story.split(" here. Sentence 4")[0], "target": "here"}
+    assert [len(parts[f"maskedword-{part}"]) for part in ("train", "validation", "test")] == [32, 2, 10]
+    whole = "One two three four five six seven eight 9 ."
+    assert all(row["source"].replace("[MASK]", row["target"]) == whole for row in parts["maskedword-train"])
+    assert len({row["target"] for row in parts["maskedword-train"][:4]}) == 4
 
 
 TASK_ARMS = {
@@ -100,6 +108,7 @@ TASK_ARMS = {
     "one pass with cross-attention": {"kind": "one pass, cross-attention"},
     "AR decoder": {"kind": "decoder"},
     "taught": {"teacher": "AR decoder"},
+    "most frequent answer": {"kind": "most frequent"},
 }
 
 
@@ -146,7 +155,7 @@ def test_tasks_train_every_arm(load_script, words, tmp_path):
     assert list(first["one pass"]["best"]) == list(first["one pass with a CRF"]["best"]) == ["0"]
     assert list(first["one pass with cross-attention"]["best"]) == ["1"]
     assert list(first["AR decoder"]["best"]) == ["greedy"]
-    sizes = [figures["parameters"] for figures in first.values()]
+    sizes = [figures["parameters"] for arm, figures in first.items() if arm != "most frequent answer"]
     assert max(sizes) < 1.04 * min(sizes)
     assert (
         len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 2
@@ -266,30 +275,43 @@ def test_a_page_leaves_out_shares_that_are_all_zero_and_ends_with_the_routes(loa
     assert script.make_page([], tmp_path / "intro.md") == "# Results\n\n## Routes\n"
 
 
-def test_tasks_of_classification_share_a_table(load_script, tmp_path):
+def test_the_most_frequent_answer_needs_no_model(load_script, task_recipe, words, tmp_path):
+    load_script("tasks").main([*words, "--arms", "most frequent answer", "--seeds", "0"])
+    figures = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]["most frequent answer"]["0"]
+    targets = Counter(row["target"] for row in read_rows(tmp_path / "several_answers-train.jsonl.gz"))
+    test = read_rows(tmp_path / "several_answers-test.jsonl.gz")
+    answered = {row["source"] for row in test if row["target"] == targets.most_common(1)[0][0]}
+    assert figures["best"]["class"]["exact"] == len(answered) / len({row["source"] for row in test}) > 0
+    assert figures["parameters"] == 0
+
+
+def test_the_tasks_of_the_paper_share_a_table(load_script, tmp_path):
     pytest.importorskip("scipy")
     script = load_script("results_page")
-    about = {"recipe": {"updates": 5, "batch_size": 2}, "rows": 7, "hardware": "h", "torch": "2", "date": "d"}
+    recipe = {"updates": 5, "batch_size": 2}
+    about = {"rows": 7, "hardware": "h", "torch": "2", "date": "d"}
 
-    def run(step: str, exact: float) -> dict:
-        return {"parameters": 1e6, "best": {step: {"exact": exact}}}
+    def run(step: str, value: float, parameters: float = 1e6) -> dict:
+        return {"parameters": parameters, "best": {step: {"exact": value, "f1": value / 2}}}
 
     found = {
+        "squad": {"YAN on MiniLM": {"0": run("3", 0.25)}, "constant": {"0": run("class", 0.75, 0)}},
         "sst2": {"YAN on MiniLM": {"0": run("3", 0.5), "1": run("3", 0.6)}},
-        "agnews": {"YAN on MiniLM": {"0": run("3", 0.25)}, "head": {"0": run("class", 0.75)}},
     }
     for name, runs in found.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "table.json").write_text(json.dumps({**about, "task": name, "runs": runs}))
+        own = {"recipe": {**recipe, "metric": "f1" if name == "squad" else "exact"}, "task": name, "runs": runs}
+        (tmp_path / name / "table.json").write_text(json.dumps({**about, **own}))
     (tmp_path / "intro.md").write_text("# Results\n")
-    (tmp_path / "classification.md").write_text("Names.\n")
+    (tmp_path / "paper_tasks.md").write_text("Names.\n")
     page = script.make_page([tmp_path / name / "table.json" for name in found], tmp_path / "intro.md")
     assert "## sst2" not in page
-    assert page.count("## Classification") == 1
+    assert page.count("## The paper's tasks") == 1
     assert "Names." in page
-    assert "| arm | SST-2 | seeds | AG News | seeds |" in page
-    assert "| YAN on MiniLM | 55.0 ± 63.5 | 2 | 25.0 | 1 |" in page
-    assert "| head |  |  | 75.0 | 1 |" in page
+    assert page.count("Every arm: 1.00 to 1.00 million parameters") == 2
+    assert "| arm | SST-2 | seeds | SQuAD, F1 | seeds |" in page
+    assert "| YAN on MiniLM | 55.0 ± 63.5 | 2 | 12.5 | 1 |" in page
+    assert "| constant |  |  | 37.5 | 1 |" in page
 
 
 def test_the_page_of_results_is_that_of_its_tables(load_script, monkeypatch):

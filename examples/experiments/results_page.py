@@ -5,7 +5,7 @@
 Every figure of the page is a mean over training seeds of figures in a table. Its interval is that of the mean, from
 Student's t at 95%, and it is there where there are at least two seeds. The page begins with `docs/results/intro.md`
 and ends with `routes.md` beside it. `notes.md` beside a table says what it shows, and `experts.json` of
-`expert_texts.py` what its experts do. The tasks of classification share one table, and `classification.md`.
+`expert_texts.py` what its experts do. The paper's tasks share one table, and `paper_tasks.md`.
 """
 
 import argparse
@@ -23,10 +23,17 @@ TITLES = {
     "continuation": "Stories: the next sentence",
     "disflqa": "Disfl-QA: questions without slips of the tongue",
     "scan": "SCAN: commands to actions",
-    "babi": "bAbI: twenty tasks at once",
-    "squad_devsplit": "SQuAD: answers to questions",
 }
-CLASSIFICATION = {"sst2": "SST-2", "agnews": "AG News", "dbpedia": "DBpedia"}
+PAPER_TASKS = {
+    "sst2": "SST-2",
+    "agnews": "AG News",
+    "dbpedia": "DBpedia",
+    "babi": "bAbI",
+    "lastword": "last words",
+    "maskedword": "masked words",
+    "squad": "SQuAD, F1",
+    "fairytaleqa": "FairytaleQA, F1",
+}
 ONE, SIXTEEN, GRAPH = "YAN, one expert", "YAN, sixteen experts", "one pass with a graph"
 PASSES, WITH_CRF = ("one pass", "one pass with a CRF"), "{}, CRF".format
 RIVALS = {  # of each arm; one that is an arm of these without a part has that as its rival
@@ -111,7 +118,8 @@ def make_table(runs: dict, heads: list[str], paths: list[tuple[str, ...]], digit
 
 def describe(table: dict, name: str) -> str:
     """One paragraph: what was trained for how long, and where."""
-    recipe, sizes = table["recipe"], [run["parameters"] for arm in table["runs"].values() for run in arm.values()]
+    recipe, runs = table["recipe"], [run for arm in table["runs"].values() for run in arm.values()]
+    sizes = [run["parameters"] for run in runs if run["parameters"]]  # none: a constant answer
     low, high = min(sizes) / 1e6, max(sizes) / 1e6
     return (
         f"`TASK` is `{name}`. Every arm: {low:.2f} to {high:.2f} million parameters, {recipe['updates']} updates of "
@@ -136,18 +144,21 @@ def make_section(path: Path) -> list[str]:
     return lines + (experts_table(json.loads(experts.read_text())) if experts.exists() else [])
 
 
-def classification_section(paths: list[Path], notes: Path) -> list[str]:
-    """One table of all tasks of classification: exact match at three steps, or as the arm generates without steps."""
-    tables = {path.parent.name: json.loads(path.read_text()) for path in paths}
-    lines = ["## Classification on a pretrained encoder", "", notes.read_text().strip(), ""]
-    lines += [f"- {CLASSIFICATION[name]}: {describe(table, name)}" for name, table in tables.items()]
-    _, scale, digits = METRICS["exact"]
-    heads = [f"{CLASSIFICATION[task]} | seeds" for task in tables]
-    lines += ["", f"{title_of('exact')} of the best text at three steps, or as the arm generates:", ""]
+def paper_section(paths: dict[str, Path], notes: Path) -> list[str]:
+    """One table of the paper's tasks: the metric of each at three steps, or as the arm generates without steps."""
+    tables = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    lines = ["## The paper's tasks, on a pretrained encoder and from scratch", "", notes.read_text().strip(), ""]
+    lines += [f"- {PAPER_TASKS[name]}: {describe(table, name)}" for name, table in tables.items()]
+    lines += ["", "Exact match or F1, %, of the best text at three steps, or as the arm generates:", ""]
+    heads = [f"{PAPER_TASKS[name]} | seeds" for name in tables]
     lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (2 * len(heads) + 1) + "|"]
     for arm in dict.fromkeys(arm for table in tables.values() for arm in table["runs"]):
-        found = [final_figures(table["runs"], arm, "best", "exact", scale=scale) for table in tables.values()]
-        cells = [f"{mean_with_interval(values, digits)} | {len(values)}" if values else " | " for values in found]
+        cells = []
+        for table in tables.values():
+            metric = table["recipe"]["metric"]
+            _, scale, digits = METRICS[metric]
+            values = final_figures(table["runs"], arm, "best", metric, scale=scale)
+            cells.append(f"{mean_with_interval(values, digits)} | {len(values)}" if values else " | ")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -307,11 +318,12 @@ def put_into_readme(text: str, paths: list[Path]) -> str:
 def make_page(paths: list[Path], intro: Path) -> str:
     """The whole page."""
     lines = [intro.read_text().strip(), ""]
-    classified = [path for path in paths if path.parent.name in CLASSIFICATION]
-    for path in paths:
-        lines += make_section(path) if path not in classified else []
-    if classified:
-        lines += classification_section(classified, intro.with_name("classification.md"))
+    named = {path.parent.name: path for path in paths}
+    for name, path in named.items():
+        lines += make_section(path) if name not in PAPER_TASKS else []
+    shared = {name: named[name] for name in PAPER_TASKS if name in named}
+    if shared:
+        lines += paper_section(shared, intro.with_name("paper_tasks.md"))
     routes = intro.with_name("routes.md")
     lines += [routes.read_text()] if routes.exists() else []
     return "\n".join(lines).rstrip() + "\n"

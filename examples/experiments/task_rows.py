@@ -4,7 +4,8 @@
 
 DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz`, the three parts of `agnews`, `dbpedia` and
 `babi`, and `tinystories_lastword-validation.jsonl.gz` (`source` and `target`), and
-`tinystories-{train,validation}.jsonl.gz` and `fairytaleqa_sections-{train,validation,test}.jsonl.gz` (`text`).
+`tinystories-{train,validation}.jsonl.gz`, `fairytaleqa_sections-{train,validation,test}.jsonl.gz`, and
+`{wikitext103,narrativeqa_summaries}-{validation,test}.jsonl.gz` (`text`).
 `--tasks` names some of them. ROWS gets the train, validation and test files of
 
 - e2e: a tenth of the development part's sources is for validation, the rest to train on;
@@ -16,7 +17,9 @@ DATA holds `e2e-{validation,test}.jsonl.gz`, `scan-{train,test}.jsonl.gz`, the t
 - babi: all twenty tasks, without commas in the answer. Training rows that are in the test part, too, are left out; of
   every task 100 test rows are measured;
 - lastword: the last word of a sentence from the story up to it. To train on, that of every sentence of TinyStories'
-  training part. The validation rows are shared between validation and test, in turn.
+  training part. The validation rows are shared between validation and test, in turn;
+- maskedword: the word of a sentence in whose place there is [MASK]. To train on, four words of every sentence in nine
+  tenths of WikiText's and NarrativeQA's validation parts; of the last tenth, and of the test parts, one.
 """
 
 import argparse
@@ -33,6 +36,8 @@ MAX_WORDS = 24  # of the sentence that is asked for
 PARTS = ("train", "validation", "test")
 ROWS_OF_A_TASK = 100  # of bAbI's test part
 LEAST_WORDS, MOST_WORDS = 12, 80  # of a story before its last word, as in the public rows
+MASK, MASKED_TEXTS = "[MASK]", ("wikitext103", "narrativeqa_summaries")
+LEAST_AROUND, MOST_AROUND = 8, 40  # words of a sentence with a masked word
 
 
 def continuations(text: str) -> list[dict[str, str]]:
@@ -134,6 +139,32 @@ def last_word_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def masked_words(texts: list[dict[str, str]], number: int) -> list[dict[str, str]]:
+    """Rows of so many words of every sentence, each masked alone."""
+    rows, chance = [], random.Random(0)
+    for text in texts:
+        for sentence in split_sentences(" ".join(text["text"].split())):
+            words = sentence.split()
+            places = [place for place, word in enumerate(words) if word.isalpha()]
+            if LEAST_AROUND <= len(words) <= MOST_AROUND and len(places) >= LEAST_AROUND:
+                for place in chance.sample(places, number):
+                    source = " ".join([*words[:place], MASK, *words[place + 1 :]])
+                    rows.append({"source": source, "target": words[place]})
+    return rows
+
+
+def masked_word_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of masked words, by part; all rows of a text are in one part."""
+    texts = {
+        part: [row for name in MASKED_TEXTS for row in read_rows(data_dir / f"{name}-{part}.jsonl.gz")]
+        for part in ("validation", "test")
+    }
+    train = [text for number, text in enumerate(texts["validation"]) if number % 10]
+    parts = {"train": masked_words(train, 4), "validation": masked_words(texts["validation"][::10], 1)}
+    test = masked_words(texts["test"], 1)
+    return {**parts, "test": random.Random(0).sample(test, len(test))}
+
+
 TASKS = {
     "e2e": e2e_parts,
     "continuation": continuation_parts,
@@ -142,6 +173,7 @@ TASKS = {
     "dbpedia": partial(class_parts, name="dbpedia"),
     "babi": babi_parts,
     "lastword": last_word_parts,
+    "maskedword": masked_word_parts,
 }
 
 

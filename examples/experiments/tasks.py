@@ -52,6 +52,7 @@ OPTIONAL = (
 )
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 NUM_TEXTS = 4  # of one source, for self-BLEU
+MOST_FREQUENT = "most frequent"  # answers every source with the most frequent target, without any model
 ONE_PASS, ONE_PASS_JOINT = "one pass", "one pass, joint"  # without a flow; tokens alone, or decoded together
 # the usual non-autoregressive decoder: the flow's layers, with hardly any noise
 ONE_PASS_CROSS = "one pass, cross-attention"
@@ -360,14 +361,23 @@ def measure_nats(model, tokenizer, kind: str, task: Task, recipe: dict, config: 
 
 def run_arm(name: str, task: Task, recipe: dict, options):
     """Train an arm with one seed, or what is left of it, measure it, and leave its figures in its folder."""
-    folder, kind = train_arm(name, task, recipe, options), recipe["arms"][name].get("kind", "yan")
-    figures = measure(folder, name, task, recipe, options)
-    model = load(folder, kind)
-    unused = sum(each.numel() for each in model.flow.parameters()) if kind in (ONE_PASS, ONE_PASS_JOINT) else 0
-    figures["parameters"] = model.num_parameters() - unused
+    home, kind = (
+        options.output_dir / f"{name}-{options.seed}".replace(" ", "_"),
+        recipe["arms"][name].get("kind", "yan"),
+    )
+    if kind == MOST_FREQUENT:
+        home.mkdir(parents=True, exist_ok=True)
+        ((answer, _),) = Counter(row["target"] for row in read_rows(task.files["train"])).most_common(1)
+        figures = {"best": {"class": task.scores([answer] * len(task.sources))}, "parameters": 0}
+    else:
+        folder = train_arm(name, task, recipe, options)
+        figures, model = measure(folder, name, task, recipe, options), load(folder, kind)
+        is_one_pass = kind in (ONE_PASS, ONE_PASS_JOINT)
+        unused = sum(each.numel() for each in model.flow.parameters()) if is_one_pass else 0
+        figures["parameters"] = model.num_parameters() - unused
     figures["commit"] = current_commit()
     figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))
-    write_whole(folder.parent / "figures.json", json.dumps(figures, indent=1) + "\n")
+    write_whole(home / "figures.json", json.dumps(figures, indent=1) + "\n")
 
 
 def current_commit() -> str:
