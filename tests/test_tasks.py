@@ -133,7 +133,11 @@ def task_recipe(config, tmp_path):
         "draws": 2,
     }
     path = tmp_path / "several_answers.yaml"
-    recipe |= {"training": {"max_source_length": 8}, "arms": TASK_ARMS}
+    stages = {"tiny-autoencoder": {"max_steps": 2, "decay_steps": 1, "config": str(tmp_path / "preset")}}
+    slots = "canvas_length=16,num_answer_slots=16,copy_prompt_to_slots=true"
+    stages["tiny-autoencoder"]["config_overrides"] = slots
+    arms = {**TASK_ARMS, "by the recipes": {"recipes": {**stages, "tiny-flow": {"max_steps": 2, "decay_steps": 1}}}}
+    recipe |= {"training": {"max_source_length": 8}, "arms": arms}
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
@@ -148,14 +152,14 @@ def words(task_recipe, tmp_path):
 def test_tasks_train_every_arm(load_script, words, tmp_path):
     load_script("tasks").main([*words, "--seeds", "0", "1"])
     table = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert list(table["runs"]) == list(TASK_ARMS)
+    assert list(table["runs"]) == [*TASK_ARMS, "by the recipes"]
     assert all(list(seeds) == ["0", "1"] for seeds in table["runs"].values())
     first = {arm: seeds["0"] for arm, seeds in table["runs"].items()}
     assert list(first["YAN"]["best"]) == ["0", "1"]
     assert list(first["one pass"]["best"]) == list(first["one pass with a CRF"]["best"]) == ["0"]
     assert list(first["one pass with cross-attention"]["best"]) == ["1"]
     assert list(first["AR decoder"]["best"]) == ["greedy"]
-    sizes = [figures["parameters"] for arm, figures in first.items() if arm != "most frequent answer"]
+    sizes = [first[arm]["parameters"] for arm in TASK_ARMS if arm != "most frequent answer"]
     assert max(sizes) < 1.04 * min(sizes)
     assert (
         len(list((tmp_path / "out").glob("autoencoder-*-0"))) == 2
@@ -213,7 +217,8 @@ def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
     script = load_script("tasks")
     recipe = script.read_recipe(path)
     for arm in recipe["arms"].values():
-        assert set(arm) <= {"kind", "fields", "training", "teacher", "autoencoder_share", "encoder", "lora"}
+        assert set(arm) <= {"kind", "fields", "training", "teacher", "autoencoder_share", "encoder", "lora", "recipes"}
+        assert all((ROOT / f"configuration/recipes/{name}.yaml").exists() for name in arm.get("recipes", ()))
         assert arm.get("teacher", "AR decoder") in recipe["arms"]
         if arm.get("encoder"):
             assert {"encoder", "encoder_fields", "encoder_training"} <= set(recipe)

@@ -17,6 +17,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -51,6 +52,7 @@ OPTIONAL = (
     "encoder_training",
 )
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
+ROOT = Path(__file__).parents[2]
 NUM_TEXTS = 4  # of one source, for self-BLEU
 MOST_FREQUENT = "most frequent"  # answers every source with the most frequent target, without any model
 ONE_PASS, ONE_PASS_JOINT = "one pass", "one pass, joint"  # without a flow; tokens alone, or decoded together
@@ -200,6 +202,8 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
     arm, home = recipe["arms"][name], options.output_dir / f"{name}-{options.seed}".replace(" ", "_")
     if arm.get("encoder"):
         return train_on_encoder(arm, home, task, recipe, options)
+    if arm.get("recipes"):
+        return train_by_recipes(arm, home, task, recipe, options)
     tokenizer, updates = AutoTokenizer.from_pretrained(task.tokenizer), recipe["updates"]
     config, settings = preset(recipe, tokenizer, arm.get("fields", {})), arm.get("training", {})
     kind = arm.get("kind", "yan")
@@ -229,6 +233,29 @@ def train_arm(name: str, task: Task, recipe: dict, options) -> Path:
             config.save_pretrained(aside)
     train_stage("flow", start, home / "model", updates - first, *run)
     return home / "model"
+
+
+def train_by_recipes(arm: dict, home: Path, task: Task, recipe: dict, options) -> Path:
+    """An arm of the package's own recipes: by the command of a user, stage after stage, with the arm's settings."""
+    check_recipe(home, arm, recipe)
+    folder = None
+    for name, settings in arm["recipes"].items():
+        start, folder = folder, home / name
+        settings = {"save_steps": settings["max_steps"], "use_cpu": options.use_cpu, "report_to": "none", **settings}
+        settings |= {"tokenizer": task.tokenizer, "output_dir": folder, "seed": options.seed}
+        settings |= {"train_file": task.files["train"], "validation_file": task.files["validation"]}
+        settings |= {"config": start} if start else {}
+        words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+        command = [
+            sys.executable,
+            ROOT / "examples/pretrain.py",
+            "--recipe",
+            ROOT / f"configuration/recipes/{name}.yaml",
+        ]
+        if not (folder / "model.safetensors").exists():
+            subprocess.run([*command, *words, "--resume"], check=True)
+    YanConfig.from_pretrained(folder).save_pretrained(home / "preset")
+    return folder
 
 
 def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -> Path:
