@@ -203,7 +203,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         encoder_outputs: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> YanPrompt:
-        """Encode prompts (B, S) whose valid tokens come first, behind the model's own answer slots."""
+        """Encode prompts (B, S) whose valid tokens come first, after the model's own answer slots."""
         given = self.with_answer_slots(input_ids, attention_mask, position_ids, inputs_embeds)
         encode: Callable[..., Any] = self.model
         if encoder_outputs is not None:
@@ -307,10 +307,12 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
             raise ValueError(f"num_flow_steps=0: must be {allowed}")
 
     def draft(self, latents: torch.Tensor | None, canvas_length: int) -> torch.Tensor:
-        """The encoder's own latents (B, canvas_length, D) in the answer slots, out of those of the prompt (B, S, D).
+        """The encoder's latents (B, canvas_length, D) in the first answer slots, from those of the prompt (B, S, D).
+
+        With a graph, `canvas_length` counts vertices.
 
         Raises:
-            ValueError: There are fewer slots than the canvas has tokens.
+            ValueError: There are fewer slots than that.
         """
         slots = self.config.num_answer_slots
         if latents is None or canvas_length > slots:

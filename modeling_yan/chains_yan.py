@@ -80,7 +80,7 @@ def best_ending(
 
     Args:
         tokens: Emissions (B, L, C) of a state while the text goes on, its prior included for the first token.
-        fill: The same of a state behind the text. transitions: (B, L - 1, C, C).
+        fill: The same of a state after the text. transitions: (B, L - 1, C, C).
     """
     behind = [fill[:, -1]]
     for step in reversed(range(transitions.shape[1])):

@@ -132,7 +132,7 @@ def check_helpers(generation_config: Any, streamer: Any, generator: Any) -> None
 
 
 def check_options(options: dict[str, Any], vocab_size: int) -> None:
-    """Raise ValueError for a switch, a length or a token id of `generate` that is none."""
+    """Raise ValueError for a switch, a length or a token id of `generate` that is not allowed."""
     for name in SWITCHES:
         _require(options, name, lambda value: isinstance(value, bool), "True or False")
     for name, least in LENGTHS.items():
@@ -180,7 +180,7 @@ def not_finite_weights(model: torch.nn.Module) -> str:
 
 
 def check_length(config: PreTrainedConfig, length: int, name: str, num_slots: int = 0) -> None:
-    """Raise ValueError unless the model has positions for so many tokens, behind its answer slots."""
+    """Raise ValueError unless the model has positions for this many tokens, after its answer slots."""
     longest = config.max_position_embeddings
     if not (is_integer(length, 1) and length <= longest - num_slots):
         allowed = f"max_position_embeddings={longest}" + (f" - num_answer_slots={num_slots}" if num_slots else "")
@@ -188,7 +188,7 @@ def check_length(config: PreTrainedConfig, length: int, name: str, num_slots: in
 
 
 def check_canvas(config: PreTrainedConfig, length: int) -> None:
-    """Raise ValueError unless the model has positions for all vertices of a canvas of so many tokens."""
+    """Raise ValueError unless the model has positions for all vertices of a canvas of this many tokens."""
     check_length(config, length, "the canvas")
     longest, per_token = config.max_position_embeddings, config.vertices_per_token
     if length * per_token > longest:

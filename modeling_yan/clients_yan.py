@@ -90,7 +90,7 @@ def refuse_echo(
     """Raise ValueError if the labels (B, L) are the prompt's own tokens, as in batches for causal models.
 
     A model that sees its target learns to copy it. One row alone may be a pair whose target is its source: if
-    all its tokens are labels, EOS behind them, it passes.
+    all its tokens are labels, EOS after them, it passes.
     """
     if input_ids is None or input_ids.shape != labels.shape or torch.compiler.is_compiling():
         return
@@ -111,7 +111,7 @@ def refuse_echo(
 def refuse_harness_likelihood() -> None:
     """Raise NotImplementedError if it is lm-evaluation-harness that asks, for the likelihood of a continuation.
 
-    It would take the logits of the canvas behind a text for the causal ones of the text itself, and get confident
+    It would take the logits of the canvas after a text for the causal ones of the text itself, and get confident
     numbers. Its tasks that generate are served.
     """
     frame = sys._getframe() if "lm_eval" in sys.modules else None

@@ -32,7 +32,7 @@ def use_custom_ops() -> bool:
 def merge_repeated(graph: torch.fx.Graph) -> None:
     """Compute once what a functional graph computes several times.
 
-    The steps of a solver are one program, and each of them would join the same weights anew. The compiler merges
+    The steps of a solver are one program, and each of them would join the same weights once more. The compiler merges
     repetitions where it prepares a backward pass, and otherwise not.
     """
     first: dict[tuple[Any, str, str], torch.fx.Node] = {}

@@ -63,10 +63,10 @@ class YanConfig(PreTrainedConfig):
             encoder. A pretrained one has its own sizes: `num_encoder_layers`, `encoder_mixer` and what belongs to it
             then have no effect. See `from_encoder_pretrained`.
         encoder_name: Name of that encoder on the hub, for the model card; default None.
-        encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), each chosen for itself; default
+        encoder_mixer, flow_mixer: `"attention"` or `"mamba"` (bidirectional Mamba-1), chosen independently; default
             `"attention"`.
         attention_conv_kernel: Width of a depthwise convolution before self-attention, in tokens; odd, or 0 for none,
-            the default. It lets a token know its neighbours, which attention learns slowly from learned positions.
+            the default. It shows each token its neighbours, which attention learns slowly from learned positions.
         cross_attention_layers: Indices of the flow layers that attend to the encoded prompt, in [0, num_flow_layers);
             default all.
         max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens; at least 1,
@@ -81,8 +81,8 @@ class YanConfig(PreTrainedConfig):
         num_experts: Number K of velocity experts; at least 1, default 4. K = 1 is ordinary flow matching (section 3).
         share_expert_head: Whether all experts share one head of width `moe_intermediate_size`, which a learned
             embedding of the expert conditions; default False. K experts then have nearly as many parameters as one.
-            A text drawn at temperature 1 takes as long as with one. Without sampling all K texts are compared, which
-            takes longer.
+            A text drawn at temperature 1 takes as long as with one expert. Without sampling all K texts are compared,
+            which takes longer.
         expert_scope: Which tokens share an expert. `"token"`, the default: each token has its own, as in the paper.
             `"sequence"`: one expert generates the whole canvas. `"chain"`: each token's expert depends on the expert
             of the token before it, as in a hidden Markov model.
@@ -91,34 +91,36 @@ class YanConfig(PreTrainedConfig):
             1, default 64.
         init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, default 1.0.
         num_answer_slots: Mask tokens that the model puts before every prompt; below `max_position_embeddings`,
-            default 0. The encoder's latents in their positions are a draft of the answer. With `canvas_length` of
-            them, times `vertices_per_token`, the draft can be decoded without a flow.
-        copy_prompt_to_slots: Whether those slots hold the prompt's own first tokens instead, as far as it goes
-            (arXiv 1711.02281), each `vertices_per_token` times; default False. Answers that follow the prompt word for
-            word, such as translations, are learned faster so. It is for answers of one canvas, because every further
-            one has the same slots.
+            default 0. The encoder's latents in these slots are a draft of the answer. The draft can be decoded without
+            the flow if there are at least `canvas_length * vertices_per_token` slots.
+        copy_prompt_to_slots: Whether the slots hold the prompt's first tokens instead of mask tokens (arXiv
+            1711.02281), each `vertices_per_token` times; default False. Slots after the end of the prompt keep their
+            mask tokens. Answers that follow the prompt word for word, such as translations, are then learned faster.
+            Use it for answers of one canvas, because every further canvas gets the same slots.
         refine_draft: Whether the flow refines the encoder's draft; default False. Its trunk sees the draft at every
-            step, and a head predicts what to add to it, zero at first. The start stays noise, where arXiv 2310.03725
-            couples it to the prompt. Train the encoder, too (`freeze_encoder=False`). Needs answer slots for the whole
-            canvas and `train_expert_choice="posterior"`.
+            step, and a head predicts what to add to it, which is zero before training. The start stays noise, while
+            arXiv 2310.03725 couples it to the prompt. Train the encoder, too (`freeze_encoder=False`). It needs
+            `num_answer_slots >= canvas_length * vertices_per_token` and `train_expert_choice="posterior"`.
         canvas_length: Tokens L generated at once; at most `max_position_embeddings`, default 128. EOS pads a shorter
             target to L tokens.
-        num_flow_steps: Number N of Euler steps in generation; at least 1, default 3. 0 decodes the encoder's draft. It
-            needs `num_answer_slots >= canvas_length` and `train_expert_choice="posterior"`. The objective's
-            `min_train_flow_steps` and `max_train_flow_steps` may be 0 under the same conditions.
+        num_flow_steps: Number N of Euler steps in generation; at least 0, default 3. 0 decodes the encoder's draft
+            without the flow. It needs `num_answer_slots >= canvas_length * vertices_per_token` and
+            `train_expert_choice="posterior"`. The objective's `min_train_flow_steps` and `max_train_flow_steps` may be
+            0 under the same conditions.
         crf_rank: Rank R of the scores of neighbouring tokens, a linear-chain CRF that decodes the canvas; at least 0,
             default 0, which decodes every token independently.
-        crf_candidates: Number of likeliest tokens of each position that the CRF scores; at least 1, default 16.
-        vertices_per_token: Number of vertices that the canvas has for each token; at least 1, default 1, which gives
-            every token its position. With more, a text is a path through the vertices, along learned links (arXiv
-            2205.07459, section 3) that also depend on the token before. Its probability is the sum over all paths. 2
-            suits texts that are about as long as the prompt. It needs `train_expert_choice="posterior"`, no CRF and no
-            `mse_weight`. Several experts need `expert_scope="sequence"`.
+        crf_candidates: Number of most probable tokens of each position that the CRF scores; at least 1, default 16.
+        vertices_per_token: Number of vertices that the canvas has for each token; at least 1, default 1: every token
+            has a fixed position. With more, a text is a path through the vertices along learned links (arXiv
+            2205.07459, section 3). A link also depends on the token of the vertex before it. The text's probability is
+            the sum over all paths. 2 suits texts about as long as the prompt. It needs
+            `train_expert_choice="posterior"`, `crf_rank=0` and `mse_weight=0`. Several experts need
+            `expert_scope="sequence"`.
         train_expert_choice: The objective, and the expert that its solver uses. `"sample"`, the default, draws the
             expert from the gate, with the losses of the paper (section 3). `"argmax"` takes the gate's most probable
             one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all
-            experts (`text_loss`). It draws the expert from its posterior, so that the experts divide the possible
-            targets among them. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`.
+            experts (`text_loss`). It draws the expert from its posterior, so that different experts learn different
+            targets. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`.
             `expert_scope="chain"` needs it.
         objective: How the model is trained: a `YanObjectiveConfig`, or a dictionary of its fields; default its own.
         pad_token_id, bos_token_id, eos_token_id, mask_token_id: In [0, vocab_size), or None; default 0, 1, 2 and 3.
@@ -370,7 +372,7 @@ class YanConfig(PreTrainedConfig):
             require(self, name, lambda value: least <= value <= MOST, f"{steps}, and at most {MOST}")
 
     def num_vertices(self, num_tokens: int) -> int:
-        """Vertices, or positions, of a canvas of so many tokens."""
+        """Vertices, or positions, of a canvas of this many tokens."""
         return num_tokens * self.vertices_per_token
 
     @property

@@ -1,9 +1,9 @@
-"""From logits to token ids: every token by itself or all of them as a chain, and nothing but EOS behind the end.
+"""From logits to token ids: each token independently, or all of them as a chain, and nothing but EOS after the end.
 
-A text generated at once mixes what it may say: each token is the likeliest in its own position, and two names become
-one that is none. A linear-chain conditional random field (CRF) chooses all tokens together. It adds scores of low rank
-for pairs of neighbours to the decoder's logits (NART-CRF, arXiv 1910.11555, section 4). What a pair is worth depends
-on the latent of the first of the two. Only the likeliest candidates of a position have such scores.
+Tokens that are decoded independently mix several right answers: "New York" and "Los Angeles" may become "Los York". A
+linear-chain conditional random field (CRF) chooses all tokens together. It adds scores of low rank for pairs of
+neighbours to the decoder's logits (NART-CRF, arXiv 1910.11555, section 4). The score of a pair depends on the latent
+of its first token. Only the most probable candidates of a position have such scores.
 
 Letters of the shape comments: B batch, L canvas length, C candidates of a token, V vocabulary, D hidden size, R rank.
 """
@@ -32,11 +32,11 @@ MAX_LOGITS = 2**28  # computed at once
 
 
 def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.Tensor:
-    """The likeliest token ids (B, L) for logits (B, L, V) among those in which only EOS follows an EOS.
+    """The most probable token ids (B, L) for logits (B, L, V) among those in which only EOS follows an EOS.
 
-    A text of n tokens is as likely as its n tokens and the EOS in all the L - n positions behind them. Cut at the
-    first position where EOS is the likeliest token, it would lose what stands behind a doubt. Without ids in `eos` all
-    tokens are chosen by themselves. One row's result does not depend on the others.
+    The probability of a text is that of its n tokens, times that of the EOS in all L - n positions after them. A
+    cut at the first position whose most probable token is EOS would lose what comes after one uncertain position.
+    Without ids in `eos` every token is chosen independently. A row's result does not depend on the other rows.
     """
     if not eos:
         return logits.argmax(-1)
@@ -159,7 +159,7 @@ class YanTransitions(nn.Module):
     def _with_best_length(
         self, emissions: torch.Tensor, transitions: torch.Tensor, is_end: torch.Tensor, length_penalty: float
     ) -> torch.Tensor:
-        """Emissions that allow no EOS before the best length, and nothing else behind it."""
+        """Emissions that allow no EOS before the best length, and nothing else after it."""
         total = log_partition(emissions, transitions)
         emissions = torch.cat([emissions[:, :1] - total.view(-1, 1, 1), emissions[:, 1:]], dim=1)
         tokens, fill = emissions.masked_fill(is_end, IMPOSSIBLE), emissions.masked_fill(~is_end, IMPOSSIBLE)
@@ -243,11 +243,16 @@ class YanDecodingMixin(YanFlowMixin):
         crf_decoding: bool = True,
         length_penalty: float = 1.0,
     ) -> torch.Tensor:
-        """The token ids (B, L) that the logits (B, L, V) of latents (B, L, D) stand for.
+        """Token ids (B, L): the best chain of a model with a CRF, else the most probable token of each position.
 
-        They are the best chain if the model has transitions that are to be used, else the best token of each position.
-        Nothing else follows an id in `eos`, which ends a text; the config's EOS if None, and () for none. The
-        `length_penalty` is for models that were trained as a distribution (`train_expert_choice="posterior"`).
+        A graph is ignored: `generate` decodes its best path.
+
+        Args:
+            logits: (B, L, V). latents: (B, L, D), which the logits were decoded from.
+            eos: Ids that end a text: only EOS follows one. The config's EOS if None, () for none.
+            crf_decoding: Whether to use the CRF, if there is one.
+            length_penalty: As in `YanGenerationConfig`, for the CRF of a model trained with
+                `train_expert_choice="posterior"`.
         """
         if eos is None:
             eos = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
@@ -262,7 +267,7 @@ class YanDecodingMixin(YanFlowMixin):
         """Most likely allowed token ids (B, L) of latents (B, L, D); never all logits of a large batch at once.
 
         With uniform numbers (B, L, C) they are drawn instead, each row as a chain. Where the latents are not finite,
-        or the logits no numbers, there is no likeliest token, and the id is -1.
+        or the logits are NaN, the id is -1.
         """
         texts = []
         for part in self.split_rows(latents):

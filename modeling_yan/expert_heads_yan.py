@@ -154,7 +154,7 @@ def _all_heads(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGr
 
 
 def _of_transformers(name: str) -> ExpertsFunction:
-    """A function of transformers' own registry, which sorts or copies anew at every call."""
+    """A function of transformers' own registry, which sorts or copies at every call."""
 
     def compute(heads: "YanExpertHeads", tokens: torch.Tensor, groups: YanTokenGroups) -> torch.Tensor:
         chosen = groups.chosen.reshape(-1, 1)  # the one expert of a token has all the weight

@@ -37,7 +37,7 @@ if triton is not None:
         NUM_EXPERTS: tl.constexpr, IS_FIRST: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
     ):  # fmt: skip
-        """W x + b of each token's head, behind which the first of the two layers has its GELU."""
+        """W x + b of each token's head, after which the first of the two layers has its GELU."""
         tile = tl.program_id(0)
         first, last, head = tile * 0, tile * 0, tile.to(tl.int64) * 0
         num_rows, num_tiles = tile * 0, tile * 0  # of the heads before

@@ -99,7 +99,7 @@ class YanExpertPrior:
         return (shares * log_likelihood).sum((1, 2)) - self.log_evidence(log_likelihood)
 
     def marginals(self) -> torch.Tensor:
-        """log pi_k (B, L, K) of every token by itself."""
+        """log pi_k (B, L, K) of every token independently."""
         if self.log_transitions is not None:
             return chain_marginals(self.gate_log_probs[:, 0], self.log_transitions)
         return self.gate_log_probs
@@ -133,7 +133,7 @@ class YanExpertPrior:
 
         Args:
             tokens: Log-probability (B, L, K) of each expert's best token. fill: The same of its best EOS, if there is
-                one; the text's length is then chosen by `best_ending`, and behind it there is nothing but EOS.
+                one; the text's length is then chosen by `best_ending`, and after it there is nothing but EOS.
         """
         tokens = self._emissions(tokens.float())
         if fill is not None:

@@ -20,8 +20,9 @@ class YanFilling:
     """A text whose gaps are filled.
 
     Args:
-        text: The whole text. spans: What stands in each gap, in order.
-        score: Mean log-probability of the tokens in the gaps, and a tenth of that of the others, nats; at most 0.
+        text: The whole text.
+        spans: The text in each gap, in order.
+        score: Mean log-probability of the tokens in the gaps, plus 0.1 times that of the other tokens, in nats.
     """
 
     text: str
@@ -40,28 +41,33 @@ class YanFillingMixin(YanBaseMixin):
         max_gap_tokens: int = MAX_GAP_TOKENS,
         num_flow_steps: int | None = None,
     ) -> YanFilling:
-        """Put words where the mask tokens of a text are.
+        """Replace each mask token of a text by one word or several.
 
-        A gap may need more than one token. So candidates with 1 to `max_gap_tokens` masks in a gap are generated, all
-        of them as one batch. The one is taken whose gaps are the most probable in the mean over their tokens; the
-        text around them counts a tenth. With several gaps they are widened in turn. The result is the same for the
-        same text.
+        Each gap is tried with 1 to `max_gap_tokens` tokens, as one batch. The score of a candidate is the mean
+        log-probability of the tokens in its gaps, plus 0.1 times that of the other tokens. The best candidate is
+        returned. With several gaps, the widths change one gap at a time. The result is deterministic.
 
         Args:
-            tokenizer: Of this model. text: With at least one of the tokenizer's mask tokens.
-            max_gap_tokens: Widest gap, in tokens, at least 1. num_flow_steps: As in `generate`.
+            tokenizer: The model's tokenizer.
+            text: A text with at least one of the tokenizer's mask tokens.
+            max_gap_tokens: Widest gap, in tokens; at least 1.
+            num_flow_steps: Euler steps, at least 0; `config.num_flow_steps` if None.
 
         Returns:
-            A `YanFilling`.
+            A `YanFilling`: the text, what stands in each gap, and the score.
 
         Raises:
-            ValueError: A text without mask token, or too long for the canvas; a width below 1; a model whose texts
-                are paths (`vertices_per_token`).
+            ValueError: A text without mask token, or too long for the canvas; a width below 1; a model with a graph
+                (`vertices_per_token`).
 
         Example:
 
-            >>> model.fill(tokenizer, "You are lucky in having <mask> a master.").text  # doctest: +SKIP
-            'You are lucky in having such a master.'
+            >>> from transformers import AutoTokenizer
+            >>> from modeling_yan import YanForFlowGeneration
+            >>> folder = "examples/checkpoints/yan-transformer-tiny"
+            >>> tokenizer, model = AutoTokenizer.from_pretrained(folder), YanForFlowGeneration.from_pretrained(folder)
+            >>> model.fill(tokenizer, "There was nothing to <mask> done.").text
+            'There was nothing to be done.'
         """
         if self.config.vertices_per_token > 1:
             allowed = "1 to fill gaps, which stay where they are"
@@ -123,13 +129,13 @@ class YanFillingMixin(YanBaseMixin):
 
 
 def _with_gaps(parts: list[str], widths: tuple[int, ...], mask_token: str) -> str:
-    """The text with so many mask tokens in each of its gaps."""
+    """The text with the given number of mask tokens in each of its gaps."""
     masks = [mask_token * width for width in widths]
     return "".join(part + gap for part, gap in zip(parts, (*masks, ""), strict=True))
 
 
 def _log_prob_of_end(log_probs: torch.Tensor, length: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
-    """Log-probability of EOS behind each text, 0 where the canvas ends there."""
+    """Log-probability of EOS after each text, 0 where the canvas ends there."""
     is_inside = length < log_probs.shape[1]
     position = length.clamp(max=log_probs.shape[1] - 1).unsqueeze(1)
     return log_probs[..., eos_token_id].gather(1, position).squeeze(1) * is_inside

@@ -60,43 +60,45 @@ NEUTRAL_VALUES = {
 
 
 class YanGenerationConfig(GenerationConfig):
-    """Generation options of YAN, beside those of `GenerationConfig` that a non-autoregressive model can honour.
+    """Generation options of YAN, and those of `GenerationConfig` that a non-autoregressive model can honour.
 
-    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `max_time` (no further canvas is begun
-    after so many seconds), `stop_strings` (with a `tokenizer`), `do_sample`, `temperature`, `num_return_sequences`,
+    Honoured: `max_new_tokens`, `max_length`, `min_new_tokens`, `min_length`, `max_time` (in seconds, after which no
+    further canvas begins), `stop_strings` (with a `tokenizer`), `do_sample`, `temperature`, `num_return_sequences`,
     `suppress_tokens`, `eos_token_id`, `pad_token_id`, `bos_token_id`, `return_dict_in_generate`, and those below.
     `use_cache` changes nothing. All other options raise an error in `generate`.
 
     Args:
-        num_flow_steps: Euler steps N per canvas, a trunk pass each; the model's default if None. 0 decodes the
-            encoder's draft in its answer slots (`num_answer_slots`), one pass without a flow.
+        num_flow_steps: Euler steps N per canvas, at least 0; `config.num_flow_steps` if None. Each step is a pass
+            through the flow's trunk. 0 decodes the encoder's draft in the answer slots (`num_answer_slots`) without
+            the flow.
         expert_choice: How each token's expert is chosen at t = 0. "argmax" takes the most probable expert of the gate;
             with `expert_scope` "sequence" or "chain", the experts of the most probable text. "sample" draws from the
             gate. "mixture" weights all experts by the gate. "ranked" gives sequence r of a prompt its r-th most
-            probable expert, without `do_sample`; it allows `num_return_sequences` up to `num_experts`, given as a
-            keyword of `generate`, and no "chain". If None, "argmax"; with `do_sample` and
-            `train_expert_choice="posterior"`, "sample".
-        canvas_length: Tokens generated at once; the model's if None.
-        eos_strategy: Where a text ends; "likeliest" if None. It takes the length for which the tokens and the EOS in
-            all positions behind them are the most probable together. "first" takes the first EOS among tokens that
-            are chosen without regard to it. A graph (`vertices_per_token`) has neither: its path ends with EOS.
-        crf_decoding: Of a model with `crf_rank`: whether the CRF decodes a canvas, and not every token independently;
-            True if None.
-        seed: Chooses the start noise. With `do_sample` it is drawn from the global random state if None; without, it
-            is 0 and all rows start from the same noise.
-        return_prompt: Whether the sequences begin with the prompt; if None, they do, but not for Seq2SeqTrainer, which
-            compares them with the labels. `max_length` and `min_length` count what is returned. A saved config is
-            without it, because a pipeline cuts the prompt off itself.
+            probable expert. It works without `do_sample`, with `num_return_sequences` of at most `num_experts`, and
+            not with `expert_scope="chain"`. Pass `num_return_sequences` to `generate` then. If None, "argmax"; with
+            `do_sample` and `train_expert_choice="posterior"`, "sample".
+        canvas_length: Tokens generated at once, at least 1; `config.canvas_length` if None.
+        eos_strategy: Where a text ends; "likeliest" if None. "likeliest" takes the length with the highest joint
+            probability of the tokens and of the EOS in all positions after them. "first" takes the first EOS of
+            tokens that are decoded independently of the end. It has no effect on a graph (`vertices_per_token`), whose
+            path ends at EOS or after `canvas_length` tokens.
+        crf_decoding: Whether the CRF of a model with `crf_rank` decodes a canvas; True if None. If False, every token
+            is decoded independently.
+        seed: Seed of everything that is drawn, an integer. If None, it is drawn from the global random state with
+            `do_sample`. Without `do_sample` it is 0, and all rows start from the same noise.
+        return_prompt: Whether the sequences begin with the prompt. If None, they do, except for Seq2SeqTrainer, which
+            compares them with the labels. `max_length` and `min_length` count the returned tokens. It is never saved,
+            because a pipeline removes the prompt itself.
         compile_config: With a `CompileConfig` of transformers, generation is one program of `torch.compile`. On a GPU
             it is recorded as a CUDA graph. The first call for a batch size, a canvas length and each 64 tokens of
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
-            seconds. `disable_compile` switches it off, and a saved config is without it.
+            seconds. `disable_compile` switches it off. It is never saved.
         temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
             log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"`
             and a CRF it divides the joint log-probability of expert and text.
-        length_penalty: Exponent of the length by which a text's log-probability is divided; the best text has the
-            highest quotient. For a CRF, a graph or a chain of experts with `train_expert_choice="posterior"`, without
-            `do_sample`; 1 if None.
+        length_penalty: The best text has the highest log-probability divided by its length to this power; 1 if None.
+            It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope` "sequence" or "chain". It
+            has no effect with `do_sample`.
 
     Example:
 

@@ -33,7 +33,7 @@ from .generation_config_yan import YanGenerationConfig, YanOptionsMixin, length_
 from .graphs_yan import UNIFORMS
 from .stopping_yan import Deadline, all_criteria, cut_at_criteria, cut_at_eos, eos_ids, without_padding
 
-PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of so many tokens
+PROMPT_BUCKET = 64  # a compiled program is for prompts of a multiple of this many tokens
 # programs per model and code, of which torch allows 8; hooks that come later count, which torch would pass over
 TRACER_SETTINGS: dict[str, Any] = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
 MODES_WITHOUT_GRAPHS: dict[str | None, str] = {
@@ -110,10 +110,10 @@ class YanGenerationMixin(YanOptionsMixin):
             generation_config: A `YanGenerationConfig`; options may also be given by keyword, which wins.
             streamer: Gets the prompt, then each canvas; if it has `put_draft`, also the draft (B R, L) after every
                 solver step.
-            generator: Draws the seed, if `seed` is None and `do_sample` is set.
-            stopping_criteria: Asked about the prompt and the new tokens up to each one, as if they came one by one;
-                scores are None. What follows the token where one says stop is padding.
-            tokenizer: The model's, for `stop_strings`, which end a text like a criterion; not asked without them.
+            generator: A `torch.Generator` that draws the seed, if `seed` is None and `do_sample` is set.
+            stopping_criteria: Called with the prompt and the new tokens up to each token, as if they came one by one.
+                Their `scores` are None. After the token where one returns True, the rest is padding.
+            tokenizer: The model's tokenizer. Only `stop_strings` need it.
             kwargs: Options of the config, and `attention_mask` (B, S); where it is missing, pad tokens are masked.
 
         Returns:
@@ -121,7 +121,7 @@ class YanGenerationMixin(YanOptionsMixin):
 
         Raises:
             ValueError: An option, an argument or a token id that is not allowed, or a prompt that is too long.
-            TypeError: A generation config, streamer or generator that is none.
+            TypeError: `generation_config`, `streamer` or `generator` is of another class.
             FloatingPointError: The model's numbers are not finite, so that there is no text to decode.
 
         Example:
@@ -243,7 +243,7 @@ class YanGenerationMixin(YanOptionsMixin):
         num_without_eos: int,
         streamer: Streamer | None,
     ) -> Canvas:
-        """The canvas number `index` behind the context (B or B R, S), eager or compiled."""
+        """The canvas number `index` after the context (B or B R, S), eager or compiled."""
         draws_tokens = options.do_sample and self._draws_tokens()
         draws_tokens = draws_tokens and (options.crf_decoding or self.graph is not None)
         plan = _plan(options, index, num_without_eos, draws_tokens)

@@ -1,12 +1,12 @@
 """A text as a path through the vertices of its canvas: sums, maxima and draws over all paths (arXiv 2205.07459).
 
-A canvas that has one position for each token has to know where every word stands. In a graph there are several
-vertices for each token, and a text is a path from the first vertex on: every vertex has a distribution of tokens, and
-links to the next vertices, which depend on the token that it says. The probability of a text is the sum over all paths
-that say it. So words need no fixed position, and the path decides which words go together.
+With one position for each token, a model has to know the position of every word. A graph has several vertices for
+each token, and a text is a path that begins at the first vertex. Every vertex has a distribution of tokens, and links
+to the next vertices, which depend on the token chosen at this one. The probability of a text is the sum over all its
+paths. So words need no fixed position, and the path decides which words go together.
 
-A path that has said EOS ends, and so does one of as many tokens as the canvas has. The last vertex says nothing but
-EOS, so that the probabilities of all texts sum to 1.
+A path ends at EOS, or when it has as many tokens as the canvas. The last vertex has no token but EOS, so that the
+probabilities of all texts sum to 1.
 
 Letters of the shape comments: B batch, G vertices, L tokens of a canvas, R vertices that a link may reach, C
 candidates of a vertex, V vocabulary, D hidden size.
@@ -25,7 +25,7 @@ from .linear_yan import ZeroInitLinear
 UNREACHABLE = -1e9  # finite, because sums of infinities have no gradient
 REACH = 8  # a link goes as far as this number of tokens
 CANDIDATES = 8  # tokens of a vertex that the best text chooses from
-UNIFORMS = 2  # numbers that a drawn token needs: for itself, and for the link behind it
+UNIFORMS = 2  # numbers that a drawn token needs: for itself, and for the link after it
 
 
 def of_next_vertices(scores: torch.Tensor, reach: int) -> torch.Tensor:
@@ -34,12 +34,12 @@ def of_next_vertices(scores: torch.Tensor, reach: int) -> torch.Tensor:
 
 
 def log_sum_of_paths(links: torch.Tensor, emissions: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Log-probability (B,) of texts, summed over all paths from the first vertex on.
+    """Log-probability (B,) of texts, summed over all paths that begin at the first vertex.
 
     Args:
-        links: Log-probability (B, L, G, R) of the next vertices behind each token. emissions: That of each of a text's
-            tokens at each vertex, (B, L, G). length: Number of tokens (B,), at least 1; what stands behind them does
-            not count.
+        links: Log-probability (B, L, G, R) of the next R vertices, after each vertex and token.
+        emissions: Log-probability (B, L, G) of each token of the text at each vertex.
+        length: Number of tokens (B,), at least 1. Tokens after them do not count.
     """
     rest = torch.zeros_like(emissions[:, 0])
     for index in range(emissions.shape[1] - 1, -1, -1):
@@ -70,14 +70,17 @@ def best_text(
     num_without_end: int = 0,
     length_penalty: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best path of any length: its vertices and which candidates they say, (B, L), its length, and if it ends.
-
-    The paths are compared by their log-probability over their length to the power `length_penalty`.
+    """The best path of any length: the one with the highest log-probability over its length to `length_penalty`.
 
     Args:
-        links: Log-probability (B, G, C, R) of the next vertices behind each candidate. tokens: That of each vertex's
-            candidates, which are no ends of a text, (B, G, C). ends: That of its best end, (B, G). num_tokens: L, of
-            the longest text, which may have no end. num_without_end: So many tokens at the beginning are no end.
+        links: Log-probability (B, G, C, R) of the next R vertices, after each vertex and candidate.
+        tokens: Log-probability (B, G, C) of each vertex's candidates, without EOS.
+        ends: Log-probability (B, G) of the best EOS at each vertex.
+        num_tokens: Number L of tokens of the longest text, which may have no EOS.
+        num_without_end: Number of first tokens that may not be EOS, at least 0.
+
+    Returns:
+        Vertices (B, L), candidates (B, L) by index, length (B,), and whether the path ends with EOS (B,).
     """
     rest = torch.stack([ends, tokens.amax(-1)], dim=1)  # of what ends in an end, and of what does not
     scores, steps = [rest[:, 0, 0]], [torch.stack([torch.zeros_like(ends, dtype=torch.long), tokens.argmax(-1)], 1)]
@@ -94,7 +97,7 @@ def best_text(
     best = penalised.argmax(1)
     is_ended, length = best < num_tokens, (best + 1).clamp(max=num_tokens)
     kind = (~is_ended).long().view(-1, 1, 1).expand(-1, 1, ends.shape[1])
-    table = torch.stack([step.gather(1, kind).squeeze(1) for step in steps])  # by tokens behind this one
+    table = torch.stack([step.gather(1, kind).squeeze(1) for step in steps])  # by tokens after this one
     vertex, vertices, choices = torch.zeros_like(length), [], []
     for index in range(num_tokens):
         behind = (length - index - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, ends.shape[1])
@@ -122,12 +125,12 @@ class YanGraph(nn.Module):
 
     @torch.no_grad()
     def reset_distances(self) -> None:
-        """Start with links that are the likelier, the nearer they are to one token's number of vertices."""
+        """Start with links that are most probable to the vertex `vertices_per_token` further on."""
         distance = torch.arange(1, self.reach + 1, dtype=torch.float, device=self.distance_bias.device)
         init.copy_(self.distance_bias, -(distance / self.vertices_per_token - 1).abs())
 
     def _keys(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a vertex offers (B, G, D), and the scores (B, G, R) of links whatever token is said, from latents."""
+        """From latents, the keys (B, G, D) of the vertices, and the scores (B, G, R) of links without the token."""
         number = latents.shape[1]
         keys = self.k_proj(latents) * latents.shape[-1] ** -0.5
         scores = (self.q_proj(latents) @ keys.transpose(-1, -2)).float()
@@ -141,7 +144,7 @@ class YanGraph(nn.Module):
         return (self.token_proj(self.norm(embedding(tokens))) @ keys.transpose(-1, -2)).float()
 
     def links(self, embedding: nn.Embedding, latents: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Log-probability (B, L, G, R) of the vertices 1 to R behind each one, where it says a target (B, L)."""
+        """Log-probability (B, L, G, R) of the next R vertices, after each vertex and each target token (B, L)."""
         keys, near = self._keys(latents)
         said = of_next_vertices(self._token_scores(embedding, targets, keys), self.reach)
         return (near.unsqueeze(1) + said).log_softmax(-1)
@@ -178,7 +181,7 @@ class YanGraph(nn.Module):
         num_without_eos: int = 0,
         length_penalty: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, L) of the best path, behind which there is EOS, and its vertices (B, L)."""
+        """Token ids (B, L) of the best path, after which there is EOS, and its vertices (B, L)."""
         log_probs = _log_probs(logits, eos)
         ends, which = _best_end(log_probs, eos)
         best, candidates = _without_ends(log_probs, eos).topk(self.num_candidates, dim=-1)
@@ -213,7 +216,7 @@ class YanGraph(nn.Module):
         return log_sum_of_paths(self.links(embedding, latents, text), emissions, length), length
 
     def is_lost(self, embedding: nn.Embedding, latents: torch.Tensor) -> torch.Tensor:
-        """Rows (B,) whose links are no numbers: a best path would be found all the same."""
+        """Mask (B,) of rows whose links contain NaN, for which a best path would be found nevertheless."""
         keys, near = self._keys(latents)
         first = torch.zeros(len(latents), 1, dtype=torch.long, device=latents.device)  # any token tells
         said = self._token_scores(embedding, first, keys)
@@ -231,8 +234,8 @@ class YanGraph(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, L), drawn with numbers `uniform` (B, L, 2) in (0, 1).
 
-        The log-probabilities of each token and each link are divided by the temperature, one after the other: those of
-        whole texts would make the shortest ones far too frequent.
+        The temperature divides the log-probabilities of each token and of each link. Dividing that of the whole text
+        would make the shortest texts far too frequent.
         """
         scale, (num_vertices, num_tokens) = 1 / max(temperature, 1e-4), (logits.shape[1], uniform.shape[1])
         log_probs, (keys, near) = scale * _log_probs(logits, eos), self._keys(latents)
@@ -248,7 +251,7 @@ class YanGraph(nn.Module):
                 is_over = is_over | (token == end)
             said = of_next_vertices(self._token_scores(embedding, token, keys).squeeze(1), self.reach)
             links = _rows_at(near + said, vertex).log_softmax(-1)
-            # of the vertices, as many stay as there must be tokens behind the next one
+            # of the vertices, as many stay as there must be tokens after the next one
             needed = max(0, (num_without_eos if eos else num_tokens - 1) - index - 1)
             is_far = vertex + jumps > num_vertices - 1 - needed
             jump = _draw_index((scale * links).masked_fill(is_far, UNREACHABLE), uniform[:, index, 1:2])
@@ -270,7 +273,7 @@ def _emissions(logits: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]) 
 
 
 def _log_probs(logits: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities (B, G, V), float32; at the last vertex of the ends alone, if there are any."""
+    """Log-probabilities (B, G, V), float32; at the last vertex, of EOS only, if there is one."""
     log_probs = logits.float().log_softmax(-1).clamp(min=UNREACHABLE)
     if not eos:
         return log_probs
@@ -281,7 +284,7 @@ def _log_probs(logits: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
 
 
 def _without_ends(log_probs: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
-    """The same (..., V), with ends that are impossible."""
+    """The same (..., V), in which EOS is impossible."""
     if not eos:
         return log_probs
     log_probs = log_probs.clone()
@@ -291,7 +294,7 @@ def _without_ends(log_probs: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
 
 
 def _best_end(log_probs: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability (B, G) of the likeliest end of a text at each vertex, and its id."""
+    """Log-probability (B, G) of the most probable end of a text at each vertex, and its id."""
     if not eos:
         impossible = torch.full_like(log_probs[..., 0], UNREACHABLE)
         return impossible, torch.zeros_like(impossible, dtype=torch.long)

@@ -129,7 +129,7 @@ def count_positions(sequence: torch.Tensor, attention_mask: torch.Tensor | None 
 
 
 def positions_from_start(valid: torch.Tensor) -> torch.Tensor:
-    """Where each position (B, L) of a row goes if the valid ones move to the start, in order, the others behind."""
+    """Where each position (B, L) of a row goes if the valid ones move to the start, in order, the others after."""
     valid = valid.bool()
     behind = valid.sum(1, keepdim=True) + (~valid).cumsum(1)
     return torch.where(valid, valid.cumsum(1), behind) - 1
@@ -255,7 +255,7 @@ class YanShortConvolution(nn.Conv1d):
 
 
 class YanSelfAttentionMixer(nn.Module):
-    """Self-attention under the common signature of the self-mixers, behind a short convolution where configured."""
+    """Self-attention under the common signature of the self-mixers, after a short convolution where configured."""
 
     def __init__(self, config: YanConfig, layer_idx: int | None = None) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ def _takes_gelu_product(states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def fuses_gelu(layer: nn.Linear, states: torch.Tensor) -> bool:
-    """Whether the product itself computes the GELU behind the layer: compiled, in 16 bits on a GPU, without gradients.
+    """Whether the product itself computes the GELU after the layer: compiled, in 16 bits on a GPU, without gradients.
 
     It takes the tanh form, which differs by less than 0.0005.
     """
@@ -427,7 +427,7 @@ class YanFlowLayer(GradientCheckpointingLayer):
 
 
 class YanDecoderLayer(GradientCheckpointingLayer):
-    """Residual pre-norm feed-forward block that treats every token by itself."""
+    """Residual pre-norm feed-forward block that treats every token independently."""
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__()

@@ -27,23 +27,26 @@ class YanLikelihoodMixin(YanObjectiveMixin):
         attention_mask: torch.Tensor | None = None,
         num_flow_steps: int | None = None,
     ) -> torch.Tensor:
-        """Log-probability (B,), in nats, of each target behind its prompt.
+        """Log-probability (B,), in nats, of each target after its prompt.
 
-        The noise is the fixed one of generation without sampling. With `vertices_per_token` above 1 the probability is
-        that of the text, summed over all paths. Else it is that of a canvas: of the target, and of EOS in all
-        positions behind it. The text itself is at least as probable. Its tokens are a chain (`crf_rank`), or
-        independent of one another. One expert of several for a whole text
-        (`expert_scope="sequence"`) is summed over:
+        The start noise is fixed, as in generation without sampling. With `vertices_per_token` above 1 the probability
+        of the text is summed over all its paths. Otherwise the probability is that of the canvas: of the target, and
+        of EOS in all positions after it. The text itself is at least as probable.
+
+        With `expert_scope="sequence"` the probability is summed over the experts:
 
             p(y) = sum_k pi_k p(y | x1_hat_k)
 
-        Other experts are those that generation chooses, and the probability is that of the text given them. Call
-        `eval()` first: dropout would make it random.
+        With `"token"` and `"chain"` it is conditional on the experts that `generate` chooses without sampling. Call
+        `eval()` first: dropout would make the result random.
 
         Args:
             input_ids, attention_mask: Prompts (B, S), padding anywhere; without a mask, pad tokens are masked.
             labels: Target ids (B, up to L), -100 where there is none. EOS is added.
-            num_flow_steps: At least 0; the model's if None. 0 for the encoder's draft.
+            num_flow_steps: Euler steps, at least 0; `config.num_flow_steps` if None. 0 decodes the encoder's draft.
+
+        Returns:
+            Log-probabilities (B,), at most 0.
 
         Raises:
             ValueError: Labels wider than the canvas, ids outside the vocabulary, or a number of steps below 0.

@@ -72,8 +72,8 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
 def linear_each(layers: Sequence[nn.Linear], states: torch.Tensor) -> Sequence[torch.Tensor]:
     """Each layer's output for the same states (B, L, D).
 
-    Where the products are joined, so are the weights, anew in every generation. That costs less than it saves, and
-    leaves them where adapters, optimizers and checkpoints look for them.
+    Joined products need joined weights, which are made in every generation. That costs less than it saves, and the
+    weights stay where adapters, optimizers and checkpoints look for them.
     """
     if not joins_products(layers, states):
         return [layer(states) for layer in layers]

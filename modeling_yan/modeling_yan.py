@@ -221,7 +221,7 @@ class YanModel(YanPreTrainedModel):
 
 
 class YanDecoder(nn.Module):
-    """Latents to the states that the language-model head reads, every token by itself."""
+    """Latents to the states that the language-model head reads, every token independently."""
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__()
@@ -274,14 +274,22 @@ class YanForAutoencoding(YanPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> YanAutoencodingOutput:
-        """Encode (B, L) ids, corrupted by the collator, and decode them; `labels` (B, L) are the clean ids.
+        """Encode ids that the collator corrupted, and decode them.
 
-        Labels of -100 are ignored. In training, noise of a level drawn from U(0, latent_noise) per sequence is added
-        to the latents: the decoder learns to forgive what the flow will miss. The loss is a mean over labels; of
-        a batch that is a part of one of `num_items_in_batch` labels it is the share in that one's.
+        In training, noise is added to the latents (`latent_noise`).
+
+        Args:
+            input_ids: (B, L). inputs_embeds: (B, L, D), instead of `input_ids`.
+            attention_mask, position_ids: (B, L).
+            labels: The clean ids (B, L); -100 is ignored.
+            num_items_in_batch: Number of labels of the whole batch, of which this call has a part. The mean loss is
+                multiplied by the share of labels in this call. So the losses of all parts add up to one mean.
+
+        Returns:
+            A `YanAutoencodingOutput`.
 
         Raises:
-            ValueError: `labels` are not shaped like the input.
+            ValueError: `labels` have another shape than the input.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         latents = outputs.last_hidden_state
@@ -362,7 +370,7 @@ class YanForFlowGeneration(
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "Self":
-        """As in transformers; the freeze switches are applied anew, because loading replaces the parameters.
+        """As in transformers; the freeze switches are applied again, because loading replaces the parameters.
 
         Where the folder is an adapter's, all of its base is frozen, and stays so.
         """
@@ -375,8 +383,8 @@ class YanForFlowGeneration(
     def apply_freeze_switches(self) -> None:
         """Let the objective's `freeze_*` fields decide which parameters are trained; call it after changing them.
 
-        What training never asks is frozen, too, because several processes wait for the gradient of all others: the
-        gate of a single expert, and a flow that is trained for no step.
+        Parameters that training never uses are frozen as well, because DDP would wait for their gradients: the gate
+        of a single expert, and the flow if `max_train_flow_steps` is 0.
         """
         objective = self.config.objective
         trains_flow = not objective.freeze_flow and objective.max_train_flow_steps > 0

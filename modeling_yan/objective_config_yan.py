@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from .fields_yan import MOST, require, require_ranges, warn_of_unknown, with_plain_errors
 
 POSITIVE_FIELDS = ("flow_sigma", "time_alpha", "time_beta", "max_span_len")
-PROBABILITY_FIELDS = ("mask_ratio",)
 NON_NEGATIVE_FIELDS = (
     *("latent_noise", "nll_weight", "mse_weight", "ce_weight", "text_weight", "draft_weight", "crf_weight"),
     *("gate_entropy_weight", "load_balance_weight", "mmd_weight", "latent_norm_weight"),
@@ -25,30 +24,36 @@ class YanObjectiveConfig(PreTrainedConfig):
     numbers are those of arXiv 2604.15009.
 
     Args:
-        mask_ratio: Share of the tokens that text infilling masks in the autoencoder stage; in [0, 1), 0.15.
-        max_span_len: Longest span that it masks, in tokens; at least 1, 3.
-        latent_noise: Upper end of the uniform level of noise that is added to the encoder's latents, per sequence; at
-            least 0, 0.0. The decoder learns to forgive what the flow will miss.
-        freeze_encoder, freeze_decoder, freeze_embeddings: Parts that the flow stage leaves as they are; True.
-            `apply_freeze_switches` has to be called after a change.
-        freeze_flow: Whether the flow is frozen; False. With all four frozen, only the CRF (`crf_rank`) is trained.
-        detach_target_latents: Whether x1 = E(y) is a constant for the flow stage; True. If False and the encoder is
-            trained, `mmd_weight` and `latent_norm_weight` keep the latents from collapsing.
-        min_train_flow_steps, max_train_flow_steps: Training solves with a number of steps drawn uniformly from here;
-            at least 1, or 0 both for a model without a flow; 1 and 4.
-        time_alpha, time_beta: Training times t are drawn from Beta(time_alpha, time_beta); above 0, 1.0.
-        flow_sigma: Standard deviation of each expert's Gaussian in the mixture likelihood, in units of a latent's
-            dimension (section 3); above 0, 1.0.
-        nll_weight: Of the negative log-likelihood of the velocity, per latent dimension (section 3); at least 0, 1.0.
-        mse_weight: Of the squared error of the solved latents, per dimension; at least 0, 1.0.
-        ce_weight: Of the cross-entropy of the decoded latents, per token; at least 0, 1.0.
-        text_weight: Of the likelihood of the text, summed over all experts; at least 0, 1.0.
-        draft_weight: Of the cross-entropy of the encoder's draft in the answer slots; at least 0, 0.5.
-        crf_weight: Of the likelihood of the text by the CRF; at least 0, 1.0.
-        gate_entropy_weight: Of the gate's entropy, which is rewarded; at least 0, 0.01.
-        load_balance_weight: Of KL(mean gate || uniform); at least 0, 0.1.
-        mmd_weight: Of the squared maximum mean discrepancy between latents and N(0, I); at least 0, 0.0.
-        latent_norm_weight: Of the mean square of the latents; at least 0, 0.0.
+        mask_ratio: Share of the tokens that text infilling masks in the autoencoder stage; in [0, 0.5], default 0.15.
+        max_span_len: Longest span that text infilling masks, in tokens; at least 1, default 3.
+        latent_noise: In the autoencoder stage, Gaussian noise is added to the latents of each sequence. Its standard
+            deviation is drawn from U(0, latent_noise); at least 0, default 0.0. So the decoder tolerates errors of the
+            flow.
+        freeze_encoder, freeze_decoder, freeze_embeddings: Whether the flow stage leaves this part as it is; default
+            True. Call `apply_freeze_switches` after a change.
+        freeze_flow: Whether the flow is frozen; default False. With all four frozen, only the CRF or the graph is
+            trained.
+        detach_target_latents: Whether the target latents x1 = E(y) have no gradient in the flow stage; default True.
+            If False and the encoder is trained, `mmd_weight` and `latent_norm_weight` prevent a collapse of the
+            latents.
+        min_train_flow_steps, max_train_flow_steps: The number of solver steps in training is drawn uniformly from this
+            range; at least 1, default 1 and 4. 0 for both trains a model without its flow.
+        time_alpha, time_beta: Training times t are drawn from Beta(time_alpha, time_beta); above 0, default 1.0.
+        flow_sigma: Standard deviation of each expert's Gaussian, per latent dimension (section 3); above 0, default
+            1.0.
+        nll_weight: Weight of the negative log-likelihood of the velocity, per latent dimension (section 3); at least
+            0, default 1.0.
+        mse_weight: Weight of the squared error of the solved latents, per dimension; at least 0, default 1.0.
+        ce_weight: Weight of the cross-entropy of the decoded latents, per token; at least 0, default 1.0.
+        text_weight: Weight of the negative log-likelihood of the text, summed over all experts, per token; at least 0,
+            default 1.0.
+        draft_weight: Weight of the cross-entropy of the encoder's draft in the answer slots; at least 0, default 0.5.
+        crf_weight: Weight of the CRF's negative log-likelihood of the text, per token; at least 0, default 1.0.
+        gate_entropy_weight: Weight of the gate's entropy, which is subtracted; at least 0, default 0.01.
+        load_balance_weight: Weight of KL(mean gate || uniform); at least 0, default 0.1.
+        mmd_weight: Weight of the squared maximum mean discrepancy between latents and N(0, I); at least 0, default
+            0.0.
+        latent_norm_weight: Weight of the mean square of the latents; at least 0, default 0.0.
 
     Raises:
         ValueError: A field has a value that is not allowed; the message names field, value and what is allowed.
@@ -103,7 +108,8 @@ class YanObjectiveConfig(PreTrainedConfig):
 
     def validate_fields(self) -> None:
         """Check every number against its range, and the two numbers of steps against each other."""
-        require_ranges(self, POSITIVE_FIELDS, NON_NEGATIVE_FIELDS, PROBABILITY_FIELDS)
+        require_ranges(self, POSITIVE_FIELDS, NON_NEGATIVE_FIELDS, ())
+        require(self, "mask_ratio", lambda value: 0 <= value <= 0.5, "in [0, 0.5]")
         require(self, "min_train_flow_steps", lambda value: 0 <= value <= MOST, f"at least 0 and at most {MOST}")
         alone = "1 or more, or 0 as max_train_flow_steps: a flow is trained in every update, or in none"
         require(self, "min_train_flow_steps", lambda value: value > 0 or self.max_train_flow_steps == 0, alone)

@@ -194,22 +194,29 @@ class YanPretrainedMixin(YanBaseMixin):
         dtype: torch.dtype | None = None,
         **fields: Any,
     ) -> "Self":
-        """A new model on a pretrained text encoder: `from_encoder_pretrained("bert-base-uncased", hidden_size=128)`.
+        """A new model on a pretrained text encoder.
 
-        The encoder is a sub-config, `config.encoder`, and part of the checkpoint. Flow and decoder are new; the
-        decoder starts from the encoder's masked-language head where there is one. Measure the latents next
-        (`measure_latents`), then train.
+            model = YanForFlowGeneration.from_encoder_pretrained("bert-base-uncased", num_flow_layers=4)
+
+        The encoder is a sub-config, `config.encoder`, and part of the checkpoint. Flow and decoder are new. The
+        decoder starts from the encoder's masked-language head where there is one. Next, measure the latents
+        (`measure_latents`) and train.
 
         Args:
             name_or_path: Folder or hub name of the encoder and of its tokenizer.
             tokenizer: Another tokenizer, with the encoder's vocabulary.
-            hub_options: Of transformers' `from_pretrained`, such as `{"revision": ..., "token": ...}`.
-            dtype: Of the weights, such as `torch.bfloat16`; float32 if None.
-            fields: Fields of `YanConfig`, instead of those of the encoder and of `DEFAULTS`.
+            hub_options: Options of transformers' `from_pretrained`, such as `{"revision": ..., "token": ...}`.
+            dtype: Floating-point dtype of the weights, such as `torch.bfloat16`; float32 if None.
+            fields: Fields of `YanConfig` or of its objective. By default there are 4 flow layers, 1 decoder layer, one
+                expert, a CRF of rank 64 and tied embeddings. `train_expert_choice` is "posterior", and nothing is
+                frozen.
+
+        Returns:
+            The new model, in evaluation mode.
 
         Raises:
             ValueError: A model that is no text encoder, has no tokenizer or does not fit the fields; unknown fields.
-            TypeError: A tokenizer or a dtype that is none.
+            TypeError: `tokenizer` is no tokenizer, or `dtype` no floating-point dtype.
         """
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"tokenizer={tokenizer!r}: must be a tokenizer, as AutoTokenizer loads it")
@@ -324,7 +331,7 @@ class YanPretrainedMixin(YanBaseMixin):
 
     @torch.no_grad()
     def measure_latents(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Normalise the latents by their mean and deviation over batches of texts, in every dimension by itself.
+        """Normalise the latents by their mean and deviation over batches of texts, in every dimension independently.
 
         The decoder goes on decoding what it decoded. Call it before training: the flow has to learn the new latents.
 

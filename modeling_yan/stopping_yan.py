@@ -51,7 +51,7 @@ def _is_eos(tokens: torch.Tensor, options: YanGenerationConfig) -> torch.Tensor:
 
 
 def without_padding(ids: torch.Tensor, options: YanGenerationConfig) -> torch.Tensor:
-    """A mask (B, S), 0 on pad tokens; if they are an EOS, too, only on those before and behind all other tokens."""
+    """A mask (B, S), 0 on pad tokens; if they are an EOS, too, only on those before and after all other tokens."""
     pad = options.pad_token_id
     if pad is None:
         return torch.ones_like(ids)
@@ -92,5 +92,5 @@ def cut_at_criteria(
 
 
 def _fill_token(options: YanGenerationConfig) -> int:
-    """What stands behind the end of a row."""
+    """What stands after the end of a row."""
     return options.pad_token_id if options.pad_token_id is not None else (eos_ids(options) or [0])[0]

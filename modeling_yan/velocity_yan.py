@@ -191,7 +191,7 @@ class YanVelocity:
 
     @property
     def gate_log_probs(self) -> torch.Tensor | None:
-        """The gate (B, L, K) of every token by itself, at t = 0; None before the first call."""
+        """The gate (B, L, K) of every token independently, at t = 0; None before the first call."""
         return None if self.prior is None else self.prior.marginals()
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:

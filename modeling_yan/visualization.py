@@ -169,7 +169,7 @@ def _on_two_axes(trajectory: torch.Tensor) -> tuple[torch.Tensor, tuple[float, f
 
 @contextmanager
 def saved_figure(path: str | PathLike[str], width: float, height: float, **options: Any) -> Iterator["Figure"]:
-    """A figure of matplotlib to draw on, of so many inches, which is written to `path` at the end.
+    """A figure of matplotlib to draw on, of this many inches, which is written to `path` at the end.
 
     It needs no window and no state of pyplot. `options` are those of `savefig`, such as `dpi`.
     """

@@ -18,7 +18,7 @@ from modeling_yan.fields_yan import REMOVED
 from modeling_yan.objective_config_yan import NON_NEGATIVE_FIELDS
 
 POSITIVE_FIELDS = model_fields.POSITIVE_FIELDS + objective_fields.POSITIVE_FIELDS
-PROBABILITY_FIELDS = model_fields.PROBABILITY_FIELDS + objective_fields.PROBABILITY_FIELDS
+PROBABILITY_FIELDS = model_fields.PROBABILITY_FIELDS
 PRESETS = Path(__file__).parents[1] / "configuration"
 WRONG_VALUES = [
     # field, wrong value, what the message says is allowed
@@ -36,8 +36,8 @@ WRONG_VALUES = [
     ("latent_noise", -0.5, "at least 0"),
     ("hidden_dropout", 1.0, "[0, 1)"),
     ("decoder_dropout", -0.1, "[0, 1)"),
-    ("mask_ratio", 1.5, "[0, 1)"),
-    ("mask_ratio", float("nan"), "[0, 1)"),
+    ("mask_ratio", 0.6, "[0, 0.5]"),
+    ("mask_ratio", float("nan"), "[0, 0.5]"),
     ("encoder_mixer", "rnn", "attention, mamba"),
     ("flow_mixer", "Mamba", "attention, mamba"),
     ("train_expert_choice", "best", "argmax, sample, posterior"),

@@ -229,9 +229,9 @@ def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
 def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     pytest.importorskip("scipy")
     script = load_script("results_page")
-    runs = {"YAN, one expert": {}, "one pass": {}, "YAN, one expert, less": {}}
+    runs = {"YAN, one expert, graph": {}, "one pass": {}, "YAN, one expert, graph, less": {}}
     for seed, value in enumerate((20, 22)):
-        runs["YAN, one expert"][seed] = runs["YAN, one expert, less"][seed] = {
+        runs["YAN, one expert, graph"][seed] = runs["YAN, one expert, graph, less"][seed] = {
             "parameters": 1e6,
             "best": {"3": {"bleu": value}},
             "nats": {"3": value / 10},
@@ -259,10 +259,10 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     script.main([str(path), "--intro", str(tmp_path / "intro.md"), "--output", str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     assert "| arm | seeds | BLEU, no step | BLEU, 3 steps | nats |" in page
-    assert "| YAN, one expert | 2 |  | 21.0 ± 12.7 | 2.100 ± 1.271 |" in page
+    assert "| YAN, one expert, graph | 2 |  | 21.0 ± 12.7 | 2.100 ± 1.271 |" in page
     assert "| one pass | 2 | 14.5 ± 6.4 |  | 2.550 ± 0.635 |" in page
-    assert "| YAN, one expert, minus one pass | +6.5 | 0.055 | -0.450 | 0.092 |" in page
-    assert "| YAN, one expert, less, minus YAN, one expert | +0.0 | 1.000 | +0.000 | 1.000 |" in page
+    assert "| YAN, one expert, graph, minus one pass | +6.5 | 0.055 | -0.450 | 0.092 |" in page
+    assert "| YAN, one expert, graph, less, minus YAN, one expert, graph | +0.0 | 1.000 | +0.000 | 1.000 |" in page
     assert "less, minus one pass" not in page  # what lacks a part is compared with the whole alone
     assert page.count("| 25 | 50 | 3 | In the (12%) | In the pub. |") == 4
     assert "A drawn text and its expert have 0.50 nats of mutual information, of at most 2.20." in page

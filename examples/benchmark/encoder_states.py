@@ -1,4 +1,4 @@
-"""An update of a model on a frozen encoder, with the encoder's states read from the disk and computed anew.
+"""An update of a model on a frozen encoder, with the encoder's states read from the disk and computed again.
 
     python examples/benchmark/encoder_states.py --encoder sentence-transformers/all-MiniLM-L6-v2
 

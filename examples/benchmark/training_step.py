@@ -1,6 +1,6 @@
 """One training step of the flow stage: tokens per second and peak memory, beside a naive form of the same loss.
 
-The naive form encodes the prompt anew, and computes its keys and values anew, for every solver step and for the
+The naive form encodes the prompt again, and computes its keys and values again, for every solver step and for the
 likelihood; YAN does it once a batch. Both have the same loss and the same gradients.
 
     python examples/benchmark/training_step.py --batch_size 4 --output outputs/training_step.json

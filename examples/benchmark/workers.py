@@ -22,7 +22,7 @@ NUM_STORIES, NUM_TEXTS = 400, 40
 
 
 def write_texts(path: Path, num_words: int) -> None:
-    """Texts of so many words, each of many stories."""
+    """Texts of this many words, each of many stories."""
     stories = [row["source"] for row in generate_stories(NUM_STORIES, seed=0)]
     starts = range(0, NUM_STORIES, NUM_STORIES // NUM_TEXTS)
     texts = [" ".join(stories[start:] + stories[:start]).split()[:num_words] for start in starts]

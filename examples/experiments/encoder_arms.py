@@ -118,7 +118,7 @@ def trainer_arguments(recipe: dict, settings: dict, seed: int, folder: Path) -> 
 
 @torch.no_grad()
 def classify(folder: Path, sources: list[str], length: int) -> list[str]:
-    """The name of the likeliest class of every source."""
+    """The name of the most probable class of every source."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []

@@ -3,7 +3,7 @@
     python examples/experiments/geometry.py --model examples/checkpoints/yan-transformer-tiny --data pairs.jsonl \
         --output results/geometry
 
-Latents are those of the targets' own tokens, without the fill behind them. Mean cosine of different latents, variance
+Latents are those of the targets' own tokens, without the fill after them. Mean cosine of different latents, variance
 explained by principal components, and the held-out likelihood of Gaussian mixtures with 1 to 16 components say how far
 the end point of the flow is from one Gaussian; the same numbers of as many normal random vectors stand beside them.
 The experts are those that the gate takes when the answers are generated. Writes geometry.json and geometry.png.
@@ -79,7 +79,7 @@ def token_class(token: int, tokenizer) -> str:
 
 @torch.no_grad()
 def used_experts(model, tokenizer, rows, batch_size) -> tuple[list[int], list[str]]:
-    """Expert and class of every token of the first canvas of each answer; the fill is what stands behind the text."""
+    """Expert and class of every token of the first canvas of each answer; the fill is what stands after the text."""
     experts, classes = [], []
     for batch in batches(tokenizer, model.config, rows, batch_size):
         options = {"return_dict_in_generate": True, "return_prompt": False, "do_sample": False}

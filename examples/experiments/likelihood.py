@@ -3,7 +3,7 @@
     python examples/experiments/likelihood.py --model results/e2e/MODEL --kind yan --data e2e-test.jsonl.gz --steps 1 3
 
 An autoregressive model multiplies the probabilities of its tokens. A YAN's are those of `log_likelihood`: a canvas
-model has to find the EOS behind the text in all positions, too.
+model has to find the EOS after the text in all positions, too.
 """
 
 import argparse

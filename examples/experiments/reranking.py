@@ -7,10 +7,10 @@ Every candidate is written from a start noise of its own, deterministically, on 
 other model:
 
     first       the one that generation writes anyway
-    own         the likeliest under the latents that it was decoded from
-    mean        the likeliest under the latents of all candidates, their probabilities averaged
+    own         the most probable under the latents that it was decoded from
+    mean        the most probable under the latents of all candidates, their probabilities averaged
     agreement   the one that agrees with the others in most places (minimum Bayes risk)
-    velocity    the one whose latents the flow finds likeliest, over a few times and noises that all share, as in
+    velocity    the one whose latents the flow finds most probable, over a few times and noises that all share, as in
                 classification by diffusion models (arXiv 2303.16203)
     best        the one nearest to the reference: an upper bound, no choice
 

@@ -5,8 +5,8 @@
         --output_dir results/several_answers --table docs/results/several_answers/table.json
 
 Every prompt has three answers of three words. Two of them (0.3 of the rows each) begin with the same word, so that the
-likeliest first word is theirs; the likeliest words of the other places are those of the third answer (0.4). A model
-whose words know nothing of each other writes a text that is no answer.
+most probable first word is theirs. The most probable second and third words are those of the third answer (0.4). A
+model that decodes every word independently mixes them, and its text is no answer.
 """
 
 import argparse

@@ -140,7 +140,7 @@ def last_word_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def masked_words(texts: list[dict[str, str]], number: int) -> list[dict[str, str]]:
-    """Rows of so many words of every sentence, each masked alone."""
+    """Rows of this many words of every sentence, each masked alone."""
     rows, chance = [], random.Random(0)
     for text in texts:
         for sentence in split_sentences(" ".join(text["text"].split())):

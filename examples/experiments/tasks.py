@@ -8,7 +8,7 @@ of which those with one source give its references; a row may have a `task` to b
 name, the preset with changed fields, the updates and the arms. All arms see the same rows, as often, and have as many
 parameters; those on the recipe's pretrained encoder have that besides. Each arm is trained once for each seed. A run
 that was killed goes on when the command is given again; one that stands in the table, or whose figures lie in the
-output folder, is not repeated. The table is written anew after every run.
+output folder, is not repeated. The table is written again after every run.
 """
 
 import argparse

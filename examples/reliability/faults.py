@@ -98,7 +98,7 @@ def end_of(child: int, settings) -> str:
 
 
 def newest_step(settings) -> int:
-    """Updates behind the newest checkpoint."""
+    """Updates after the newest checkpoint."""
     return max([int(path.name.split("-")[1]) for path in list_checkpoints(settings.output_dir)], default=0)
 
 

@@ -3,7 +3,7 @@
     nice -n 10 python examples/reliability/long_run.py --output docs/reliability/long-run.json
 
 Memory is the resident set of the process, after a warm-up and at the end of each part. `--mixers mamba` measures one
-kind of model anew and keeps what the file says of the other.
+kind of model again and keeps what the file says of the other.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def train_once(model, optimizer, rng: random.Random):
 
 
 def measure(step, times: int) -> dict:
-    """Memory after the warm-up and at the end of so many steps."""
+    """Memory after the warm-up and at the end of this many steps."""
     begin = time.perf_counter()
     for number in range(times):
         step()

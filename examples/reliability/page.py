@@ -2,7 +2,7 @@
 
     python examples/reliability/page.py --count --output docs/reliability.md
 
-With `--count`, the generated cases of bad input are counted anew, by the ids of their tests.
+With `--count`, the generated cases of bad input are counted again, by the ids of their tests.
 """
 
 import argparse

@@ -43,7 +43,7 @@ class CausalShortConvolution(YanShortConvolution):
 
 
 class ConvolvedAttention(nn.Module):
-    """A self-attention of transformers behind a short convolution, which looks where the attention may look."""
+    """A self-attention of transformers after a short convolution, which looks where the attention may look."""
 
     def __init__(self, attention: nn.Module, hidden_size: int, kernel_size: int, is_causal: bool) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[tor
 
 @torch.no_grad()
 def write_targets(model: Any, batch: Batch) -> torch.Tensor:
-    """What a baseline generates for the sources of a batch, as ids (B, L) with padding behind EOS; L as the labels."""
+    """What a baseline generates for the sources of a batch, as ids (B, L) with padding after EOS; L as the labels."""
     ids, mask = pad_left(batch["input_ids"], batch["attention_mask"])
     length = batch["labels"].shape[1]
     sequences = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, num_beams=1)

@@ -30,7 +30,7 @@ class MaskedDiffusionConfig(LlamaConfig):
     """A `LlamaConfig` without causal mask, with the canvas that a text is generated on.
 
     Args:
-        mask_token_id: The absorbing token. eos_token_id: Fills the canvas behind a text.
+        mask_token_id: The absorbing token. eos_token_id: Fills the canvas after a text.
         canvas_length: Longest canvas. num_diffusion_steps: Steps of `generate` unless it is told otherwise.
         attention_conv_kernel: Width of a short convolution before self-attention, in tokens, odd; 0 for none.
     """
@@ -82,10 +82,10 @@ class MaskedDiffusion(PreTrainedModel):
         canvas_length: int | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """The objective on targets `labels` (B, Lt), or the logits (B, L, V) of a canvas of masks behind the prompt.
+        """The objective on targets `labels` (B, Lt), or the logits (B, L, V) of a canvas of masks after the prompt.
 
         A share t ~ U(0, 1) of each row's canvas is masked, and the masked tokens' cross-entropy weighs 1 / t; the
-        loss is the mean over the canvas, in nats. The canvas is the target, -100 and all behind it filled with EOS.
+        loss is the mean over the canvas, in nats. The canvas is the target, -100 and all after it filled with EOS.
 
         Args:
             input_ids: Prompts (B, S). attention_mask: (B, S), 0 on padding, which may be on either side.
@@ -110,7 +110,7 @@ class MaskedDiffusion(PreTrainedModel):
     def canvas_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, canvas: torch.Tensor
     ) -> torch.Tensor:
-        """Logits (B, L, V) of a canvas (B, L) behind prompts (B, S) that are padded on the left."""
+        """Logits (B, L, V) of a canvas (B, L) after prompts (B, S) that are padded on the left."""
         mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ids = torch.cat([input_ids, canvas], dim=1)
@@ -159,7 +159,7 @@ class MaskedDiffusion(PreTrainedModel):
         return torch.full_like(canvas, self.config.mask_token_id).scatter(1, chosen, tokens.gather(1, chosen))
 
     def _fill(self, labels: torch.Tensor, length: int) -> torch.Tensor:
-        """Targets (B, Lt) as a canvas (B, L), with EOS behind them."""
+        """Targets (B, Lt) as a canvas (B, L), with EOS after them."""
         if labels.shape[1] > length:
             raise ValueError(f"labels of {labels.shape[1]} tokens: must be at most the canvas of {length}")
         labels = labels.masked_fill(labels == IGNORE_INDEX, self.config.eos_token_id)

@@ -52,7 +52,7 @@ class Drafts:
         self.tokenizer, self.eos_token_id, self.step = tokenizer, eos_token_id, 0
 
     def put(self, tokens: "torch.Tensor") -> None:
-        """The prompt, or a finished canvas: steps are counted anew."""
+        """The prompt, or a finished canvas: the count of steps restarts."""
         self.step = 0
 
     def put_draft(self, tokens: "torch.Tensor") -> None:

@@ -38,7 +38,7 @@ def split_targets(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, canva
     """Rows of `source` and `target`; of a target beyond one canvas, a row of token ids for every canvas.
 
     The source of a later canvas is the prompt and the target so far, with the special tokens that the tokenizer adds
-    to a prompt behind the prompt, as in `generate`. Other rows stay as they are.
+    to a prompt after the prompt, as in `generate`. Other rows stay as they are.
 
     Args:
         rows: Pairs of strings or token ids. canvas_length: Tokens of a canvas, at least 1; an EOS takes one.

@@ -1,7 +1,7 @@
 """Batches for the two stages: texts with their corruption for the autoencoder, sources and targets for the flow.
 
 B: rows of the batch; L: width of an autoencoder batch; Ls, Lt: widths of the sources and of the targets. No step
-loops over tokens in Python: rows are cut one by one, everything behind that works on whole batches.
+loops over tokens in Python: rows are cut one by one, everything after that works on whole batches.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class SeededDraws:
     def __call__(self, rows: Sequence[Mapping[str, Ids]]) -> torch.Generator:
         """The generator for a batch.
 
-        It is seeded anew when this copy wakes up in a worker, because workers begin as copies of each other.
+        A copy in a worker gets a new seed, because workers begin as copies of each other.
         """
         worker = get_worker_info()
         if self.epoch is not None:
@@ -85,25 +85,26 @@ def _hash_batch(rows: Sequence[Mapping[str, Ids]], salt: str) -> int:
 class AutoencoderCollator:
     """Batches of stage one: corrupted `input_ids`, clean `labels` and an `attention_mask` of ones, int64 of (B, L).
 
-    A row is a text (`text` or `input_ids`) or a pair (`source`, `target`); strings may be token ids, as lists or
-    arrays. Of a text, `mask_ratio` of the tokens are masked, and all labels count. Of a pair, the source stays whole
-    and `target_mask_ratio` of the target behind it is masked. Only the target and one EOS count, and other labels are
-    -100, or copying the source would drown the answer in the mean loss. A source that begins with enough mask tokens
-    (an answer slot) gets the target in their positions; `modeling_yan.data.encoding` has more forms. EOS pads every
-    row to L: the longest row with one EOS, rounded up to a multiple of `multiple_of`.
+    A row is a text (`text` or `input_ids`) or a pair (`source`, `target`). Instead of strings there may be token ids,
+    as lists or arrays. Of a text, `mask_ratio` of the tokens are masked, and all labels count in the loss.
 
-    A longer text gives a random window. A longer source keeps its end, or its start if its answer slot is there.
-    `num_truncated` counts both, in each worker of a data loader for itself. Sources are encoded as a prompt is, with
-    the tokenizer's special tokens, and texts and targets without.
+    Of a pair, the source is not masked, and `target_mask_ratio` of the target after it is masked. Labels outside the
+    target and its EOS are -100, so that copying the source does not dominate the loss. If a source begins with enough
+    mask tokens, the target has its labels there; `modeling_yan.data.encoding` has more forms. EOS pads every row to L:
+    the longest row with one EOS, rounded up to a multiple of `multiple_of`.
+
+    Of a longer text, a random window is taken. A longer source keeps its end, or its start if it begins with mask
+    tokens. `num_truncated` counts both, separately in each worker of a data loader. Sources are encoded like prompts,
+    with the tokenizer's special tokens, texts and targets without them.
 
     Args:
-        tokenizer: Needs a mask token and an EOS token.
+        tokenizer: A tokenizer with a mask token and an EOS token.
         max_length: Largest L, in tokens; at least 1.
-        mask_ratio: Share of a text's tokens that is masked, in [0, 1).
+        mask_ratio: Share of a text's tokens to mask, in [0, 0.5].
         max_span_len: Longest masked span, in tokens; at least 1.
-        target_mask_ratio: The same share of a pair's target, in [0, 1).
-        seed: Of the draws, in [-2^63, 2^63); from a call of `set_epoch` on, which a Trainer makes, they depend on the
-            epoch, too. The `generator` of a call takes its place.
+        target_mask_ratio: Share of the tokens of a pair's target to mask, in [0, 0.5].
+        seed: Seed of the masks, in [-2^63, 2^63). After a call of `set_epoch`, which a Trainer makes, they depend on
+            the epoch, too. A `generator` given to a call is used instead.
         fixed_width: Whether L is always `max_length`.
         multiple_of: At least 1.
         num_answer_slots: Mask tokens before the source of every pair, as in `YanConfig`; at least 0.

@@ -16,14 +16,13 @@ BROKEN = "\ufffd"  # what a decoder gives for half a character
 
 
 class CompletionCollator:
-    """Rows as SFTTrainer prepares them -> the batches of `FlowCollator`: prompts are sources, completions targets.
+    """Batches of `FlowCollator` for rows of TRL's SFTTrainer: prompts are sources, completions are targets.
 
-    A row has `input_ids`, prompt and completion in one, and `labels`, -100 on the prompt and the ids on the
-    completion. Of a chat with `assistant_only_loss` every turn of the assistant is a pair by itself, with all that
-    came before it as its source. A completion gets the tokens that its text has alone, as targets do everywhere, and
-    not those that it has behind a prompt without a space. The EOS that SFTTrainer puts behind a completion counts as
-    its end. Without a prompt the source is a single BOS. A completion beyond one canvas gives a pair for every canvas
-    (`split_targets`). Sources are cut as in `FlowCollator`.
+    A row has `input_ids`, the prompt and the completion, and `labels`, which are -100 for the prompt. In a chat with
+    `assistant_only_loss` every turn of the assistant is a target, and all turns before it are its source. The text of
+    a completion is tokenized separately, like every target. The EOS of SFTTrainer is its end. Without a prompt the
+    source is a single BOS. A completion longer than one canvas gives a pair for every canvas (`split_targets`).
+    Sources are cut as in `FlowCollator`.
 
     Args:
         tokenizer: The `processing_class` of the trainer.

@@ -1,6 +1,6 @@
 """Rows as token ids, and where in them the target of a pair is learned.
 
-A target stands behind its source unless the row says otherwise, in one of two fields of text, which tasks write:
+A target stands after its source unless the row says otherwise, in one of two fields of text, which tasks write:
 
 - `answer_slot`: the mask tokens that the source begins with, such as "<mask><mask> "; the target goes into their
   positions. Empty for a source whose first mask token is no such slot.

@@ -43,7 +43,7 @@ def draw_spans(
     """
     num_hidden = (mask_ratio * lengths + torch.rand(len(lengths), generator=generator).numpy()).astype(np.int64)
     spans = _draw_span_lengths(num_hidden, max_span_len, generator)
-    # Deal the spans out to the gaps before and behind the kept tokens, each to one of its own: the lowest scores win.
+    # Deal the spans out to the gaps before and after the kept tokens, each to one of its own: the lowest scores win.
     scores = torch.rand(len(lengths), int(lengths.max()) + 1, generator=generator)
     scores.numpy()[np.arange(scores.shape[1]) > (lengths - num_hidden)[:, None]] = 2.0  # there are not so many gaps
     gaps = scores.topk(spans.shape[1], largest=False).indices.numpy()

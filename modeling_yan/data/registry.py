@@ -52,7 +52,7 @@ class FormatOptions:
         mask_token: Stands for hidden words.
         answer_slot: Begins every source but those of infilling, such as "<mask><mask> " for a model that fills in
             masks.
-        max_words: Texts are cropped to whole sentences of at most so many words before they become pairs.
+        max_words: Texts are cropped to whole sentences of at most this many words before they become pairs.
         details: Further arguments of the task's formatter, such as `mask_ratio`.
     """
 

@@ -29,6 +29,15 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: the name ends otherwise, a row is malformed (the message names file, line and what is allowed),
             the file is cut off or damaged, or it holds no row at all.
+
+    Example:
+
+        >>> import os, tempfile
+        >>> from modeling_yan.data import read_rows, write_rows
+        >>> path = os.path.join(tempfile.mkdtemp(), "rows.jsonl.gz")
+        >>> write_rows(path, [{"source": "Who has the hat? Anna took the hat.", "target": "Anna"}])
+        >>> read_rows(path)[0]["target"]
+        'Anna'
     """
     path = _checked_path(path)
     rows = [_parse(line, f"{path}, line {number}") for number, line in numbered_lines(path) if line.strip()]

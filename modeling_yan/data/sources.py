@@ -79,7 +79,7 @@ def load_rows(
             column, "target": column}, where "a.b" is the field b in column a. None for columns of these names.
         task: For data sets of texts: "text", "infilling", "last_word" or "continuation". None for the registry's
             choice, "text" for all others.
-        num_rows: At most so many rows; of the registry's stories, which never end, exactly so many.
+        num_rows: At most this many rows, at least 1; exactly this many of the registry's stories, which never end.
         mask_token, answer_slot, max_words, details: As in `FormatOptions`.
         sample_by: A "line" or a "paragraph" of a `.txt` is a row.
         streaming: Return an IterableDataset, which reads and formats rows as they are asked for, one shard a file.

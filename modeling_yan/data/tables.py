@@ -125,10 +125,22 @@ def make_pairs(table: "Dataset | list[Row]", columns: PairColumns, name: str) ->
     Rows with an empty target, or without a label, are left out, and a warning says how many.
 
     Args:
-        name: Of the table, for messages.
+        table: A data set of `datasets`, or rows as of `load_file`.
+        columns: Names of the columns that make source and target.
+        name: Name of the table, for error messages.
 
     Raises:
         ValueError: A column is missing (the message names those there are) or holds no text; no rows are left.
+
+    Example:
+
+        >>> from modeling_yan.data.tables import PairColumns, hold_out, make_pairs
+        >>> rows = [{"question": f"{n} + 1?", "answer": n + 1} for n in range(10)]
+        >>> pairs = make_pairs(rows, PairColumns("question", "answer"), "sums")
+        >>> pairs[0]
+        {'source': '0 + 1?', 'target': '1'}
+        >>> [len(part) for part in hold_out(pairs, 0.2, seed=0)]
+        [8, 2]
     """
     there = getattr(table, "column_names", None) or list(dict.fromkeys(column for row in table for column in row))
     for column in columns.needed:
@@ -153,7 +165,12 @@ def make_pairs(table: "Dataset | list[Row]", columns: PairColumns, name: str) ->
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and about a `share` of them held out; rows with one source stay on one side.
+    """Rows to train on, and held-out rows. All rows with the same source are in one of the two.
+
+    Args:
+        rows: Rows of `source` and `target`.
+        share: About this share of the sources is held out; in (0, 1).
+        seed: Seed of the choice.
 
     Raises:
         ValueError: The share is not between 0 and 1, or all rows have one source.

@@ -41,6 +41,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Raises:
         ValueError: `vocab_size` has no room for the four special tokens and the 256 bytes.
+
+    Example:
+
+        >>> from modeling_yan.data import train_tokenizer
+        >>> tokenizer = train_tokenizer(["Anna has the hat."] * 9, vocab_size=300)
+        >>> tokenizer.decode(tokenizer("Anna has the hat.").input_ids)
+        'Anna has the hat.'
     """
     if vocab_size < NUM_BYTES + 4:
         raise ValueError(f"vocab_size is {vocab_size}, but must be at least {NUM_BYTES + 4} (bytes, special tokens)")

@@ -73,7 +73,7 @@ def write_live(
 
 
 def path_of(model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, steps: int) -> Path2D:
-    """How the likeliest text for a prompt comes about."""
+    """How the most probable text for a prompt comes about."""
     _check_prompt(prompt)
     return follow(model, tokenizer, prompt, int(steps))
 
@@ -81,7 +81,7 @@ def path_of(model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase",
 def write_by_expert(
     model: "YanForFlowGeneration", tokenizer: "PreTrainedTokenizerBase", prompt: str, steps: int
 ) -> dict[str, Path2D]:
-    """A text for each rank of expert, by title: all tokens by their likeliest one, all by the next one and so on.
+    """A text for each rank of expert, by title: all tokens by their most probable one, all by the next one and so on.
 
     Raises:
         ValueError: An empty prompt, or a model whose experts can't be ranked.

@@ -136,7 +136,7 @@ def masked_words_restored(prediction: str, source: str, target: str, masked: Seq
     """Share of the target's masked words that stand in the prediction where they belong.
 
     A word counts where a longest common subsequence of prediction and target contains it, so a gap that was filled
-    with a word too many does not spoil the ones behind it.
+    with a word too many does not spoil the ones after it.
 
     Args:
         source: The prompt; it begins with the target's words, with mask tokens in place of each span.

@@ -196,6 +196,12 @@ def load_metric(name: str, **options: Any) -> evaluate.Metric:
 
     Raises:
         ValueError: There is no such metric.
+
+    Example:
+
+        >>> from modeling_yan.evaluation import load_metric
+        >>> load_metric("exact_match").compute(predictions=["a cup", "a hat"], references=["a cup", "a map"])
+        {'exact_match': 0.5}
     """
     if name not in METRICS:
         raise ValueError(f"metric {name!r}: must be one of {', '.join(METRICS)}")

@@ -87,7 +87,17 @@ def generate_answers(
     batch_size: int = 32,
     **options: Any,
 ) -> list[str]:
-    """The new text that `model.generate(..., **options)` gives for each source, without special tokens."""
+    """The new text of `model.generate` for each source, without prompt and special tokens.
+
+    Args:
+        model: Any language model that generates.
+        sources: N prompts.
+        batch_size: Prompts of one call, at least 1.
+        options: Options of `generate`; also `seed` and `max_source_length`, in tokens.
+
+    Returns:
+        N texts, in the order of `sources`.
+    """
     return generate_timed(model, tokenizer, sources, batch_size, **options).texts
 
 

@@ -57,9 +57,11 @@ def export_generation(
     `generate`. Adapters have to be merged before.
 
     Args:
-        model: A `YanForFlowGeneration`. batch_size, prompt_length: B and S, or None for any.
-        canvas_length, num_flow_steps: L and the number of solver steps; the model's if None.
-        min_new_tokens: So many tokens are no EOS. seed: Of the start noise.
+        model: A `YanForFlowGeneration`.
+        batch_size, prompt_length: B and S, at least 1, or None for any.
+        canvas_length, num_flow_steps: L and the number of solver steps, at least 1; the config's if None.
+        min_new_tokens: Number of first tokens that may not be EOS, at least 0.
+        seed: Seed of the start noise.
 
     Raises:
         ValueError: A size below 1, or beyond `max_position_embeddings`.

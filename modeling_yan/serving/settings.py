@@ -17,7 +17,7 @@ class Settings:
         batch_size: Most requests that are answered together. batch_wait_s: How long the first waits for others.
         max_queue: Requests that may be open before others get the status 429.
         max_body: Bytes of a request. timeout_s: Seconds until a request gets the status 504.
-        api_key: That every request but those to /health must bear; none if None.
+        api_key: Bearer token that every request needs, except to /health and /load_model; none if None.
     """
 
     model: str

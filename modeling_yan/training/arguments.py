@@ -44,10 +44,19 @@ AT_LEAST = {  # the smallest allowed value of every number
 
 @dataclass
 class PretrainingArguments:
-    """What to train on what, and how.
+    """Settings of one pre-training run: stage, model, rows, optimizer and logging.
+
+    `python examples/pretrain.py --help` describes every field. Numbers have the smallest values of `AT_LEAST`.
 
     Raises:
         ValueError: A value that is not allowed; the message names the field, the value and what is allowed.
+
+    Example:
+
+        >>> from modeling_yan.training import PretrainingArguments
+        >>> settings = PretrainingArguments("flow", "stage-one", "tokenizer", "stage-two", train_file=["my.jsonl.gz"])
+        >>> settings.learning_rate > 0
+        True
     """
 
     stage: str = field(
@@ -73,7 +82,7 @@ class PretrainingArguments:
     dataset: list[str] = field(
         default_factory=list, metadata={"help": "data sets by name: of the registry, of the hub, or folders"}
     )
-    dataset_rows: int = field(default=0, metadata={"help": "at most so many rows of each data set; 0 for all"})
+    dataset_rows: int = field(default=0, metadata={"help": "at most this many rows of each data set; 0 for all"})
     streaming: bool = field(default=False, metadata={"help": "read the rows as they are needed, from file or hub"})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "rows that the shuffle of a stream holds"})
     dataloader_num_workers: int = field(
@@ -103,7 +112,9 @@ class PretrainingArguments:
         metadata={"help": "after the warm-up: constant, or a cosine to 0", "choices": list(SCHEDULES)},
     )
     warmup_steps: int = field(default=1_000, metadata={"help": "linear warm-up from 0"})
-    decay_steps: int = field(default=0, metadata={"help": "linear decay to 0 over the last so many updates"})
+    decay_steps: int = field(
+        default=0, metadata={"help": "updates at the end in which the learning rate decays linearly to 0"}
+    )
     weight_decay: float = 0.01
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -114,11 +125,15 @@ class PretrainingArguments:
     mixed_precision: str | None = field(
         default=None, metadata={"help": "as the launcher says if left out", "choices": list(MIXED_PRECISIONS)}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory for a second forward pass"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "less memory, at the cost of a second forward pass"}
+    )
     dynamo_backend: str = field(default="no", metadata={"help": "to compile the model: inductor, ..."})
     use_cpu: bool = False
     tasks: list[str] = field(default_factory=list, metadata={"help": "TASK=WEIGHT ...; equal weights if empty"})
-    max_words: int = field(default=24, metadata={"help": "texts are cropped to sentences of so many words in all"})
+    max_words: int = field(
+        default=24, metadata={"help": "texts are cropped to whole sentences of at most this many words in all"}
+    )
     max_source_length: int = field(default=64, metadata={"help": "longest source, and longest autoencoder text"})
     validation_batches: int = field(default=8, metadata={"help": "batches per task and validation"})
     num_samples: int = field(default=2, metadata={"help": "rows per task whose generated text a validation shows"})

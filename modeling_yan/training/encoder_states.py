@@ -19,21 +19,21 @@ from ..modeling_yan import YanForFlowGeneration
 
 BATCH = 32  # rows that are encoded together
 NUM_BYTES = 4  # of a number
-WRITTEN_BYTES = 2**26  # about so many at a time
+WRITTEN_BYTES = 2**26  # about this many at a time
 
 
 class RowsWithStates(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows, each with the `states` (S, H) of the encoder for its source, read from the disk by memory map.
+    """Rows with the states of a frozen encoder, computed once and read from the disk by memory map.
 
-    They are computed for a collator's batches, and for the model's own answer slots before every source. The file's
-    name has a hash of the encoder's weights and of all token ids: another encoder, tokenizer, row or length makes
-    another file. It appears whole or not at all.
+    Each row gets `states` (num_answer_slots + S, H), float32, of its source of S tokens. The file's name has a hash of
+    the encoder's weights and of all token ids, so another encoder, tokenizer, row or length makes another file. It
+    appears whole or not at all.
 
     Args:
-        rows: Of source and target.
-        model: With a frozen pretrained encoder (`keeps_states`).
-        collator: Makes the batches of the training.
-        folder: Where the file lies, or is made.
+        rows: Rows of `source` and `target`.
+        model: A model with a frozen pretrained encoder (`keeps_states`).
+        collator: The collator of the training, which cuts the sources.
+        folder: The folder of the file, which is made if there is none.
 
     Raises:
         ValueError: The encoder is not frozen, or there is none.
@@ -81,7 +81,13 @@ class RowsWithStates(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class StatesCollator:
-    """Batches of another collator; where rows have `states`, with these as `encoder_outputs` (B, S, H)."""
+    """Batches of another collator, with the rows' `states` as `encoder_outputs` (B, num_answer_slots + S, H), float32.
+
+    Padding is 0. Rows without `states` pass through unchanged.
+
+    Args:
+        collator: A `FlowCollator`.
+    """
 
     def __init__(self, collator: FlowCollator) -> None:
         self.collator = collator

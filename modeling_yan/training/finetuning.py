@@ -46,7 +46,7 @@ DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_lim
 DEFAULTS |= {"load_best_model_at_end": True, "num_train_epochs": 0}  # 0: by the number of rows
 LEARNING_RATE = 1e-4  # of what is trained already
 NEW_LEARNING_RATE = 3e-4  # of a new flow and decoder
-UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about so many updates, if neither epochs nor updates are given
+UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about this many updates, if neither epochs nor updates are given
 PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
@@ -56,7 +56,12 @@ STATES = "_states"  # a folder that a Trainer does not push to the hub
 
 @dataclass
 class FinetuningArguments:
-    """The model and its rows."""
+    """The model and its rows for `finetune`; `yan finetune --help` describes every field.
+
+    Raises:
+        ValueError: Not exactly one of `train_file` and `dataset`, or of `model` and `encoder`, is given; or options
+            that do not go together.
+    """
 
     train_file: str | None = field(
         default=None, metadata={"help": "rows to train on: .jsonl, .json, .csv, .tsv or .parquet, also .gz"}
@@ -154,9 +159,18 @@ def parse_finetuning(
 
 
 def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -> None:
-    """Train and save the model, or its adapter alone, and print its scores before and after.
+    """Fine-tune a checkpoint, or train a new model on a pretrained encoder; prints scores before and after.
 
-    It is trained until its loss on the held-out rows has not fallen for three epochs; the best one is kept.
+    Training stops when the loss on the held-out rows has not fallen for three epochs, and the best model is kept.
+    `training.output_dir` gets the model, or only its adapter with `lora` of a checkpoint.
+
+    Args:
+        options: The model and its rows.
+        training: transformers' settings; with `num_train_epochs=0`, 3 to 20 epochs, near 2,000 updates if possible.
+
+    Raises:
+        ValueError: A bad column, split, field or output folder, or no rows.
+        FileNotFoundError: No such file or data set.
     """
     if os.path.isfile(cast(str, training.output_dir)):
         raise ValueError(f"--output_dir {training.output_dir!r}: must be a folder, and is a file")

@@ -55,7 +55,10 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pretrain(arguments: PretrainingArguments) -> None:
-    """Train one stage and leave model and tokenizer in `output_dir`, checkpoints and log beside them.
+    """Train one stage. `output_dir` gets the model, the tokenizer, checkpoints and the log.
+
+    Args:
+        arguments: The settings, as of `parse_arguments(["--recipe", "configuration/recipes/tiny-flow.yaml", ...])`.
 
     Raises:
         ValueError: Settings that do not fit the data, the tokenizer or the checkpoint to go on from.
@@ -231,7 +234,7 @@ class Meter:
         self.notes.setdefault(name, []).append(value)
 
     def means(self, peak: float) -> dict[str, float]:
-        """The terms, tokens per second of all processes and the share of the peak of all devices; then anew."""
+        """The terms, tokens per second of all processes, and the share of all devices' peak, since the last call."""
         counts = torch.tensor([self.num_targets, self.num_tokens, self.flops], dtype=torch.float64)
         sums = {name: value.double() for name, value in self.sums.items()}
         reduced = self.accelerator.reduce([counts.to(self.accelerator.device), sums], "sum")

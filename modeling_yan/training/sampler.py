@@ -56,7 +56,7 @@ class TaskSampler(Dataset[Batch]):
         rows: Rows as `read_rows` gives them, or a `datasets.Dataset` or `IterableDataset` with columns "text", or
             "source" and "target", or all of them with nulls. stage: "autoencoder", "flow" or a baseline.
         weights: Task to weight, at least 0; None for equal weights of all tasks that the rows allow.
-        max_words: Texts are cropped to whole sentences of at most so many words.
+        max_words: Texts are cropped to whole sentences of at most this many words.
         max_source_length: Longest source in tokens; config: gives canvas length and masking.
         length: Number of batches. seed, process_index: Choose the batches.
         bucket_batches: At least 1, which sorts nothing. shuffle_buffer: Rows that the shuffle of a stream holds.

@@ -96,7 +96,7 @@ class StreamedRows:
 
 
 class StreamedGroups:
-    """Group number g of a stream is what lies behind group g - 1: reading goes forwards, or starts again."""
+    """Group number g of a stream is what lies after group g - 1: reading goes forwards, or starts again."""
 
     def __init__(self, open_stream: Callable[[str], Iterator[Row]], fill: Fill, seed: str, process_index: int):
         self.open_stream, self.fill, self.seed, self.process_index = open_stream, fill, seed, process_index

@@ -20,14 +20,15 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     The tokenizer learns how long a prompt may be (`model_max_length`).
 
-    New rows of the embeddings, and of the decoder's output if it has its own, are drawn from a Gaussian with mean and
-    spread of the rows that are there, each dimension by itself; a new bias is the mean of the others. So a new token
-    starts as an average one. Nothing shrinks: a vocabulary that was rounded up stays so. `lm_head` stays tied where
-    it was. Where the config freezes the embeddings, new tokens would never be learned: see `freeze_embeddings`.
+    New rows of the embeddings, and of an untied decoder output, are drawn from a Gaussian. In each dimension it has
+    the mean and the deviation of the old rows; a new bias is the mean of the old ones. So a new token starts as an
+    average one. The vocabulary never shrinks, and `lm_head` stays tied if it was. Where the config freezes the
+    embeddings, new tokens would never be learned: see `freeze_embeddings`.
 
     Args:
-        model: Any YAN model. tokenizer: With pad, EOS and mask tokens, as `prepare_tokenizer` leaves it.
-        seed: Of the new rows.
+        model: Any YAN model.
+        tokenizer: A tokenizer with pad, EOS and mask tokens, as `prepare_tokenizer` makes it.
+        seed: Seed of the new rows.
 
     Returns:
         Number of new rows.
