@@ -68,6 +68,11 @@ class CanvasPlan:
         """The ids that nothing else follows in a decoded text."""
         return self.eos if self.eos_strategy == "likeliest" else ()
 
+    @property
+    def path_ends(self) -> tuple[int, ...]:
+        """The ids that may end a path of a graph."""
+        return tuple(token for token in self.eos if token not in self.suppressed)
+
 
 class CanvasNoise(NamedTuple):
     """The numbers that a canvas is made from.

@@ -272,9 +272,7 @@ class YanConfig(PreTrainedConfig):
             0.0
         """
         self.refuse_unknown(fields)
-        changed = type(self).from_dict(self.to_dict(), **fields)
-        changed.validate_fields()
-        return changed
+        return type(self).from_dict(self.to_dict(), **fields)
 
     @classmethod
     def refuse_unknown(cls, names: Iterable[str]) -> None:
@@ -286,12 +284,15 @@ class YanConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "YanConfig":
-        """As in transformers, but a config of another model raises a ValueError."""
+        """As in transformers, but a config of another model, or a field that is not allowed, raises a ValueError."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"model_type={model_type!r}: a YAN model needs a config of model_type {cls.model_type!r}")
         refuse_clash(kwargs, kwargs.get("objective"))
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate_fields()  # transformers assigns the keywords last, and checks only their types
+        return loaded
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers. PEFT, which asks for the fields before it adapts a model, then knows its layers."""

@@ -294,12 +294,11 @@ class YanDecodingMixin(YanFlowMixin):
         """Token ids (B, L) of a path through the vertices: the best, or one drawn; -1 where links are no numbers."""
         graph = cast(YanGraph, self.graph)
         if uniform is not None:
-            text = graph.draw(
-                self.get_input_embeddings(), logits, latents, uniform, plan.eos, plan.num_without_eos, plan.temperature
-            )
+            options = plan.path_ends, plan.num_without_eos, plan.temperature
+            text = graph.draw(self.get_input_embeddings(), logits, latents, uniform, *options)
         else:
             number = latents.shape[1] // self.config.vertices_per_token
-            options = number, plan.eos, plan.num_without_eos, plan.length_penalty
+            options = number, plan.path_ends, plan.num_without_eos, plan.length_penalty
             text, _ = graph.most_likely(self.get_input_embeddings(), logits, latents, *options)
         return text.masked_fill(graph.is_lost(self.get_input_embeddings(), latents).unsqueeze(1), -1)
 
@@ -308,7 +307,7 @@ class YanDecodingMixin(YanFlowMixin):
         logits = self.allowed_logits(latents, plan)
         if self.graph is not None:
             number = latents.shape[1] // self.config.vertices_per_token
-            options = number, plan.eos, plan.num_without_eos, plan.length_penalty
+            options = number, plan.path_ends, plan.num_without_eos, plan.length_penalty
             return self.graph.score(self.get_input_embeddings(), logits, latents, *options)
         text = self.most_likely(logits, latents, plan.end_ids, plan.crf_decoding, plan.length_penalty)
         length = text.new_full((text.shape[0],), text.shape[1])

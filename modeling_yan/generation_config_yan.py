@@ -202,7 +202,7 @@ _FIELD_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eos_strategy", lambda value: value in tuple(EOS_STRATEGIES), f"one of {', '.join(EOS_STRATEGIES)}"),
     ("crf_decoding", lambda value: isinstance(value, bool), "True or False"),
     ("seed", lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
-    ("length_penalty", _is_number, "a number"),
+    ("length_penalty", lambda value: _is_number(value) and math.isfinite(value), "a finite number"),
     ("temperature", lambda value: _is_number(value) and 0 <= value < math.inf, "a finite number of at least 0"),
     ("max_time", lambda value: _is_number(value) and value >= 0, "a number of seconds, at least 0"),
     ("stop_strings", lambda value: _are_strings(value), "a string or a list of strings, none of them empty"),

@@ -92,9 +92,11 @@ def best_text(
         # what a vertex says and how far it jumps, in one number
         steps.append(choice + tokens.shape[-1] * jump.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
     lengths = torch.arange(1, num_tokens + 1, device=links.device).clamp(min=1)
-    ended = torch.stack(scores, dim=1).masked_fill(lengths <= num_without_end, 2 * UNREACHABLE)
-    penalised = torch.cat([ended, rest[:, 1, :1]], dim=1) / torch.cat([lengths, lengths[-1:]]) ** length_penalty
-    best = penalised.argmax(1)
+    is_short = F.pad(lengths <= num_without_end, (0, 1))  # the last one is the longest, without an end
+    total = torch.cat([*(score.unsqueeze(1) for score in scores), rest[:, 1, :1]], dim=1)
+    penalised = total / torch.cat([lengths, lengths[-1:]]) ** length_penalty
+    # after the division, which brings all of them close to 0 if the penalty is large
+    best = penalised.masked_fill(is_short | (total < UNREACHABLE / 2), -torch.inf).argmax(1)
     is_ended, length = best < num_tokens, (best + 1).clamp(max=num_tokens)
     kind = (~is_ended).long().view(-1, 1, 1).expand(-1, 1, ends.shape[1])
     table = torch.stack([step.gather(1, kind).squeeze(1) for step in steps])  # by tokens after this one

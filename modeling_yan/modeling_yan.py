@@ -127,6 +127,7 @@ class YanPreTrainedModel(YanPretrainedMixin, YanCardMixin, YanExpertsMixin, PreT
     def __init__(self, config: YanConfig, *args: Any, **kwargs: Any) -> None:
         if config.model_type != YanConfig.model_type:
             raise ValueError(f"model_type={config.model_type!r}: must be {YanConfig.model_type!r}")
+        config.validate_fields()  # it may have been changed since it was made
         super().__init__(config, *args, **kwargs)
         self.model_card = YanModelCard()
 
@@ -279,8 +280,7 @@ class YanForAutoencoding(YanPreTrainedModel):
         In training, noise is added to the latents (`latent_noise`).
 
         Args:
-            input_ids: (B, L). inputs_embeds: (B, L, D), instead of `input_ids`.
-            attention_mask, position_ids: (B, L).
+            input_ids, attention_mask, position_ids: (B, L). inputs_embeds: (B, L, D), instead of `input_ids`.
             labels: The clean ids (B, L); -100 is ignored.
             num_items_in_batch: Number of labels of the whole batch, of which this call has a part. The mean loss is
                 multiplied by the share of labels in this call. So the losses of all parts add up to one mean.

@@ -177,6 +177,28 @@ def test_the_least_number_of_tokens_counts_tokens_and_not_vertices():
             assert not (tokens[:, :fewest] == EOS).any()
 
 
+def test_a_penalty_of_any_size_keeps_the_least_number_of_tokens():
+    model = make_graph()
+    for penalty in (1.0, 100.0, 1000.0):
+        options = {"min_new_tokens": LENGTH, "max_new_tokens": LENGTH, "length_penalty": penalty}
+        text = model.generate(PROMPT, return_prompt=False, **options)
+        assert text.shape == (1, LENGTH)
+        assert EOS not in text
+    with pytest.raises(ValueError, match="length_penalty=inf: must be a finite number"):
+        model.generate(PROMPT, length_penalty=math.inf)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1, "num_return_sequences": 8}])
+def test_forbidden_tokens_are_not_written_where_the_end_is_forbidden_too(form, options):
+    model = make_graph(**FORMS[form])
+    for allowed in (0, 4):
+        suppressed = [token for token in range(VOCABULARY) if token != allowed]
+        texts = model.generate(PROMPT, return_prompt=False, suppress_tokens=suppressed, **options)
+        assert texts.unique().tolist() == [allowed]
+        assert texts.shape[1] == LENGTH
+
+
 def test_a_text_goes_on_in_the_next_canvas():
     model = make_graph()
     tokens = model.generate(PROMPT, return_prompt=False, min_new_tokens=2 * LENGTH, max_new_tokens=2 * LENGTH)
