@@ -294,8 +294,8 @@ class YanDecodingMixin(YanFlowMixin):
         """Token ids (B, L) of a path through the vertices: the best, or one drawn; -1 where links are no numbers."""
         graph = cast(YanGraph, self.graph)
         if uniform is not None:
-            options = plan.path_ends, plan.num_without_eos, plan.temperature
-            text = graph.draw(self.get_input_embeddings(), logits, latents, uniform, *options)
+            drawing = plan.path_ends, plan.num_without_eos, plan.temperature
+            text = graph.draw(self.get_input_embeddings(), logits, latents, uniform, *drawing)
         else:
             number = latents.shape[1] // self.config.vertices_per_token
             options = number, plan.path_ends, plan.num_without_eos, plan.length_penalty

@@ -271,7 +271,9 @@ def test_a_removed_option_of_generation_has_no_effect(caplog):
     assert "commit_threshold=0.75: ignored, version 0.1 was the last that had it" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "value"), [("expert_scope", "nonsense"), ("vertices_per_token", 2), ("crf_rank", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("expert_scope", "nonsense"), ("vertices_per_token", 2), ("crf_rank", -1)]
+)
 def test_fields_that_change_a_saved_config_are_checked(tmp_path, name, value):
     YanForFlowGeneration(YanConfig(**SMALL)).save_pretrained(tmp_path)
     for load in (YanConfig.from_pretrained, YanForFlowGeneration.from_pretrained):

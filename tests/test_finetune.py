@@ -178,7 +178,8 @@ def run_here(tmp_path, *words, **fields):
     places = ("here", "there", "in a house by the sea", "away")
     rows = [{"source": f"where is {name}?", "target": place} for name, place in zip("abcd", places, strict=True)]
     write_rows(tmp_path / "rows.jsonl", rows)
-    save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away")
+    if not (tmp_path / "encoder").exists():
+        save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away")
     command = ["--train_file", str(tmp_path / "rows.jsonl"), "--validation_file", str(tmp_path / "rows.jsonl")]
     command += ["--max_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
     command += [
@@ -278,3 +279,57 @@ def test_an_adapter_of_the_encoder_is_merged_into_the_model(tmp_path):
         assert weights[name].equal(before) != is_linear, name
     with pytest.raises(ValueError, match="--lora: adapts the encoder, which freeze_encoder in --fields keeps"):
         FinetuningArguments(train_file="x", encoder="x", lora=True, fields='{"freeze_encoder": true}')
+
+
+def test_a_seed_decides_the_new_weights_too(tmp_path):
+    weights = []
+    for seed, folder in ((7, "a"), (7, "b"), (8, "c")):
+        words = ["--encoder", "encoder", "--output_dir", str(tmp_path / folder), "--seed", str(seed)]
+        run_here(tmp_path, *words, num_flow_layers=1, num_decoder_layers=1)
+        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_target_of_unknown_characters_is_never_right(tmp_path, caplog):
+    save_encoder(tmp_path / "encoder", "red cat")
+    rows = [{"source": "red", "target": "Δ"}, {"source": "cat", "target": "red"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    written = tokenizer([row["target"] for row in rows], add_special_tokens=False, return_tensors="np").input_ids
+    assert Samples(tokenizer, rows)(EvalPrediction(written, written))["exact_match"] == 0.5
+    table, words = tmp_path / "unknown.jsonl", ["--encoder", str(tmp_path / "encoder"), "--use_cpu"]
+    write_rows(table, [rows[0]] * 2)
+    words += ["--train_file", str(table), "--validation_file", str(table), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        ValueError, match="2 of 2 targets have characters that the tokenizer does not know, such as 'Δ'"
+    ):
+        finetune(*parse_finetuning(words))
+
+
+def test_the_loss_of_held_out_rows_is_over_all_of_their_canvases(tmp_path, capsys):
+    targets = {"ends": "x x x x y y y y", "otherwise": "x x x x z z z z"}
+    save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away x y z")
+    losses = []
+    for name, target in targets.items():
+        rows = [{"source": "where", "target": target}, {"source": "x", "target": "y"}]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        words = ["--encoder", "encoder", "--output_dir", str(tmp_path / name), "--max_steps", "0"]
+        words += ["--validation_file", str(tmp_path / f"{name}.jsonl")]
+        run_here(tmp_path, *words, num_flow_layers=1, canvas_length=4)
+        losses.append(json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"])
+    assert losses[0] != losses[1]
+    assert "| rows trained on | 4 of rows.jsonl |" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_run_goes_on_and_does_not_mix_with_another(tmp_path):
+    words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "steps", "--save_steps", "1"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    with pytest.raises(
+        FileExistsError, match="out' holds the checkpoints of another run: give --resume_from_checkpoint"
+    ):
+        run_here(tmp_path, *words, num_flow_layers=1)
+    torn = tmp_path / "out" / "checkpoint-9"
+    torn.mkdir()
+    run_here(tmp_path, *words, "--resume_from_checkpoint", "True", "--max_steps", "3", num_flow_layers=1)
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    run_here(tmp_path, *words[:2], "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", "True")

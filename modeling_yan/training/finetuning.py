@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    set_seed,
 )
+from transformers.utils import logging
 
 from ..cards_yan import YanModelCard
 from ..configuration_yan import LORA_PARAMETERS
@@ -38,6 +40,8 @@ from .samples import Samples
 if TYPE_CHECKING:
     from peft import LoraModel
 
+logger = logging.get_logger(__name__)
+
 
 DEFAULTS: dict[str, Any] = {"logging_steps": 50, "warmup_steps": 0.05}
 DEFAULTS |= {"predict_with_generate": True, "remove_unused_columns": False}
@@ -50,7 +54,7 @@ UPDATES, MIN_EPOCHS, MAX_EPOCHS = 2000, 3, 20  # about this many updates, if nei
 PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
-LONGEST_EXAMPLE = 300  # characters
+LONGEST_EXAMPLE, SHORTENED = 300, 60  # characters
 STATES = "_states"  # a folder that a Trainer does not push to the hub
 
 
@@ -169,11 +173,12 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         training: transformers' settings; with `num_train_epochs=0`, 3 to 20 epochs, near 2,000 updates if possible.
 
     Raises:
-        ValueError: A bad column, split, field or output folder, or no rows.
+        ValueError: A bad column, split, field or output folder, no rows, or targets that the tokenizer cannot write.
         FileNotFoundError: No such file or data set.
+        FileExistsError: `output_dir` holds the checkpoints of another run, and `resume_from_checkpoint` is not given.
     """
-    if os.path.isfile(cast(str, training.output_dir)):
-        raise ValueError(f"--output_dir {training.output_dir!r}: must be a folder, and is a file")
+    checkpoint = _find_checkpoint(training)
+    set_seed(training.seed)
     with training.main_process_first():  # the others find what it downloaded and converted
         rows, held_out, held_name = load_pairs(options, training.seed)
     model, tokenizer = _model_and_tokenizer(options, rows)
@@ -185,10 +190,13 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     collator = FlowCollator(tokenizer, model=model)
     longest = max(len(ids) for ids in _target_ids(tokenizer, rows)) + 1  # with its EOS
     model.generation_config.max_new_tokens = max(longest, model.generation_config.max_new_tokens)
-    rows = split_targets(rows, tokenizer, model.config.canvas_length)
-    samples = Samples(tokenizer, held_out, is_main) if training.predict_with_generate else None
+    canvases = split_targets(rows, tokenizer, model.config.canvas_length)
+    held_out_canvases = [split_targets([row], tokenizer, model.config.canvas_length) for row in held_out]
+    samples = None
+    if training.predict_with_generate:
+        samples = Samples(tokenizer, held_out, [len(parts) for parts in held_out_canvases], is_main)
     trained: PreTrainedModel = model
-    adapter, output_dir, train_rows = None, cast(str, training.output_dir), cast(Any, rows)
+    adapter, output_dir, train_rows = None, cast(str, training.output_dir), cast(Any, canvases)
     if options.lora and options.encoder is not None:
         adapter = adapt_encoder(model, options.lora_rank)
     elif options.lora:
@@ -196,12 +204,12 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     if options.cache_latents and model.keeps_states:
         with training.main_process_first():
             model.to(training.device)  # type: ignore[arg-type]
-            train_rows = RowsWithStates(rows, model, collator, Path(output_dir, STATES))
+            train_rows = RowsWithStates(canvases, model, collator, Path(output_dir, STATES))
     trainer = Seq2SeqTrainer(
         model=trained,
         args=training,
         train_dataset=train_rows,
-        eval_dataset=cast(Any, held_out),
+        eval_dataset=cast(Any, [part for parts in held_out_canvases for part in parts]),
         data_collator=StatesCollator(collator),
         processing_class=tokenizer,
         compute_metrics=samples,
@@ -209,7 +217,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         optimizers=(_two_rates(trained, training, options.encoder_learning_rate), None),
     )
     before = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if adapter is not None:
         adapter.merge_and_unload()
     after = trainer.evaluate()
@@ -222,6 +230,21 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         for name in filter(before.__contains__, SHOWN):
             print(f"{name:18} {before[name]:.4f} -> {after[name]:.4f}")
         print(f"The model is in {training.output_dir}. Next:\n  {command}")
+
+
+def _find_checkpoint(training: Seq2SeqTrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one that is asked for, or with "True" the newest whole one, if any."""
+    folder, asked = cast(str, training.output_dir), str(training.resume_from_checkpoint or False)
+    if os.path.isfile(folder):
+        raise ValueError(f"--output_dir {folder!r}: must be a folder, and is a file")
+    if asked.lower() not in ("true", "false"):
+        return asked
+    whole = (path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json"))  # which is written last
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if newest is not None and asked.lower() == "false":
+        allowed = "--resume_from_checkpoint True to go on, or another --output_dir"
+        raise FileExistsError(f"--output_dir {folder!r} holds the checkpoints of another run: give {allowed}")
+    return None if newest is None else str(newest)
 
 
 def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list[Row], str]:
@@ -258,7 +281,25 @@ def _model_and_tokenizer(
         model = AutoModelForCausalLM.from_pretrained(name)
     if model.config.model_type != "yan":
         raise ValueError(f"--model {name!r}: its model_type={model.config.model_type!r} must be 'yan'")
+    _check_targets(tokenizer, rows)
     return cast(YanForFlowGeneration, model), tokenizer
+
+
+def _check_targets(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
+    """Raise ValueError if the tokenizer knows no target whole; warn of those that it does not."""
+    unknown = [
+        row["target"]
+        for row, ids in zip(rows, _target_ids(tokenizer, rows), strict=True)
+        if tokenizer.unk_token_id in ids
+    ]
+    if unknown:
+        message = (
+            f"{len(unknown):,} of {len(rows):,} targets have characters that the tokenizer does not know, such as "
+        )
+        message += f"{textwrap.shorten(unknown[0], SHORTENED, placeholder=' ...')!r}"
+        if len(unknown) == len(rows):
+            raise ValueError(f"{message}: choose another encoder or model")
+        logger.warning(f"{message}: these can't be generated, and count as wrong.")
 
 
 def _target_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
@@ -272,6 +313,7 @@ def _new_model(
     with naming("encoder", encoder):
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
+    _check_targets(tokenizer, rows)
     targets = _target_ids(tokenizer, rows)
     longest = max(range(len(targets)), key=lambda index: len(targets[index]))
     length = len(targets[longest]) + 1  # with its EOS
