@@ -47,6 +47,7 @@ model = {auto_class}.from_pretrained("{name}")
 Without it, transformers runs the code that lies beside the weights. Read it first, and name the revision you read:
 
 ```python
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True, revision="COMMIT")
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, revision="COMMIT")
 ```
 

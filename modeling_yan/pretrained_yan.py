@@ -392,6 +392,8 @@ def _default_fields(
     for name, sources in SPECIAL_TOKENS.items():
         ids = [getattr(position, source, None) for position in (tokenizer, encoder) for source in sources]
         defaults[name] = next((token for token in ids if token is not None), None)
+    if fields.get("vertices_per_token", 1) > 1:
+        defaults["crf_rank"] = 0  # a graph replaces the CRF
     fields = {**defaults, "vocab_size": encoder.vocab_size, "encoder": encoder, **flatten_objective(fields)}
     size = fields["hidden_size"]
     num_heads = (heads for heads in range(encoder.num_attention_heads, 0, -1) if size % heads == 0)

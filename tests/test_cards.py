@@ -27,6 +27,7 @@ def test_a_saved_model_has_a_card_with_what_its_config_knows(make_model, tmp_pat
     assert card.data.base_model is None
     assert "# my-model" in card.text
     assert f'{auto_class}.from_pretrained("my-model", trust_remote_code=True, revision="COMMIT")' in card.text
+    assert 'AutoTokenizer.from_pretrained("my-model", trust_remote_code=True, revision="COMMIT")' in card.text
     assert "Prompts have at most 48 tokens. The model generates 8 tokens at once" in card.text
 
 

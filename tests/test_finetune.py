@@ -333,3 +333,10 @@ def test_a_run_goes_on_and_does_not_mix_with_another(tmp_path):
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     run_here(tmp_path, *words[:2], "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", "True")
+
+
+def test_a_graph_takes_the_place_of_the_crf_of_a_new_model(tmp_path):
+    words = ["--encoder", "encoder", "--output_dir", "out"]
+    run_here(tmp_path, *words, num_flow_layers=1, vertices_per_token=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.vertices_per_token, model.config.crf_rank) == (2, 0)

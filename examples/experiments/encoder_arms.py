@@ -28,14 +28,14 @@ MEASURED_ROWS = 1024
 BATCH_SIZE = 32
 
 
-def start_model(encoder: str, fields: dict, kind: str, rows: list[dict], folder: Path):
+def start_model(encoder: str, fields: dict, kind: str, rows: list[dict], folder: Path, seed: int = 0):
     """Leave a new model on the encoder, with measured latents, and its tokenizer in a folder.
 
     One pass has the layers and parameters of YAN's flow in its decoder, and answers in mask tokens before the prompt.
     """
     if folder.exists():
         return
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
     model = YanForFlowGeneration.from_encoder_pretrained(encoder, tokenizer=tokenizer, **fields)

@@ -268,7 +268,7 @@ def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -
         encoder_arms.train_classifier(encoder, task.files["train"], recipe, settings, options.seed, home / "model")
         return home / "model"
     fields = {**recipe["encoder_fields"], **arm.get("fields", {})}
-    encoder_arms.start_model(encoder, fields, kind, read_rows(task.files["train"]), home / "start")
+    encoder_arms.start_model(encoder, fields, kind, read_rows(task.files["train"]), home / "start", options.seed)
     YanConfig.from_pretrained(home / "start").save_pretrained(home / "preset")
     if "lora" in arm:
         own = recipe, settings, arm["lora"], options.seed, home / "model"

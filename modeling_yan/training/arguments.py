@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from .stages import STAGES
 
+logger = logging.get_logger(__name__)
 SCHEDULES = ("constant_with_warmup", "cosine")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 AT_LEAST = {  # the smallest allowed value of every number
@@ -159,6 +161,10 @@ class PretrainingArguments:
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= cast(float, value) < 1:
                 raise ValueError(f"{name}={value!r}: must be at least 0 and below 1")
+        decay = self.decay_steps if self.lr_scheduler_type == "constant_with_warmup" else 0
+        if self.warmup_steps + decay > self.max_steps:
+            steps = f"max_steps={self.max_steps} with warmup_steps={self.warmup_steps} and decay_steps={decay}"
+            logger.warning(f"{steps}: the learning rate never reaches {self.learning_rate:g}. Shorten both.")
 
     def task_weights(self) -> dict[str, float] | None:
         """The weights of `tasks`, or None. Raises ValueError for an entry that is no TASK=WEIGHT."""

@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from modeling_yan.training import PretrainingArguments, expand_recipe, parse_arguments
 from modeling_yan.training.models import load_config
@@ -14,6 +15,14 @@ REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_di
 
 def make(**overrides):
     return PretrainingArguments(**{"stage": "flow", "config": "c", "tokenizer": "t", "output_dir": "o", **overrides})
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog, monkeypatch):
+    """What the package warns of, through the library's own logger."""
+    for name in ("transformers", "modeling_yan"):
+        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
+    return caplog
 
 
 @pytest.fixture
@@ -124,3 +133,15 @@ class TestValues:
     def test_a_task_without_weight(self, tasks):
         with pytest.raises(ValueError, match="every entry must be TASK=WEIGHT"):
             make(tasks=tasks).task_weights()
+
+
+@pytest.mark.parametrize(("decay_steps", "schedule"), [(14, "constant_with_warmup"), (15, "cosine")])
+def test_a_run_that_reaches_its_learning_rate_is_quiet(warnings_of_transformers, decay_steps, schedule):
+    make(max_steps=20, warmup_steps=6, decay_steps=decay_steps, lr_scheduler_type=schedule)
+    assert warnings_of_transformers.text == ""
+
+
+def test_a_run_that_never_reaches_its_learning_rate_is_told_so(warnings_of_transformers):
+    make(max_steps=20, warmup_steps=6, decay_steps=15)
+    told = "max_steps=20 with warmup_steps=6 and decay_steps=15: the learning rate never reaches 0.0001"
+    assert told in warnings_of_transformers.text
