@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn import functional as F
 
+from .chains_yan import rank_by_length
 from .compilation_yan import is_exporting
 from .configuration_yan import YanConfig
 from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
@@ -416,7 +417,8 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
 
     def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
         scores, lengths = self._best_of_each(ends, plan)
-        best = ((scores + prior.gate_log_probs[:, 0]) / lengths**plan.length_penalty).argmax(-1, keepdim=True)
+        joint = scores + prior.gate_log_probs[:, 0]
+        best = rank_by_length(joint, lengths.float(), plan.length_penalty).argmax(-1, keepdim=True)
         return best.expand(prior.gate_log_probs.shape[:2])
 
     def _best_of_each(self, ends: torch.Tensor, plan: CanvasPlan) -> tuple[torch.Tensor, torch.Tensor]:

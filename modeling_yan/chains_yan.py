@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 IMPOSSIBLE = -1e4  # finite, because sums of infinities have no gradient
 
@@ -70,17 +71,28 @@ def _viterbi(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor
     return torch.cat(path[::-1], dim=1)
 
 
+def rank_by_length(scores: torch.Tensor, lengths: torch.Tensor, length_penalty: float) -> torch.Tensor:
+    """Ranks in the order of score / length^length_penalty, for scores of at most 0 and any penalty."""
+    return length_penalty * lengths.log() - (-scores.clamp(max=0)).log()
+
+
 def best_ending(
-    tokens: torch.Tensor, fill: torch.Tensor, transitions: torch.Tensor, length_penalty: float = 1.0
+    tokens: torch.Tensor,
+    fill: torch.Tensor,
+    transitions: torch.Tensor,
+    length_penalty: float = 1.0,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Number of tokens (B,), 0 to L, of the best path that goes from text to fill once and stays there.
 
-    Of the best paths of all lengths n it is the one with the highest score / (n + 1)^length_penalty. The score alone
-    would be that of the shortest text: every token that is not certain costs something (arXiv 2210.05193, section 3).
+    Of the best paths of all lengths n it is the one with the highest log-probability / (n + 1)^length_penalty. The
+    log-probability alone would prefer the shortest text: every token that is not certain costs something (arXiv
+    2210.05193, section 3).
 
     Args:
         tokens: Emissions (B, L, C) of a state while the text goes on, its prior included for the first token.
         fill: The same of a state after the text. transitions: (B, L - 1, C, C).
+        total: Logarithm (B,) of the sum over all paths, if the scores are no log-probabilities.
     """
     behind = [fill[:, -1]]
     for step in reversed(range(transitions.shape[1])):
@@ -92,8 +104,13 @@ def best_ending(
         scores.append((came + behind[step]).amax(-1))
         before = came + tokens[:, step]
     all_scores = torch.stack([*scores, before.amax(-1)], dim=1)
+    if total is not None:
+        all_scores = all_scores - total.unsqueeze(1)
     num_tokens = torch.arange(1.0, len(scores) + 2, device=tokens.device)
-    return (all_scores / num_tokens**length_penalty).argmax(1)
+    # a length is possible if each position before its end has a token, and each one after it an end
+    lacks_token, lacks_end = (each.amax(-1) <= IMPOSSIBLE / 2 for each in (tokens, fill))
+    lacking = F.pad(lacks_token.cumsum(1), (1, 0)) + F.pad(lacks_end.flip(1).cumsum(1).flip(1), (0, 1))
+    return rank_by_length(all_scores, num_tokens, length_penalty).masked_fill(lacking > 0, -torch.inf).argmax(1)
 
 
 def as_markov(emissions: torch.Tensor, transitions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

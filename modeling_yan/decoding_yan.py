@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # its file imports this one
 
 EOS_STRATEGIES = ("likeliest", "first")
 MAX_LOGITS = 2**28  # computed at once
+MOST_TEMPERATURE = 100.0  # of a chain
 
 
 def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.Tensor:
@@ -160,10 +161,8 @@ class YanTransitions(nn.Module):
         self, emissions: torch.Tensor, transitions: torch.Tensor, is_end: torch.Tensor, length_penalty: float
     ) -> torch.Tensor:
         """Emissions that allow no EOS before the best length, and nothing else after it."""
-        total = log_partition(emissions, transitions)
-        emissions = torch.cat([emissions[:, :1] - total.view(-1, 1, 1), emissions[:, 1:]], dim=1)
         tokens, fill = emissions.masked_fill(is_end, IMPOSSIBLE), emissions.masked_fill(~is_end, IMPOSSIBLE)
-        length = best_ending(tokens, fill, transitions, length_penalty)
+        length = best_ending(tokens, fill, transitions, length_penalty, log_partition(emissions, transitions))
         is_fill = torch.arange(emissions.shape[1], device=emissions.device) >= length.unsqueeze(1)
         return torch.where(is_fill.unsqueeze(-1), fill, tokens)
 
@@ -182,7 +181,8 @@ class YanTransitions(nn.Module):
         arguments are those of `most_likely`.
         """
         candidates, chain, _ = self._chain(embedding, logits, latents, eos)
-        markov = as_markov(*(scores / max(temperature, 1e-4) for scores in chain))
+        # a higher temperature would make what is impossible as probable as the rest
+        markov = as_markov(*(scores / min(max(temperature, 1e-4), MOST_TEMPERATURE) for scores in chain))
         path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 

@@ -72,6 +72,8 @@ class YanFillingMixin(YanBaseMixin):
         if self.config.vertices_per_token > 1:
             allowed = "1 to fill gaps, which stay where they are"
             raise ValueError(f"vertices_per_token={self.config.vertices_per_token}: must be {allowed}")
+        if tokenizer.mask_token is None:
+            raise ValueError("tokenizer.mask_token=None: must be a token, which stands for a gap")
         if not isinstance(text, str) or tokenizer.mask_token not in text:
             raise ValueError(f"text={text!r}: must be a string with at least one {tokenizer.mask_token}")
         if isinstance(max_gap_tokens, bool) or not isinstance(max_gap_tokens, int) or max_gap_tokens < 1:

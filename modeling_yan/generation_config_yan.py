@@ -290,9 +290,16 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         is_chain = self.config.expert_scope == "chain"
         if is_chain and options.expert_choice == "ranked":
             raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
-        if self.config.train_expert_choice != "posterior" and options.length_penalty not in (None, 1):
-            allowed = "1 without train_expert_choice='posterior'"
-            raise ValueError(f"length_penalty={options.length_penalty}: must be {allowed}")
+        if options.length_penalty not in (None, 1):
+            self._check_length_penalty(options)
+
+    def _check_length_penalty(self, options: YanGenerationConfig) -> None:
+        config, penalty = self.config, f"length_penalty={options.length_penalty}: must be 1 without"
+        if config.train_expert_choice != "posterior":
+            raise ValueError(f"{penalty} train_expert_choice='posterior'")
+        has_experts = config.num_experts > 1 and config.expert_scope != "token"
+        if not (has_experts or self.graph is not None or (self.transitions is not None and options.crf_decoding)):
+            raise ValueError(f"{penalty} a CRF, a graph, or experts with expert_scope 'sequence' or 'chain'")
 
     def _check_num_sequences(self, options: YanGenerationConfig) -> None:
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"

@@ -179,6 +179,12 @@ class YanGenerationMixin(YanOptionsMixin):
         self._check_generated(sequences)
         return _output(sequences, num_tokens, canvases) if options.return_dict_in_generate else sequences
 
+    def first_plan(self, min_new_tokens: int = 0, **options: Any) -> CanvasPlan:
+        """The plan of the first canvas that `generate` makes with these options, without sampling, for one text."""
+        alone = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
+        found, *_ = self._options_of_call(None, {**options, **alone})
+        return _plan(found, 0, min_new_tokens or found.min_new_tokens or 0, draws_tokens=False)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not for YAN: continuous batching, `generate_batch` with it, swaps rows between tokens."""
         raise NotImplementedError("YAN has no continuous batching: call generate with a padded batch of prompts")

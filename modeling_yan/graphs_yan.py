@@ -19,12 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .chains_yan import rank_by_length
 from .configuration_yan import YanConfig
 from .linear_yan import ZeroInitLinear
 
 UNREACHABLE = -1e9  # finite, because sums of infinities have no gradient
 REACH = 8  # a link goes as far as this number of tokens
 CANDIDATES = 8  # tokens of a vertex that the best text chooses from
+MOST_TEMPERATURE = 1e6
 UNIFORMS = 2  # numbers that a drawn token needs: for itself, and for the link after it
 
 
@@ -94,9 +96,8 @@ def best_text(
     lengths = torch.arange(1, num_tokens + 1, device=links.device).clamp(min=1)
     is_short = F.pad(lengths <= num_without_end, (0, 1))  # the last one is the longest, without an end
     total = torch.cat([*(score.unsqueeze(1) for score in scores), rest[:, 1, :1]], dim=1)
-    penalised = total / torch.cat([lengths, lengths[-1:]]) ** length_penalty
-    # after the division, which brings all of them close to 0 if the penalty is large
-    best = penalised.masked_fill(is_short | (total < UNREACHABLE / 2), -torch.inf).argmax(1)
+    ranks = rank_by_length(total, torch.cat([lengths, lengths[-1:]]), length_penalty)
+    best = ranks.masked_fill(is_short | (total < UNREACHABLE / 2), -torch.inf).argmax(1)
     is_ended, length = best < num_tokens, (best + 1).clamp(max=num_tokens)
     kind = (~is_ended).long().view(-1, 1, 1).expand(-1, 1, ends.shape[1])
     table = torch.stack([step.gather(1, kind).squeeze(1) for step in steps])  # by tokens after this one
@@ -239,7 +240,9 @@ class YanGraph(nn.Module):
         The temperature divides the log-probabilities of each token and of each link. Dividing that of the whole text
         would make the shortest texts far too frequent.
         """
-        scale, (num_vertices, num_tokens) = 1 / max(temperature, 1e-4), (logits.shape[1], uniform.shape[1])
+        # a higher temperature would make what is impossible as probable as the rest
+        scale = 1 / min(max(temperature, 1e-4), MOST_TEMPERATURE)
+        num_vertices, num_tokens = logits.shape[1], uniform.shape[1]
         log_probs, (keys, near) = scale * _log_probs(logits, eos), self._keys(latents)
         jumps = torch.arange(1, self.reach + 1, device=logits.device)
         vertex = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_yan.chains_yan import (
+    IMPOSSIBLE,
     as_markov,
     best_ending,
     best_path,
@@ -73,12 +74,15 @@ def test_a_chain_of_one_token():
     assert torch.equal(chain_marginals(first, transitions), first.unsqueeze(1))
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
 def test_the_best_ending_is_that_of_the_best_path_per_token(length_penalty):
     for _ in range(5):
-        tokens, fill = torch.randn(BATCH, LENGTH, STATES), torch.randn(BATCH, LENGTH, STATES)
-        transitions = torch.randn(BATCH, LENGTH - 1, STATES, STATES)
+        # log-probabilities, which are at most 0
+        tokens, fill = torch.randn(2, BATCH, LENGTH, STATES).log_softmax(-1)
+        transitions = torch.randn(BATCH, LENGTH - 1, STATES, STATES).log_softmax(-1)
         found = best_ending(tokens, fill, transitions, length_penalty)
+        shifted = best_ending(tokens + 9, fill + 9, transitions, length_penalty, torch.full((BATCH,), 9.0 * LENGTH))
+        assert torch.equal(found, shifted)
         for row in range(BATCH):
             scores = []
             for length in range(LENGTH + 1):
@@ -87,6 +91,16 @@ def test_the_best_ending_is_that_of_the_best_path_per_token(length_penalty):
                 chain = emissions.expand(len(paths), -1, -1), transitions[row].expand(len(paths), -1, -1, -1)
                 scores.append(path_score(*chain, paths).max() / (length + 1) ** length_penalty)
             assert found[row] == torch.stack(scores).argmax()
+
+
+def test_no_penalty_makes_an_impossible_ending_the_best_one():
+    tokens, fill = torch.randn(2, BATCH, LENGTH, STATES).log_softmax(-1)
+    transitions = torch.randn(BATCH, LENGTH - 1, STATES, STATES).log_softmax(-1)
+    fill[:, :2], tokens[:, -1] = IMPOSSIBLE, -torch.inf  # it has two tokens or more, and not all of them
+    for length_penalty in (-1e6, -3.0, 0.0, 60.0, 1e6):
+        found = best_ending(tokens, fill, transitions, length_penalty)
+        assert 2 <= found.min() <= found.max() < LENGTH
+    assert (best_ending(tokens, fill, transitions, 1e6) == LENGTH - 1).all()
 
 
 class TestPrior:

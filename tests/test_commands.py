@@ -325,10 +325,10 @@ def test_ctrl_c_ends_a_process_quietly():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["completion", "bash"]])
-def test_a_reader_that_goes_away_is_no_fault(words):
+def test_a_reader_that_goes_away_ends_the_command_quietly(words):
     process = run_late(f"sys.stdin.readline()\nsys.exit(main({words}))")
     process.stdout.close()
-    assert process.wait(60) == 0
+    assert process.wait(60) == 141
     assert process.stderr.read() == ""
 
 
@@ -459,3 +459,13 @@ def test_a_server_without_its_packages_says_what_to_install(yan, folder, monkeyp
 @pytest.mark.parametrize("words", [["--port", "80"], ["--host", "example.org"], ["--replicas", "0"]])
 def test_a_server_that_cannot_be_is_refused(yan, folder, words):
     assert yan("serve", folder, *words)[0] == 2
+
+
+def test_a_broken_pipe_of_something_else_is_a_fault(yan, folder, monkeypatch):
+    def break_pipe(*_):
+        raise BrokenPipeError(32, "the pipe of a worker broke")
+
+    monkeypatch.setattr("modeling_yan.commands.loading.load_any_config", break_pipe)
+    code, _, errors = yan("info", folder)
+    assert code == 1
+    assert "the pipe of a worker broke" in errors[-1]

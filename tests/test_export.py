@@ -53,6 +53,17 @@ def inputs():
     return ids, mask
 
 
+def test_a_program_has_the_options_of_the_models_generation_config(make_lively_model, inputs):
+    model, options = make_lively_model(), {"return_prompt": False, "max_new_tokens": 8}
+    first = model.generate(*inputs[:1], attention_mask=inputs[1], **options)
+    for name, value in (("suppress_tokens", first.unique().tolist()), ("min_new_tokens", 8)):
+        setattr(model.generation_config, name, value)
+        tokens = model.generate(*inputs[:1], attention_mask=inputs[1], **options)
+        program = export_generation(model, 2, 7).module()(*inputs)
+        assert torch.equal(program[:, : tokens.shape[1]], tokens), name
+    assert not torch.equal(tokens, first)
+
+
 def generated(model, ids, mask, steps, **options):
     options = {"min_new_tokens": 8, "max_new_tokens": 8, "num_flow_steps": steps, "return_prompt": False, **options}
     return model.generate(ids, attention_mask=mask, **options)

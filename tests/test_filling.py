@@ -49,6 +49,11 @@ def test_a_gap_is_as_wide_as_its_text(model, tokenizer, wanted, monkeypatch):
     assert model.fill(tokenizer, "Mary is in the <mask> now.", max_gap_tokens=6).spans == (wanted,)
 
 
+def test_a_tokenizer_without_a_mask_is_refused(model):
+    with pytest.raises(ValueError, match="mask_token=None: must be a token, which stands for a gap"):
+        model.fill(SimpleNamespace(mask_token=None), "a <mask>")
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

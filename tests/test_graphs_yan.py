@@ -199,6 +199,17 @@ def test_forbidden_tokens_are_not_written_where_the_end_is_forbidden_too(form, o
         assert texts.shape[1] == LENGTH
 
 
+@pytest.mark.parametrize("fields", [{}, {"vertices_per_token": 1, "crf_rank": 4}])
+def test_what_is_forbidden_stays_so_at_any_temperature(fields):
+    model = make_graph(**fields)
+    options = {"do_sample": True, "seed": 1, "temperature": 1e9, "num_return_sequences": 64}
+    texts = model.generate(PROMPT, return_prompt=False, suppress_tokens=[0, 3], **options)
+    assert set(texts.unique().tolist()) <= {0, 1, EOS, 4}
+    after_end = (texts == EOS).cumsum(1) > 0
+    assert (texts[~after_end] != 0).all()  # elsewhere it is padding
+    assert len(texts.unique(dim=0)) > 3
+
+
 def test_a_text_goes_on_in_the_next_canvas():
     model = make_graph()
     tokens = model.generate(PROMPT, return_prompt=False, min_new_tokens=2 * LENGTH, max_new_tokens=2 * LENGTH)

@@ -341,6 +341,9 @@ def test_options_that_do_not_fit_are_refused(make_lively_model):
     with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without train_expert_choice='posterior'"):
         token.generate(ids, length_penalty=2.0)
     chain.generate(ids, length_penalty=2.0)
+    lone = make_lively_model(expert_scope="chain", num_experts=1)
+    with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without a CRF, a graph, or experts with"):
+        lone.generate(ids, length_penalty=2.0)
     with pytest.raises(ValueError, match="length_penalty='long': must be a finite number"):
         chain.generate(ids, length_penalty="long")
 

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import logging
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from serving import ANSWER, ANSWER_S, MODEL, PROMPT, PROMPTS, body
 
 from modeling_yan import YanConfig, YanForAutoencoding
 from modeling_yan.serving.requests import Job, Limits, RequestError, RequestReader
+from modeling_yan.serving.settings import Settings, make_reader
 from modeling_yan.serving.writing import BatchWriter, Text, group_jobs
 
 serving = pytest.importorskip("modeling_yan.serving.server")
@@ -105,6 +108,14 @@ def jobs_for(reader, prompts, **fields):
     return reader.completion(json.dumps({"prompt": prompts, **fields}).encode())[1]
 
 
+def collect_all(writer, jobs) -> list[dict]:
+    """The last piece of each job."""
+    last = [{}] * len(jobs)
+    for pieces in writer.write(jobs):
+        last = [found[-1] if found else before for found, before in zip(pieces, last, strict=True)]
+    return last
+
+
 def collect(writer, jobs) -> list[str]:
     """The whole texts of jobs of one text each."""
     texts = [""] * len(jobs)
@@ -145,6 +156,41 @@ def test_an_error_of_one_group_is_told_to_it_alone(model, tokenizer, reader):
     assert found[0][0][0]["status"] == 400
     assert "expert_choice='best'" in found[0][0][0]["error"]
     assert found[1][1][0]["text"] == ANSWER
+
+
+def test_a_prompt_that_is_too_long_is_no_error_of_its_batch(model, tokenizer, reader):
+    jobs = [*jobs_for(reader, [PROMPT]), Job((262,) * 200, jobs_for(reader, [PROMPT])[0].settings)]
+    writer = BatchWriter(model, tokenizer)
+    (answer, refused), (alone,) = collect_all(writer, jobs), collect_all(writer, jobs[:1])
+    assert answer == alone
+    assert "200 tokens" in refused["error"]
+
+
+def test_an_empty_prompt_is_answered_as_in_a_batch(model, tokenizer, reader):
+    empty, other = jobs_for(reader, ["", PROMPT], max_tokens=2)
+    writer = BatchWriter(model, tokenizer)
+    assert collect_all(writer, [empty]) == collect_all(writer, [empty, other])[:1]
+
+
+def test_text_that_no_tokenizer_reads_is_refused(reader):
+    with pytest.raises(RequestError, match="prompt: is no valid Unicode: surrogates not allowed"):
+        reader.completion(b'{"prompt": "\\ud800"}')
+    with pytest.raises(RequestError, match="messages: is no valid Unicode"):
+        reader.chat(b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
+
+
+def test_messages_that_a_template_refuses_are_an_error_of_the_request(tokenizer, reader, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError, match="messages: the chat template refuses them: roles must alternate"):
+        reader.chat(b'{"messages": [{"role": "user", "content": "hello"}]}')
+
+
+def test_a_prompt_has_at_most_the_models_length_and_a_folder_needs_no_generation_config(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(MODEL, name), tmp_path)
+    reader = make_reader(Settings(str(tmp_path), max_prompt_tokens=5000))
+    config = YanConfig.from_pretrained(MODEL)
+    assert (reader.limits.prompt_tokens, reader.new_tokens) == (config.max_prompt_length, config.canvas_length)
 
 
 def test_a_fault_in_the_middle_of_a_stream_is_told(model, tokenizer, reader, monkeypatch):

@@ -5,18 +5,19 @@ Modules here import torch, transformers and the library inside functions alone, 
 
 import argparse
 import os
+import select
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import cast
+from typing import TextIO, cast
 
 from . import benchmark, chat, completion, demo, evaluate, export, generate, info, serve, training, visualize
 from .parsing import Parser
 
 GROUPS = (generate, chat, training, evaluate, benchmark, export, serve, visualize, demo, info, completion)
-FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+FAULT, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141  # exit codes
 LONGEST_MESSAGE = 500  # characters of an error; all of it with --debug
 EPILOG = """
 examples:
@@ -25,7 +26,7 @@ examples:
   yan train --recipe configuration/recipes/tiny-flow.yaml --tokenizer tokenizer --train_file my.jsonl.gz ...
 
 MODEL is a folder or the name of a model on the hub. `yan COMMAND --help` has the options and examples of a command.
-exit codes: 0 all went well, 2 bad input, 130 stopped by Ctrl-C, 1 any other fault
+exit codes: 0 all went well, 2 bad input, 130 stopped by Ctrl-C, 141 nobody reads the output, 1 any other fault
 """
 
 
@@ -47,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has seen enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = UNREAD
     return code
 
 
@@ -59,11 +60,23 @@ def _run(words: Sequence[str]) -> int:
         return cast(int, end.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            raise
         return _complain(error, options.parser.prog, options.debug)
     return 0
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader is gone."""
+    if not hasattr(select, "poll"):  # on Windows
+        return True
+    watch = select.poll()
+    try:
+        watch.register(stream.fileno(), 0)  # for errors, which need not be asked for
+    except OSError:  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
@@ -80,7 +93,7 @@ def _read(words: Sequence[str]) -> tuple[argparse.Namespace, list[list[str]]]:
 
 def _complain(error: Exception, program: str, debug: bool) -> int:
     """Say what went wrong, in one line unless asked for all of it, and return the exit code."""
-    is_input = isinstance(error, (ValueError, OSError, ImportError))
+    is_input = isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, BrokenPipeError)
     if debug:
         traceback.print_exc()
     else:

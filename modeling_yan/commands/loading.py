@@ -28,20 +28,29 @@ def load_config(name: str) -> "YanConfig":
     Raises:
         ValueError: A name without a config, or another kind of model.
     """
+    config = load_any_config(name)
+    if config.model_type != "yan":
+        raise ValueError(f"MODEL={name!r}: its model_type={config.model_type!r} must be 'yan'")
+    return config
+
+
+def load_any_config(name: str) -> Any:
+    """The same of any kind of model.
+
+    Raises:
+        ValueError: A name without a config.
+    """
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
     try:
         adapter = find_adapter_config_file(name)
         base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
-        config = AutoConfig.from_pretrained(base)
+        return AutoConfig.from_pretrained(base)
     except OSError as error:
         if Path(name, "config.json").is_file():  # it is there and damaged
             raise
         raise ValueError(f"MODEL={name!r}: must be a folder with a config.json, or a model on the hub") from error
-    if config.model_type != "yan":
-        raise ValueError(f"MODEL={name!r}: its model_type={config.model_type!r} must be 'yan'")
-    return config
 
 
 def load_model(name: str, device: str | None = None) -> "YanForFlowGeneration":

@@ -60,7 +60,8 @@ def export_generation(
         model: A `YanForFlowGeneration`.
         batch_size, prompt_length: B and S, at least 1, or None for any.
         canvas_length, num_flow_steps: L and the number of solver steps, at least 1; the config's if None.
-        min_new_tokens: Number of first tokens that may not be EOS, at least 0.
+        min_new_tokens: Number of first tokens that may not be EOS, at least 0; if 0, that of the model's
+            `generation_config`, whose other options the program has, too.
         seed: Seed of the start noise.
 
     Raises:
@@ -81,7 +82,7 @@ def export_generation(
     ):
         if not 0 < value <= getattr(config, limit):
             raise ValueError(f"{name}={value}: must be 1 to {limit}={getattr(config, limit)}")
-    plan = CanvasPlan.of_config(config, num_flow_steps, min_new_tokens)
+    plan = model.first_plan(min_new_tokens, canvas_length=canvas_length, num_flow_steps=num_flow_steps)
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():
@@ -116,6 +117,7 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
         ValueError: A format that is none of these, or a path that does not end in .pt2, or in .onnx for "onnx".
     """
     check_program_path(path, format)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     if format == "native":
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     elif format == "onnx":

@@ -128,6 +128,8 @@ class RequestReader:
         prompts = [fields["prompt"]] if isinstance(fields["prompt"], str) else fields["prompt"]
         if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise _wrong("prompt", fields["prompt"], "a string or a list of strings; token ids are not supported")
+        for prompt in prompts:
+            _check_unicode("prompt", prompt)
         return fields, self._jobs(fields, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], "prompt")
 
     def chat(self, body: bytes) -> tuple[dict[str, Any], list[Job]]:
@@ -139,7 +141,10 @@ class RequestReader:
         if self.tokenizer.chat_template is None:
             raise RequestError("the model has no chat template: use /v1/completions", "messages")
         messages = [_message(message) for message in messages]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise RequestError(f"messages: the chat template refuses them: {error}", "messages") from error
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return fields, self._jobs(fields, [ids], "messages")
 
@@ -216,7 +221,16 @@ def _message(message: Any) -> dict[str, Any]:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
         raise _wrong("messages", message, "objects whose content is a string or a list of parts of type text")
+    _check_unicode("messages", content)
     return {"role": message["role"], "content": content}
+
+
+def _check_unicode(name: str, text: str) -> None:
+    """Raise RequestError for half a surrogate pair, which JSON may hold, and a tokenizer does not read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: is no valid Unicode: {error.reason}", name) from error
 
 
 def _stock_options(text: str | None) -> dict[str, Any]:

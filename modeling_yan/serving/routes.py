@@ -92,6 +92,9 @@ class Routes:
         except RequestError as error:
             self.metrics.count(endpoint, error.status, started)
             raise _shaped(error) from None
+        except Exception:
+            self.metrics.count(endpoint, 500, started)
+            raise
         self.metrics.count(endpoint, 200, started, answer.usage())
         return JSONResponse(answer.whole())
 

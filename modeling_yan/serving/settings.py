@@ -41,16 +41,19 @@ def make_reader(settings: Settings) -> RequestReader:
     Raises:
         ValueError: No such model, or one without a tokenizer.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    from ..commands.loading import load_tokenizer, prepare_library
+    from ..commands.loading import load_any_config, load_tokenizer, prepare_library
 
     prepare_library(is_quiet=True)
-    config, tokenizer = AutoConfig.from_pretrained(settings.model), load_tokenizer(settings.model)
+    config, tokenizer = load_any_config(settings.model), load_tokenizer(settings.model)
     is_yan = config.model_type == "yan"
     longest = config.max_prompt_length if is_yan else config.max_position_embeddings - settings.max_new_tokens
-    new_tokens = GenerationConfig.from_pretrained(settings.model).max_new_tokens
-    limits = Limits(settings.max_prompt_tokens or longest, settings.max_new_tokens)
+    try:
+        new_tokens = GenerationConfig.from_pretrained(settings.model).max_new_tokens
+    except OSError:  # a folder without generation_config.json has the model's defaults
+        new_tokens = None
+    limits = Limits(min(settings.max_prompt_tokens or longest, longest), settings.max_new_tokens)
     return RequestReader(tokenizer, limits, new_tokens or (config.canvas_length if is_yan else 20), is_yan)
 
 
@@ -61,13 +64,13 @@ def make_writer(settings: Settings, device: str) -> BatchWriter:
         ValueError: No such model, or one that lacks weights.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from ..commands.loading import load_model, load_tokenizer, prepare_library
+    from ..commands.loading import load_any_config, load_model, load_tokenizer, prepare_library
 
     prepare_library(is_quiet=True)
     torch.seed()  # replicas draw different numbers
-    if AutoConfig.from_pretrained(settings.model).model_type == "yan":
+    if load_any_config(settings.model).model_type == "yan":
         model = load_model(settings.model, device)  # refuses a folder without the flow's weights
     else:  # such as an autoregressive one to compare with
         model = AutoModelForCausalLM.from_pretrained(settings.model).to(device).eval()  # type: ignore[arg-type]

@@ -105,16 +105,27 @@ class BatchWriter:
     def write(self, jobs: list[Job]) -> Iterator[list[Pieces]]:
         """Rounds of news, in each of them the pieces of every job."""
         for numbers in group_jobs(jobs):
-            members = [jobs[number] for number in numbers]
-            try:
-                for pieces in self._write_group(members):
-                    yield _spread(pieces, numbers, len(jobs))
-            except Exception as error:
-                is_input = isinstance(error, ValueError)
-                if not is_input:
-                    logger.exception("a batch of %d jobs failed", len(members))
-                found = {"error": str(error) if is_input else "internal error", "status": 400 if is_input else 500}
-                yield _spread([[found]] * len(members), numbers, len(jobs))
+            for members, pieces in self._answer([(number, jobs[number]) for number in numbers]):
+                yield _spread(pieces, members, len(jobs))
+
+    def _answer(self, numbered: list[tuple[int, Job]]) -> Iterator[tuple[list[int], list[Pieces]]]:
+        """The pieces of jobs that belong together, with their numbers; bad input of one is no other's error."""
+        numbers, jobs = [number for number, _ in numbered], [job for _, job in numbered]
+        has_begun = False
+        try:
+            for pieces in self._write_group(jobs):
+                yield numbers, pieces
+                has_begun = True
+        except Exception as error:
+            is_input = isinstance(error, ValueError)
+            if is_input and len(jobs) > 1 and not has_begun:
+                for each in numbered:
+                    yield from self._answer([each])
+                return
+            if not is_input:
+                logger.exception("a batch of %d jobs failed", len(jobs))
+            found = {"error": str(error) if is_input else "internal error", "status": 400 if is_input else 500}
+            yield numbers, [[found]] * len(jobs)
 
     def _write_group(self, jobs: list[Job]) -> Iterator[list[Pieces]]:
         settings = {name: value for name, value in jobs[0].settings if value is not None}
@@ -138,14 +149,15 @@ class BatchWriter:
         """Ids of the new tokens of every text."""
         import torch
 
-        settings = dict(settings)
-        if self.model.config.model_type != "yan" and settings.pop("seed", None) is not None:
+        is_yan = self.model.config.model_type == "yan"
+        settings = {**settings, "return_prompt": False} if is_yan else dict(settings)
+        if not is_yan and settings.pop("seed", None) is not None:
             torch.manual_seed(dict(jobs[0].settings)["seed"])
         inputs = self.tokenizer.pad(
             {"input_ids": [list(job.ids) for job in jobs]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
         sequences = self.model.generate(**inputs, **settings, streamer=streamer)
-        return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return sequences[:, 0 if is_yan else inputs["input_ids"].shape[1] :].tolist()
 
 
 def group_jobs(jobs: list[Job]) -> list[list[int]]:
