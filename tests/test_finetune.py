@@ -340,3 +340,21 @@ def test_a_graph_takes_the_place_of_the_crf_of_a_new_model(tmp_path):
     run_here(tmp_path, *words, num_flow_layers=1, vertices_per_token=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.vertices_per_token, model.config.crf_rank) == (2, 0)
+
+
+def test_a_resumed_run_has_the_same_rows_and_the_patience_that_is_left(tmp_path):
+    words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
+    words += ["--learning_rate", "0", "--encoder_learning_rate", "0", "--max_steps", "-1", "--save_total_limit", "9"]
+    run_here(tmp_path, *words, "--num_train_epochs", "3", num_flow_layers=1)
+    with pytest.raises(ValueError, match="out was trained with another --seed, or other rows"):
+        run_here(tmp_path, *words, "--resume_from_checkpoint", "True", "--seed", "1", num_flow_layers=1)
+    run_here(tmp_path, *words, "--num_train_epochs", "9", "--resume_from_checkpoint", "True", num_flow_layers=1)
+    epochs = [int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert max(epochs) == 4  # the first evaluation is the best, and three more may be no better
+
+
+def test_words_of_any_script_count():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "checkpoints" / "yan-transformer-tiny")
+    rows = [{"source": "a", "target": "привет мир"}]
+    ids = tokenizer([row["target"] for row in rows], return_tensors="np").input_ids
+    assert Samples(tokenizer, rows)(EvalPrediction(ids, ids)) == {"exact_match": 1.0, "rouge_l": 1.0}

@@ -202,6 +202,23 @@ def test_tasks_refuse_a_recipe_with_another_name(load_script, task_recipe):
         load_script("tasks").read_recipe(task_recipe)
 
 
+def test_a_reference_counts_without_the_spaces_around_it(load_script, task_recipe, tmp_path):
+    write_rows(tmp_path / "several_answers-test.jsonl.gz", [{"source": "a", "target": "b c "}])
+    task = load_script("tasks").Task(yaml.safe_load(task_recipe.read_text()), tmp_path, tmp_path)
+    scores = task.scores(["b c"])
+    assert (scores["exact"], scores["unknown"]) == (1.0, 0.0)
+
+
+def test_changed_rows_are_measured_again(load_script, words, tmp_path):
+    script, arm = load_script("tasks"), ["--arms", "most frequent answer", "--seeds", "0"]
+    script.main([*words, *arm])
+    others = [{"source": source, "target": "nothing"} for source in "ab"]  # as many as before
+    write_rows(tmp_path / "several_answers-test.jsonl.gz", others)
+    script.main([*words, *arm])
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["runs"]["most frequent answer"]["0"]["best"]["class"]["exact"] == 0
+
+
 def test_a_distribution_is_compared_with_its_references(load_script, task_recipe, tmp_path):
     task = load_script("tasks").Task(yaml.safe_load(task_recipe.read_text()), tmp_path, tmp_path)
     one, two, three = (task.references[task.sources[0]][index] for index in (0, 3, 6))
@@ -263,6 +280,8 @@ def test_a_page_has_means_over_seeds_and_their_intervals(load_script, tmp_path):
     assert "| one pass | 2 | 14.5 ± 6.4 |  | 2.550 ± 0.635 |" in page
     assert "| YAN, one expert, graph, minus one pass | +6.5 | 0.055 | -0.450 | 0.092 |" in page
     assert "| YAN, one expert, graph, less, minus YAN, one expert, graph | +0.0 | 1.000 | +0.000 | 1.000 |" in page
+    assert script.of_seeds([1.0], 1, 3) == "1.0 (of 1)"
+    assert script.of_seeds([], 1, 3) == ""
     assert "less, minus one pass" not in page  # what lacks a part is compared with the whole alone
     assert page.count("| 25 | 50 | 3 | In the (12%) | In the pub. |") == 4
     assert "A drawn text and its expert have 0.50 nats of mutual information, of at most 2.20." in page

@@ -7,6 +7,7 @@ model has to find the EOS after the text in all positions, too.
 """
 
 import argparse
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def nats_per_token(
 ) -> float:
     """Negative log-likelihood of the targets and their EOS over the number of their tokens."""
     total, num_tokens = 0.0, 0
-    for batch in batches_that_fit(tokenizer, rows[:MOST_ROWS], canvas_length, max_source_length):
+    chosen = random.Random(0).sample(rows, min(MOST_ROWS, len(rows)))  # of all sources
+    for batch in batches_that_fit(tokenizer, chosen, canvas_length, max_source_length):
         if kind in INPUT_ADAPTERS:
             found = autoregressive_log_likelihood(model, kind, batch)
         else:

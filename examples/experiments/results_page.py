@@ -79,6 +79,13 @@ def mean_with_interval(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
+def of_seeds(values: list[float], digits: int, number: int) -> str:
+    """A cell of an arm with this number of seeds: how many seeds it has itself, if fewer, and nothing without any."""
+    if not values:
+        return ""
+    return mean_with_interval(values, digits) + f" (of {len(values)})" * (len(values) < number)
+
+
 def columns_of(runs: dict, *path: str) -> list[str]:
     """Names of the figures that any run has under a path, in the order in which they come."""
     found = {}
@@ -106,7 +113,7 @@ def make_rows(runs: dict, paths: list[tuple[str, ...]], digits: int, scale: floa
         for path in paths:
             values = [look_up(run, path) for run in seeds.values()]
             values = [scale * value for value in values if value is not None and not math.isnan(value)]
-            cells.append(mean_with_interval(values, digits) if values else "")
+            cells.append(of_seeds(values, digits, len(seeds)))
         if any(cells):
             lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
@@ -260,10 +267,10 @@ def main_table(runs: dict, metric: str, columns: dict[str, tuple]) -> list[str]:
         for step in steps:
             values = [look_up(run, ("best", step, metric)) for run in seeds.values()]
             values = [scale * value for value in values if value is not None]
-            cells.append(mean_with_interval(values, digits) if values else "")
+            cells.append(of_seeds(values, digits, len(seeds)))
         for more_digits, more_scale, *path in columns.values():
             values = final_figures(runs, arm, *path, scale=more_scale)
-            cells.append(mean_with_interval(values, more_digits) if values else "")
+            cells.append(of_seeds(values, more_digits, len(seeds)))
         lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

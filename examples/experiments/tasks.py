@@ -12,6 +12,7 @@ output folder, is not repeated. The table is written again after every run.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import platform
@@ -85,9 +86,12 @@ class Task:
         self.files = {part: str(data_dir / f"{recipe['task']}-{part}.jsonl.gz") for part in ("train", "validation")}
         self.references, self.kinds = {}, {}
         for row in read_rows(data_dir / f"{recipe['task']}-test.jsonl.gz")[:num_rows]:
-            self.references.setdefault(row["source"], []).extend(row.get("answers") or [row["target"]])
+            targets = [target.strip() for target in row.get("answers") or [row["target"]]]
+            self.references.setdefault(row["source"], []).extend(targets)
             self.kinds[row["source"]] = row.get("task")
         self.sources = list(self.references)
+        paths = (*self.files.values(), data_dir / f"{recipe['task']}-test.jsonl.gz")
+        self.rows_hash = hashlib.sha1(b"".join(map(read_bytes, paths)), usedforsecurity=False).hexdigest()[:10]
         self.tokenizer = output_dir / "tokenizer"
         if not (self.tokenizer / "tokenizer.json").exists():
             rows = read_rows(self.files["train"])
@@ -280,6 +284,11 @@ def train_on_encoder(arm: dict, home: Path, task: Task, recipe: dict, options) -
     return home / "model"
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file of rows holds, packed or not: packing has a date."""
+    return gzip.decompress(Path(path).read_bytes())
+
+
 def fingerprint(*parts) -> str:
     """A short name for what a run was made of."""
     return hashlib.sha1(json.dumps(parts, sort_keys=True).encode(), usedforsecurity=False).hexdigest()[:10]
@@ -404,6 +413,7 @@ def run_arm(name: str, task: Task, recipe: dict, options):
         figures["parameters"] = model.num_parameters() - unused
     figures["commit"] = current_commit()
     figures["measured_with"] = measured_with(recipe, recipe["arms"][name], len(task.sources))
+    figures["rows_hash"] = task.rows_hash
     write_whole(home / "figures.json", json.dumps(figures, indent=1) + "\n")
 
 
@@ -429,8 +439,8 @@ def write_table(path: Path, recipe: dict, runs: dict, num_rows: int):
     write_whole(path, json.dumps(table, indent=1) + "\n")
 
 
-def collect(output_dir: Path, table: Path, recipe: dict, num_rows: int) -> dict:
-    """The figures of all runs that were measured with this recipe: arm -> seed -> figures.
+def collect(output_dir: Path, table: Path, recipe: dict, task: Task) -> dict:
+    """The figures of all runs that were measured with this recipe, on these rows: arm -> seed -> figures.
 
     They lie in the folders of the runs, and in the table of an earlier call, perhaps on another machine.
     """
@@ -439,8 +449,10 @@ def collect(output_dir: Path, table: Path, recipe: dict, num_rows: int) -> dict:
     for name, arm in recipe["arms"].items():
         for path in sorted(output_dir.glob(f"{name.replace(' ', '_')}-*/figures.json")):
             found[name][path.parent.name.rsplit("-", 1)[1]] = json.loads(path.read_text())
-        wanted = measured_with(recipe, arm, num_rows)
+        wanted = measured_with(recipe, arm, len(task.sources))
         own = {seed: run for seed, run in found[name].items() if run.get("measured_with") == wanted}
+        # the first runs have no hash of their rows
+        own = {seed: run for seed, run in own.items() if run.get("rows_hash", task.rows_hash) == task.rows_hash}
         found[name] = dict(sorted(own.items(), key=lambda item: int(item[0])))
     return {name: runs for name, runs in found.items() if runs}
 
@@ -471,9 +483,9 @@ def main(arguments: list[str] | None = None):
     for seed in options.seeds:
         options.seed = seed
         for name in options.arms or recipe["arms"]:
-            if str(seed) not in collect(options.output_dir, table, recipe, num_rows).get(name, {}):
+            if str(seed) not in collect(options.output_dir, table, recipe, task).get(name, {}):
                 run_arm(name, task, recipe, options)
-            runs = collect(options.output_dir, table, recipe, num_rows)
+            runs = collect(options.output_dir, table, recipe, task)
             write_table(table, recipe, runs, num_rows)
             print(name, options.seed, runs[name][str(options.seed)]["best"], flush=True)
 

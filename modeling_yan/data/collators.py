@@ -289,6 +289,9 @@ class FlowCollator:
         self.multiple_of = multiple_of
         self.num_truncated = 0
         self.num_cut_targets = 0
+        # a special token that the tokenizer puts before every prompt, such as [CLS]
+        added = tokenizer("")["input_ids"]
+        self._leading_ids = {tokenizer.cls_token_id, tokenizer.bos_token_id} & set(added[:1])
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         check_rows(rows)
@@ -318,7 +321,10 @@ class FlowCollator:
             _warn_of_cut(f"a source of {len(ids)} tokens to max_source_length={limit}", "num_truncated")
         self.num_truncated += 1
         start, stop = answer_span
-        stop = min(stop, limit) if stop > start else 0  # a slot stays, and with it what stands before it
+        if stop > start:  # a slot stays, and with it what stands before it
+            stop = min(stop, limit)
+        elif limit > 1 and int(ids[0]) in self._leading_ids:  # as where the tokenizer itself cuts on the left
+            stop = 1
         return np.concatenate([flatten([part]).tokens for part in (ids[:stop], ids[stop + excess :])])
 
     def _end_targets(self, targets: Sequence[Ids], goes_on: Sequence[bool]) -> Array:

@@ -11,6 +11,7 @@ All but `.parquet` may be gzipped. `datasets` reads tables; of JSON it would tak
 
 import csv
 import logging
+import math
 import os
 import random
 import re
@@ -258,7 +259,8 @@ def _checked_row(row: Any, where: str) -> Row:
 
 def _value_of(value: Any, names: Sequence[str] | None) -> Any:
     """What stands in a row: "" where there is nothing, and of a label its name."""
-    if value is None or (names and value == -1):  # a label that was not published
+    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+    if is_missing or (names and value == -1):  # a label that was not published
         return ""
     return names[value] if names else value
 

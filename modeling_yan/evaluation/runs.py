@@ -209,8 +209,14 @@ def _length(model: PreTrainedModel, options: RunOptions) -> dict[str, Any]:
 def _oracle_length(model: PreTrainedModel, length: int) -> dict[str, Any]:
     if is_masked_diffusion(model):
         return {"max_new_tokens": min(length, model.config.canvas_length)}
-    canvas = {"canvas_length": min(length, model.config.max_position_embeddings)} if is_yan(model) else {}
-    return {"max_new_tokens": length, **canvas}
+    return {"max_new_tokens": length, **({"canvas_length": min(length, _most_tokens(model))} if is_yan(model) else {})}
+
+
+def _most_tokens(model: PreTrainedModel) -> int:
+    """The longest canvas that a YAN can have."""
+    config = model.config
+    room = [config.max_position_embeddings] + [config.num_answer_slots] * config.refine_draft
+    return min(room) // config.vertices_per_token
 
 
 def _generator(

@@ -32,6 +32,7 @@ SETTINGS_FILE = "training_arguments.json"
 FIXED = (
     *("stage", "seed", "train_file", "dataset", "streaming", "shuffle_buffer", "bucket_batches", "tasks"),
     *("per_device_train_batch_size", "max_words", "max_source_length", "num_microbatches", "config_overrides"),
+    *("dataset_rows", "ema_decay", "resize_embeddings"),
 )
 HASHED_BYTES = 2**20  # of a file's beginning and of its end
 
@@ -95,7 +96,8 @@ def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -
     before = json.loads((checkpoints[-1] / SETTINGS_FILE).read_text())
     before.setdefault("num_microbatches", before.get("num_places"))  # its name in 0.2
     now = asdict(arguments) | {"num_microbatches": count_microbatches(accelerator)}
-    changed = [f"{name}={now[name]} (was {before[name]})" for name in FIXED if now[name] != before[name]]
+    known = [name for name in FIXED if name in before]
+    changed = [f"{name}={now[name]} (was {before[name]})" for name in known if now[name] != before[name]]
     if "train_file_hash" in before and before["train_file_hash"] != hash_files(arguments.train_file):
         changed.append(f"other contents of train_file={arguments.train_file}")
     if changed:

@@ -1,6 +1,7 @@
 """Fine-tuning on pairs out of any columns with transformers' Seq2SeqTrainer: of a checkpoint, all of it or a LoRA
 adapter, or of a new model on a pretrained encoder."""
 
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from ..cards_yan import YanModelCard
 from ..configuration_yan import LORA_PARAMETERS
 from ..data import FlowCollator, prepare_tokenizer, split_targets
-from ..data.rows import Row
+from ..data.rows import Row, write_whole
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
 from .encoder_states import RowsWithStates, StatesCollator
@@ -55,6 +56,7 @@ PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
 LONGEST_EXAMPLE, SHORTENED = 300, 60  # characters
+ROWS_FILE = "finetuned_on.json"
 STATES = "_states"  # a folder that a Trainer does not push to the hub
 
 
@@ -178,6 +180,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         FileExistsError: `output_dir` holds the checkpoints of another run, and `resume_from_checkpoint` is not given.
     """
     checkpoint = _find_checkpoint(training)
+    training.restore_callback_states_from_checkpoint = checkpoint is not None  # how long the loss has not fallen
     set_seed(training.seed)
     with training.main_process_first():  # the others find what it downloaded and converted
         rows, held_out, held_name = load_pairs(options, training.seed)
@@ -190,6 +193,7 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     collator = FlowCollator(tokenizer, model=model)
     longest = max(len(ids) for ids in _target_ids(tokenizer, rows)) + 1  # with its EOS
     model.generation_config.max_new_tokens = max(longest, model.generation_config.max_new_tokens)
+    _note_rows(training, [*rows, *held_out], is_resumed=checkpoint is not None)
     canvases = split_targets(rows, tokenizer, model.config.canvas_length)
     held_out_canvases = [split_targets([row], tokenizer, model.config.canvas_length) for row in held_out]
     samples = None
@@ -245,6 +249,16 @@ def _find_checkpoint(training: Seq2SeqTrainingArguments) -> str | None:
         allowed = "--resume_from_checkpoint True to go on, or another --output_dir"
         raise FileExistsError(f"--output_dir {folder!r} holds the checkpoints of another run: give {allowed}")
     return None if newest is None else str(newest)
+
+
+def _note_rows(training: Seq2SeqTrainingArguments, rows: Sequence[Row], is_resumed: bool) -> None:
+    """Note seed and rows, held-out ones included, in the folder. A resumed run with others would score what it saw."""
+    path = Path(cast(str, training.output_dir), ROWS_FILE)
+    now = {"seed": training.seed, "rows": hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()}
+    if is_resumed and path.exists() and json.loads(path.read_text()) != now:
+        raise ValueError(f"--resume_from_checkpoint: {path.parent} was trained with another --seed, or other rows")
+    if training.process_index == 0:
+        write_whole(path, json.dumps(now) + "\n")
 
 
 def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list[Row], str]:

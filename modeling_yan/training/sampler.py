@@ -217,7 +217,8 @@ class TaskSampler(Dataset[Batch]):
         if self.config.vertices_per_token > 1:  # how many vertices there are must not tell how long the text is
             batch["canvas_length"] = self.config.canvas_length
         elif rng.random() < WIDE_CANVAS_CHANCE:
-            batch["canvas_length"] = rng.randrange(width, self.config.canvas_length + 1, CANVAS_MULTIPLE)
+            longest = self.config.canvas_length  # which `generate` takes, and may be no multiple
+            batch["canvas_length"] = rng.choice([*range(width, longest, CANVAS_MULTIPLE), longest])
         return batch
 
     def _draw_canvas(self, row: Row, rng: random.Random) -> Row:

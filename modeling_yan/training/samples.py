@@ -10,7 +10,13 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.rows import Row
-from ..evaluation import exact_match, rouge_l
+from ..evaluation import exact_match, rouge_scores, unicode_words
+
+
+def rouge_l(prediction: str, target: str) -> float:
+    """ROUGE-L of words of any script."""
+    return rouge_scores([prediction], [target], names=("rougeL",), tokenize=unicode_words)["rougeL"][0]
+
 
 METRICS = {"exact_match": exact_match, "rouge_l": rouge_l}
 WIDTH = 100  # characters of a text that is shown

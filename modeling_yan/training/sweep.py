@@ -30,7 +30,9 @@ def pretrain_with_best_rate(
         learning_rates: One or more, each above 0. trial_share: Share of `max_steps` that each is tried for, in (0, 1).
 
     Raises:
-        ValueError: Rates or a share that are not allowed, no validation file, or more than one process.
+        ValueError: Rates or a share that are not allowed, no validation file, or more than one process; or rates
+            other than those that were tried in this folder.
+        FloatingPointError: No rate has a finite loss.
     """
     num_trial_steps = _check(arguments, learning_rates, trial_share)
     output_dir = Path(arguments.output_dir)
@@ -51,11 +53,21 @@ def choose_learning_rate(
     """
     path = Path(arguments.output_dir) / CHOICE_FILE
     if path.exists():
-        return json.loads(path.read_text())["chosen"]
+        record = json.loads(path.read_text())
+        tried = [trial["learning_rate"] for trial in record["trials"]]
+        if sorted(tried) != sorted(learning_rates):
+            raise ValueError(f"learning_rates={list(learning_rates)}: must be those of {path}, {tried}")
+        return record["chosen"]
     trials = {rate: _try(arguments, rate, num_trial_steps) for rate in learning_rates}
     losses = {rate: _mean_loss(line) for rate, line in trials.items()}
     chosen = min(losses, key=losses.__getitem__)
-    entries = [{"learning_rate": rate, "loss": losses[rate], "validation": line} for rate, line in trials.items()]
+    if not math.isfinite(losses[chosen]):
+        raise FloatingPointError(f"learning_rates={list(learning_rates)}: no trial has a finite loss")
+    # JSON has no infinity: a trial that failed has no loss
+    entries = [
+        {"learning_rate": rate, "loss": losses[rate] if math.isfinite(losses[rate]) else None, "validation": line}
+        for rate, line in trials.items()
+    ]
     record = {"stage": arguments.stage, "chosen": chosen, "updates": num_trial_steps, "trials": entries}
     write_whole(path, json.dumps(record, indent=1) + "\n")
     return chosen
@@ -88,7 +100,8 @@ def _train(arguments: PretrainingArguments) -> None:
 
 def _mean_loss(line: Mapping[str, float]) -> float:
     losses = [value for name, value in line.items() if name.endswith("/loss")]
-    return sum(losses) / len(losses) if losses else math.inf
+    mean = sum(losses) / len(losses) if losses else math.inf
+    return mean if math.isfinite(mean) else math.inf
 
 
 def _take_over(trial: Path, output_dir: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import BertTokenizer
 
 from modeling_yan.data import (
     AutoencoderCollator,
@@ -15,6 +16,7 @@ from modeling_yan.data import (
     collators,
     generate_clozes,
     generate_stories,
+    prepare_tokenizer,
 )
 from modeling_yan.data.masking import Ragged, draw_spans, hide_spans, pad_rows
 
@@ -256,6 +258,17 @@ def test_flow_cuts_long_targets_without_eos_and_keeps_the_end_of_long_sources(to
     assert batch["input_ids"].tolist() == [[13, 14, 15, 16], [0, 0, 0, 10]]
     assert batch["labels"].tolist() == [[20, 21, 22, 23], [20, 21, 22, tokenizer.eos_token_id]]
     assert collator.num_truncated == 1
+
+
+def test_a_long_source_keeps_the_special_token_before_it(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    prepare_tokenizer(tokenizer)
+    text = "a b c d e f g h"
+    tokenizer.truncation_side = "left"
+    cut = tokenizer(text, truncation=True, max_length=6)["input_ids"]
+    assert cut[0] == tokenizer.cls_token_id
+    assert FlowCollator(tokenizer, 6, 8)([{"source": text, "target": "a"}])["input_ids"].tolist() == [cut]
 
 
 def test_flow_gives_an_empty_source_one_token_to_look_at(tokenizer):

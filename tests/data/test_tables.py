@@ -112,6 +112,7 @@ def test_labels_become_their_names_and_rows_without_one_are_left_out(caplog):
 
 def test_numbers_and_nothing_beside_text():
     table = [{"question": 1, "answer": "x"}, {"question": None, "answer": 2}, {"question": "a", "answer": None}]
+    table.append({"question": "a", "answer": float("nan")})
     assert make_pairs(table, COLUMNS, "rows") == [{"source": "1", "target": "x"}, {"source": "", "target": "2"}]
 
 

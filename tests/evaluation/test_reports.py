@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.data import generate_stories, write_rows
 from modeling_yan.evaluation import (
     DEFAULT_METRICS,
@@ -86,6 +87,17 @@ def test_the_command_measures_yan_and_compares_a_baseline_with_it(rows, checkpoi
     perplexity = report["runs"]["free"]["deterministic"]["metrics"]["generative_perplexity"]
     assert 1 < perplexity["low"] <= perplexity["mean"] <= perplexity["high"]
     assert sorted(os.listdir(tmp_path / "baseline")) == ["metrics.json", "predictions.jsonl"]
+
+
+@pytest.mark.parametrize("fields", [{"refine_draft": True}, {"vertices_per_token": 2, "num_answer_slots": 0}])
+def test_a_reference_beyond_the_answer_slots_is_no_error(tokenizer, fields):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_encoder_layers": 1, "num_flow_layers": 1}
+    sizes |= {"num_experts": 1, "max_position_embeddings": 40, "canvas_length": 4, "num_answer_slots": 8}
+    settings = {"train_expert_choice": "posterior", "mse_weight": 0.0, **sizes, **fields}
+    model = YanForFlowGeneration(YanConfig(vocab_size=len(tokenizer), **settings)).eval()
+    options = RunOptions(max_new_tokens=8, num_seeds=1)
+    runs = run_model(model, tokenizer, ["hello"], ["one two three four five six seven eight nine ten eleven"], options)
+    assert len(runs) == 4
 
 
 def test_a_baseline_decodes_greedily_whatever_its_batch(gpt2, tokenizer, rows):

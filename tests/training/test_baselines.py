@@ -1,6 +1,7 @@
 """Baselines go through the loop of YAN's stages: the same rows, checkpoints, resuming; and their learning rates."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from modeling_yan import YanConfig
 from modeling_yan.baselines import INPUT_ADAPTERS
 from modeling_yan.data import read_rows
-from modeling_yan.training import pretrain, pretrain_with_best_rate
+from modeling_yan.training import pretrain, pretrain_with_best_rate, sweep
 from modeling_yan.training.loop import make_sampler
 
 
@@ -85,6 +86,20 @@ def test_the_best_rate_goes_on_from_its_trial(of_pairs, runs, fresh, tmp_path):
 
 def test_a_rate_that_diverges_is_not_chosen(of_pairs):
     assert pretrain_with_best_rate(of_pairs(stage="decoder", max_steps=4), [1e30, 1e-3], trial_share=0.5) == 1e-3
+
+
+def test_a_loss_that_is_no_number_is_not_the_lowest(of_pairs, monkeypatch, tmp_path):
+    found = {1e-1: {"pairs/loss": math.nan}, 1e-2: {"pairs/loss": 1.0}, 1e-3: {}}
+    monkeypatch.setattr(sweep, "_try", lambda arguments, rate, steps: found[rate])
+    settings = of_pairs(stage="decoder", output_dir=str(tmp_path / "sweep"))
+    (tmp_path / "sweep").mkdir()
+    assert sweep.choose_learning_rate(settings, list(found), 2) == 1e-2
+    assert sweep.choose_learning_rate(settings, [1e-3, 1e-2, 1e-1], 2) == 1e-2
+    with pytest.raises(ValueError, match=r"learning_rates=\[0.5\]: must be those of .*learning_rates.json"):
+        sweep.choose_learning_rate(settings, [0.5], 2)
+    (tmp_path / "sweep" / "learning_rates.json").unlink()
+    with pytest.raises(FloatingPointError, match="no trial has a finite loss"):
+        sweep.choose_learning_rate(settings, [1e-1, 1e-3], 2)
 
 
 @pytest.mark.parametrize(

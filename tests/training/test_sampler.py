@@ -133,6 +133,13 @@ class TestShapes:
         assert sum(wider > 0 for wider in canvases.elements()) > 5
         assert all(batch["canvas_length"] % 8 == 0 and batch["canvas_length"] <= 40 for batch in batches)
 
+    def test_a_canvas_of_any_length_is_drawn(self, make_mixture):
+        mixture = make_mixture(length=100)
+        mixture.config = mixture.config.with_fields(canvas_length=30)
+        mixture._collator.canvas_length = 30
+        assert {batch["canvas_length"] for batch in mixture} <= {8, 16, 24, 30}
+        assert 30 in {batch["canvas_length"] for batch in mixture}
+
     @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
     def test_no_source_is_longer_than_allowed(self, make_mixture, stage):
         widths = {batch["input_ids"].shape[1] for batch in make_mixture(stage=stage, max_source_length=12, length=40)}
