@@ -14,19 +14,20 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self.totals: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, scalars: dict[str, torch.Tensor], weight: int = 1) -> None:
-        self.totals = {name: self.totals.get(name, 0) + weight * scalar.float() for name, scalar in scalars.items()}
-        self.count += weight
+        for name, scalar in scalars.items():
+            self.totals[name] = self.totals.get(name, 0) + weight * scalar.float()
+            self.counts[name] = self.counts.get(name, 0) + weight
 
     def take(self) -> dict[str, float]:
         """The means since the last call, over all processes; nothing where nothing was added."""
-        totals, count = self.totals, self.count
-        self.totals, self.count = {}, 0
-        if count == 0:
+        totals, counts = self.totals, self.counts
+        self.totals, self.counts = {}, {}
+        if not totals:
             return {}
-        means = torch.stack(list(totals.values())) / count
+        means = torch.stack([total / counts[name] for name, total in totals.items()])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(means)
             means /= distributed.get_world_size()

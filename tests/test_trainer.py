@@ -410,3 +410,11 @@ def test_resuming_the_autoencoder_in_the_middle_changes_nothing(make_model, toke
         trainer.train(resume_from_checkpoint=checkpoint)
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+def test_a_term_that_is_not_in_every_pass_is_a_mean_over_its_own():
+    means = RunningMeans()
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
+    means.add({"a": torch.tensor(2.0)}, weight=3)
+    assert means.take() == {"a": 1.75, "b": 4.0}
+    assert means.take() == {}
