@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -446,6 +447,17 @@ def test_a_path_has_the_points_of_the_trajectory_and_its_straightness(folder):
 
 def test_the_parser_takes_no_abbreviation():
     assert build_parser().parse_known_args(["generate", "M", "--stre"])[1] == ["--stre"]
+
+
+def test_a_server_on_a_port_that_is_taken(yan, folder):
+    pytest.importorskip("litserve")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, errors = yan("serve", folder, "--port", port)
+    assert (code, errors[-1]) == (
+        2,
+        f"yan serve: host=127.0.0.1, port={port}: must be free to listen on (Address already in use)",
+    )
 
 
 def test_a_server_without_its_packages_says_what_to_install(yan, folder, monkeypatch):

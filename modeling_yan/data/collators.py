@@ -93,8 +93,8 @@ class AutoencoderCollator:
     mask tokens, the target has its labels there; `modeling_yan.data.encoding` has more forms. EOS pads every row to L:
     the longest row with one EOS, rounded up to a multiple of `multiple_of`.
 
-    Of a longer text, a random window is taken. A longer source keeps its end, or its start if it begins with mask
-    tokens. `num_truncated` counts both, separately in each worker of a data loader. Sources are encoded like prompts,
+    Of a longer text, a random window is taken. A longer source keeps its end, and a special token that the tokenizer
+    puts before it; if it begins with mask tokens, its start. `num_truncated` counts both, separately in each worker of a data loader. Sources are encoded like prompts,
     with the tokenizer's special tokens, texts and targets without them.
 
     Args:
@@ -157,6 +157,7 @@ class AutoencoderCollator:
         self.multiple_of = multiple_of
         self.draws = SeededDraws(seed)
         self.num_truncated = 0
+        self._leading_ids = _leading_ids(tokenizer)
 
     def __call__(self, rows: Sequence[Row], generator: torch.Generator | None = None) -> Batch:
         encoded = [self._with_slots(row) for row in encode_rows(self.tokenizer, rows)]
@@ -183,12 +184,15 @@ class AutoencoderCollator:
         number = self.num_answer_slots
         if not number or "target" not in row:
             return row
-        source = list(row["source"])
-        copied, target = (np.repeat(row[name], self.vertices_per_token) for name in ("source", "target"))
+        source, limit = row["source"], max(self.max_length - number, 0)
+        if len(source) > limit:
+            self.num_truncated += 1
+            source = _without_middle(source, limit, self._num_leading(source, limit))
+        copied, target = (np.repeat(ids, self.vertices_per_token) for ids in (source, row["target"]))
         self.num_truncated += len(target) > number
         slots, target = copied[:number].tolist() if self.copy_prompt_to_slots else [], target[:number]
         slots += [self.tokenizer.mask_token_id] * (number - len(slots))
-        return {"source": slots + source, "target": target, "answer_span": (0, number)}
+        return {"source": slots + list(source), "target": target, "answer_span": (0, number)}
 
     def _choose_windows(self, texts: Sequence[Ids], generator: torch.Generator) -> Sequence[Ids]:
         """At most `max_length` tokens of every text, from a random position."""
@@ -234,8 +238,14 @@ class AutoencoderCollator:
         given = lengths_of(sources)
         kept = np.minimum(given, self.max_length - lengths * ~has_slot)
         self.num_truncated += int(np.count_nonzero(given > kept))
-        starts = np.where(has_slot, 0, given - kept)
-        return [ids[start:stop] for ids, start, stop in zip(sources, starts.tolist(), (starts + kept).tolist())]
+        return [
+            ids[:limit] if is_start else _without_middle(ids, limit, self._num_leading(ids, limit))
+            for ids, limit, is_start in zip(sources, kept.tolist(), has_slot.tolist(), strict=True)
+        ]
+
+    def _num_leading(self, ids: Ids, limit: int) -> int:
+        """1 if a source begins with a special token that stays where it is cut, 0 otherwise."""
+        return int(limit > 1 and len(ids) > 0 and int(ids[0]) in self._leading_ids)
 
     def _width(self, longest: int) -> int:
         return self.max_length if self.fixed_width else _bucket(longest + 1, self.multiple_of, self.max_length)
@@ -289,9 +299,7 @@ class FlowCollator:
         self.multiple_of = multiple_of
         self.num_truncated = 0
         self.num_cut_targets = 0
-        # a special token that the tokenizer puts before every prompt, such as [CLS]
-        added = tokenizer("")["input_ids"]
-        self._leading_ids = {tokenizer.cls_token_id, tokenizer.bos_token_id} & set(added[:1])
+        self._leading_ids = _leading_ids(tokenizer)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         check_rows(rows)
@@ -325,7 +333,7 @@ class FlowCollator:
             stop = min(stop, limit)
         elif limit > 1 and int(ids[0]) in self._leading_ids:  # as where the tokenizer itself cuts on the left
             stop = 1
-        return np.concatenate([flatten([part]).tokens for part in (ids[:stop], ids[stop + excess :])])
+        return _without_middle(ids, limit, stop)
 
     def _end_targets(self, targets: Sequence[Ids], goes_on: Sequence[bool]) -> Array:
         target = flatten([ids[: self.canvas_length] for ids in targets])
@@ -360,6 +368,17 @@ def _checked_limits(limits: dict[str, int | None], model: PreTrainedModel | None
             raise ValueError(f"{name}={length}: must be at most {longest[name]}, which is what the model takes")
         check_length(name, longest.get(name) if length is None else length)
     return [longest[name] if length is None else length for name, length in limits.items()]
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token, if any, that the tokenizer puts before every prompt, such as [CLS]."""
+    return {tokenizer.cls_token_id, tokenizer.bos_token_id} & set(tokenizer("")["input_ids"][:1])
+
+
+def _without_middle(ids: Ids, limit: int, num_kept: int) -> Ids:
+    """At most `limit` ids: the first `num_kept` and the last ones."""
+    excess = max(len(ids) - limit, 0)
+    return [*ids[:num_kept], *ids[num_kept + excess :]] if excess else ids
 
 
 def _as_tensors(**arrays: Array) -> Batch:

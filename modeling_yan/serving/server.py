@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 import uuid
 from collections import deque
@@ -193,8 +194,22 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], (EOFError, ConnectionError)))
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises OSError if nobody can listen there, before a model is loaded."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise OSError(f"host={host}, port={port}: must be free to listen on ({os.strerror(error.errno or 0)})") from error
+
+
 def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGINT or SIGTERM; requests that are open then are answered before the processes end."""
+    """Serve until SIGINT or SIGTERM; requests that are open then are answered before the processes end.
+
+    Raises:
+        OSError: The port is taken, or the address is not one of this machine.
+    """
+    check_address(host, port)
     server, main = make_server(settings), os.getpid()
 
     def stop(*_: Any) -> None:

@@ -18,6 +18,21 @@ def test_a_long_source_keeps_its_answer_slot_and_its_end(tokenizer, head):
     assert batch["input_ids"].tolist() == [[*slot, *range(32 + len(slot), 40)]]
 
 
+def test_stage_one_cuts_a_long_source_as_the_flow_does(tokenizer):
+    source = range(20, 40)
+    cut = FlowCollator(tokenizer, 8, 8)([{"source": source, "target": [11]}])["input_ids"][0].tolist()
+    collator = AutoencoderCollator(tokenizer, 12, num_answer_slots=4, copy_prompt_to_slots=True)
+    batch = collator([{"source": source, "target": [11]}])
+    assert batch["input_ids"].tolist() == [[*cut[:4], *cut]]
+    assert collator.num_truncated == 1
+
+
+def test_stage_one_keeps_the_special_token_before_a_long_source(tokenizer, monkeypatch):
+    collator = AutoencoderCollator(tokenizer, 8, mask_ratio=0.0, target_mask_ratio=0.0, multiple_of=1)
+    monkeypatch.setattr(collator, "_leading_ids", {20})
+    assert collator([{"source": range(20, 40), "target": [11]}])["input_ids"].tolist() == [[20, *range(34, 40), 11]]
+
+
 def test_what_is_cut_is_said_once(tokenizer, monkeypatch):
     warnings = []
     monkeypatch.setattr(collators.logger, "warning", warnings.append)
