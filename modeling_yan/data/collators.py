@@ -94,8 +94,8 @@ class AutoencoderCollator:
     the longest row with one EOS, rounded up to a multiple of `multiple_of`.
 
     Of a longer text, a random window is taken. A longer source keeps its end, and a special token that the tokenizer
-    puts before it; if it begins with mask tokens, its start. `num_truncated` counts both, separately in each worker of a data loader. Sources are encoded like prompts,
-    with the tokenizer's special tokens, texts and targets without them.
+    puts before it; if it begins with mask tokens, its start. `num_truncated` counts both, separately in each worker of
+    a data loader. Sources are encoded like prompts, with the tokenizer's special tokens, texts and targets without.
 
     Args:
         tokenizer: A tokenizer with a mask token and an EOS token.

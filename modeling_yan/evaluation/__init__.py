@@ -26,7 +26,6 @@ from .modules import METRICS, load_metric
 from .reports import (
     DEFAULT_METRICS,
     METRIC_NAMES,
-    check_metrics,
     compare_runs,
     evaluate_task,
     format_report,
@@ -41,7 +40,7 @@ from .statistics import (
     paired_bootstrap,
     paired_permutation_test,
 )
-from .tables import evaluate_files, evaluate_models, format_table, join_reports
+from .tables import evaluate_models, format_table
 from .timing import format_timings, time_generation
 
 __all__ = [
@@ -53,11 +52,9 @@ __all__ = [
     "TextEncoder",
     "accuracy_scores",
     "bert_scores",
-    "check_metrics",
     "compare_runs",
     "distinct_n",
     "effective_dimension",
-    "evaluate_files",
     "evaluate_models",
     "evaluate_task",
     "exact_match",
@@ -69,7 +66,6 @@ __all__ = [
     "generate_answers",
     "generate_timed",
     "generative_perplexity",
-    "join_reports",
     "load_for_generation",
     "load_metric",
     "masked_words_restored",

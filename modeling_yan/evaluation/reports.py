@@ -118,15 +118,6 @@ def evaluate_task(
     return report
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Compute each metric of one short text, so that what is missing is missed before anything is trained.
-
-    Raises:
-        ImportError, OSError, TypeError: A library or a model that a metric needs is not there, or too old.
-    """
-    _functions(metrics, None, None, [])
-
-
 def compare_runs(own: Mapping[Any, Any], others: Mapping[Any, Any]) -> dict[str, Any]:
     """Paired tests, figure by figure, of runs over the same rows.
 

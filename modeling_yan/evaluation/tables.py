@@ -3,14 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from ..data.rows import write_whole
-from .reports import Row, compare_runs, evaluate_task, read_predictions
+from .reports import Row, evaluate_task
 from .runs import RunOptions, load_for_generation
 
 TABLE_FIGURES = ("exact_match", "token_f1", "rougeL", "distinct_2", "tokens_per_row", "tokens_per_second")
@@ -52,53 +52,9 @@ def evaluate_models(
         compare = None if name == baseline else reference
         settings_of_model = {**settings, "compare": compare, "description": about}
         reports[label] = evaluate_task(model, tokenizer, rows, Path(output) / label, options, **settings_of_model)
-    _write_tables(reports, output)
-    return reports
-
-
-def evaluate_files(
-    names: Sequence[str],
-    rows: Mapping[str, Sequence[Row]],
-    output: str | os.PathLike[str],
-    *arguments: Any,
-    description: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> Iterator[str]:
-    """`evaluate_models` for the rows of each file; gives one file's name and table after the other.
-
-    Several files have a folder in `output` each, of the name that the file has in front of its first dot.
-    """
-    for file, rows_of_file in rows.items():
-        folder = Path(output) / (Path(file).name.split(".")[0] if len(rows) > 1 else "")
-        settings["description"] = {**(description or {}), "data": file}
-        reports = evaluate_models(names, rows_of_file, folder, *arguments, **settings)
-        yield f"{file}\n{format_table(reports)}"
-
-
-def join_reports(
-    folders: Sequence[str], rows: Sequence[Row], output: str | os.PathLike[str], baseline: str
-) -> dict[str, dict[str, Any]]:
-    """The tables and the result of `evaluate_models`, for folders of `evaluate_task` for the same rows.
-
-    Raises:
-        ValueError: Two folders with the same name, a baseline that is none of them, or folders of other rows.
-        FileNotFoundError: A folder without `metrics.json` or `predictions.jsonl`.
-    """
-    if baseline not in folders or len({Path(folder).name for folder in folders}) < len(folders):
-        raise ValueError(f"{', '.join(folders)}: the names must differ and baseline={baseline!r} be one of them")
-    others, reports = read_predictions(baseline, rows), {}
-    for folder in sorted(folders, key=lambda folder: folder != baseline):
-        report = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-        if folder != baseline:
-            report["comparison"] = {"with": baseline, "runs": compare_runs(read_predictions(folder, rows), others)}
-        reports[Path(folder).name] = report
-    _write_tables(reports, output)
-    return reports
-
-
-def _write_tables(reports: Mapping[str, Any], output: str | os.PathLike[str]) -> None:
     write_whole(Path(output) / "table.json", json.dumps(table_rows(reports), indent=1) + "\n")
     write_whole(Path(output) / "table.md", format_table(reports) + "\n")
+    return reports
 
 
 def table_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -200,7 +200,9 @@ def check_address(host: str, port: int) -> None:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise OSError(f"host={host}, port={port}: must be free to listen on ({os.strerror(error.errno or 0)})") from error
+        raise OSError(
+            f"host={host}, port={port}: must be free to listen on ({os.strerror(error.errno or 0)})"
+        ) from error
 
 
 def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.baselines import BASELINES, make_baseline
-from modeling_yan.evaluation import RunOptions, evaluate_models, format_table, join_reports, load_for_generation
+from modeling_yan.evaluation import RunOptions, evaluate_models, format_table, load_for_generation
 from modeling_yan.evaluation.runs import run_model
 
 ROWS = [
@@ -98,25 +98,6 @@ def test_a_table_of_every_kind_with_paired_tests(folders, tmp_path):
     assert table == format_table(reports).splitlines()
     assert len(table) == 2 + 10
     assert [line.split(" | ")[0] for line in table[2:]] == ["| free"] * 5 + ["| oracle"] * 5
-
-
-def test_the_table_of_models_that_were_evaluated_apart_is_the_same(folders, tmp_path):
-    names = [folders["yan"], folders["decoder"]]
-    together, apart = tmp_path / "together", tmp_path / "apart"
-    evaluate_models(names, ROWS, together, OPTIONS, folders["decoder"])
-    for name in names:
-        evaluate_models([name], ROWS, apart, OPTIONS)
-    results = [str(apart / kind) for kind in ("yan", "decoder")]
-    reports = join_reports(results, ROWS, tmp_path / "joined", results[1])
-    assert list(reports) == ["decoder", "yan"]
-
-    def without_speed(folder):
-        rows = json.loads((folder / "table.json").read_text())
-        return [{**row, "figures": {**row["figures"], "tokens_per_second": None}} for row in rows]
-
-    assert without_speed(tmp_path / "joined") == without_speed(together)
-    with pytest.raises(ValueError, match="baseline='elsewhere' be one of them"):
-        join_reports(results, ROWS, tmp_path / "joined", "elsewhere")
 
 
 def test_the_table_says_what_it_was_given():
