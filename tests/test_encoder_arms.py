@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.data import write_rows
+from modeling_yan.training import PretrainingArguments, optimization
 from modeling_yan.training.throughput import baseline_flops, linear_flops, training_flops
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "good", "bad", "yes", "no", *"abcdef"]
@@ -82,6 +83,23 @@ def test_arms_on_an_encoder_are_trained_and_measured(load_script, recipe, encode
     assert sizes["YAN on it, LoRA"] == sizes["YAN on it"]
     own_words = len(WORDS) * 16
     assert sizes["AR encoder-decoder on it"] - own_words == pytest.approx(sizes["YAN on it"], rel=0.05)
+
+
+def test_the_trainers_arms_get_the_rows_and_the_schedule_of_the_others(load_script, recipe, tmp_path):
+    arms, own = load_script("encoder_arms"), {**yaml.safe_load(recipe.read_text()), "updates": 10}
+    rows = [{"source": str(number)} for number in range(9)]
+    drawn = arms.draw_rows(rows, own, seed=0)
+    assert (len(drawn), drawn) == (20, arms.draw_rows(rows, own, seed=0))
+    assert drawn != arms.draw_rows(rows, own, seed=1)
+
+    settings = arms.trainer_arguments(own, {"learning_rate": 0.1}, 0, tmp_path)
+    options = settings.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], 0.1), settings.warmup_steps, 10
+    schedule = transformers.get_scheduler(*options, settings.lr_scheduler_kwargs)
+    arguments = PretrainingArguments("flow", "c", "t", "o", max_steps=10, warmup_steps=1, decay_steps=5)
+    (found,) = schedule.lr_lambdas
+    expected = [optimization._constant(step, arguments) for step in range(1, 10)]
+    assert [found(step) for step in range(1, 10)] == pytest.approx(expected)
+    assert settings.weight_decay == arguments.weight_decay
 
 
 def test_an_encoder_decoder_starts_from_the_encoder_that_yan_has(load_script, encoder, tmp_path):

@@ -4,6 +4,7 @@ They are trained by the same updates of as many rows as the other arms. An arm h
 names the encoder.
 """
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from modeling_yan.baselines import count_parameters
 from modeling_yan.baselines.sizes import fit_width
 from modeling_yan.data import FlowCollator, prepare_tokenizer, read_rows
 from modeling_yan.data.rows import replacing
+from modeling_yan.training import PretrainingArguments
 from modeling_yan.training.finetuning import adapt_encoder
 
 ONE_PASS_JOINT, CLASSIFIER = "one pass, joint", "classifier"
@@ -70,8 +72,9 @@ def train_classifier(encoder: str, train_file: str, recipe: dict, settings: dict
     if (folder / "model.safetensors").exists():
         return
     torch.manual_seed(seed)
-    rows, tokenizer = read_rows(train_file), AutoTokenizer.from_pretrained(encoder)
+    rows, tokenizer = read_rows(train_file), AutoTokenizer.from_pretrained(encoder, truncation_side="left")
     labels = {name: number for number, name in enumerate(sorted({row["target"] for row in rows}))}
+    rows = draw_rows(rows, recipe, seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         encoder, num_labels=len(labels), label2id=labels, id2label={number: name for name, number in labels.items()}
     )
@@ -93,20 +96,29 @@ def train_adapter(start: Path, train_file: str, recipe: dict, settings: dict, ra
     adapter = adapt_encoder(model, rank)
     collator = FlowCollator(tokenizer, model=model, max_source_length=recipe["training"]["max_source_length"])
     arguments = trainer_arguments(recipe, settings, seed, folder)
-    trainer = Trainer(model, arguments, collator, read_rows(train_file), processing_class=tokenizer)
+    rows = draw_rows(read_rows(train_file), recipe, seed)
+    trainer = Trainer(model, arguments, collator, rows, processing_class=tokenizer)
     trainer.train()
     adapter.merge_and_unload()
     trainer.save_model()
 
 
+def draw_rows(rows: list[dict], recipe: dict, seed: int) -> list[dict]:
+    """As many rows as the recipe's updates take, drawn with replacement, as pre-training draws those of other arms."""
+    return random.Random(seed).choices(rows, k=recipe["updates"] * recipe["batch_size"])
+
+
 def trainer_arguments(recipe: dict, settings: dict, seed: int, folder: Path) -> TrainingArguments:
-    """The recipe's updates for transformers' Trainer."""
+    """The recipe's updates for transformers' Trainer, with the schedule and weight decay of pre-training."""
     return TrainingArguments(
         str(folder),
         max_steps=recipe["updates"],
         per_device_train_batch_size=recipe["batch_size"],
         learning_rate=settings["learning_rate"],
         warmup_steps=recipe["training"]["warmup_steps"],
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": recipe["updates"] // 2, "decay_type": "linear"},
+        weight_decay=PretrainingArguments.weight_decay,
         bf16=recipe["training"].get("mixed_precision") == "bf16",
         remove_unused_columns=False,
         save_strategy="no",
@@ -120,7 +132,7 @@ def trainer_arguments(recipe: dict, settings: dict, seed: int, folder: Path) -> 
 def classify(folder: Path, sources: list[str], length: int) -> list[str]:
     """The name of the most probable class of every source."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
     found = []
     for start in range(0, len(sources), BATCH_SIZE):
         batch = sources[start : start + BATCH_SIZE]
