@@ -248,14 +248,15 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         check_options(kwargs, self.config.vocab_size)  # transformers would not say which one it can't compare
         if isinstance(kwargs.get("suppress_tokens"), int):
             kwargs = {**kwargs, "suppress_tokens": [kwargs["suppress_tokens"]]}
-        num_sequences = kwargs.get("num_return_sequences")
-        # transformers would refuse several that are neither sampled nor beams
-        others = {name: value for name, value in kwargs.items() if name != "num_return_sequences"}
+        # without beams, transformers would refuse several sequences, and warn of a length penalty
+        of_beams = {name: kwargs[name] for name in ("num_return_sequences", "length_penalty") if name in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in of_beams}
         prepared = self._prepare_generation_config(generation_config, **others)  # type: ignore[misc]
         # a config of transformers' own class gets our fields below
         options, model_kwargs = cast(tuple[YanGenerationConfig, dict[str, Any]], prepared)
-        if num_sequences is not None:
-            options.num_return_sequences = num_sequences
+        for name, value in of_beams.items():
+            if value is not None:
+                setattr(options, name, value)
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
             "expert_choice": self._default_expert_choice(options),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.generation import configuration_utils
 from transformers.generation.configuration_utils import CompileConfig
 
 import modeling_yan
@@ -39,7 +40,8 @@ def length_of(text):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 @torch.no_grad()
-def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty):
+def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty, monkeypatch):
+    monkeypatch.setattr(configuration_utils.logger, "warning", pytest.fail)  # transformers' of options without beams
     model, ids = make_lively(make_model, crf_rank=rank), torch.randint(4, 64, (32, 6))
     options = {"num_flow_steps": 1, "return_prompt": False, "length_penalty": penalty}
     options |= {"max_new_tokens": 8, "return_dict_in_generate": True}
