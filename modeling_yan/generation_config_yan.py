@@ -254,9 +254,7 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         prepared = self._prepare_generation_config(generation_config, **others)  # type: ignore[misc]
         # a config of transformers' own class gets our fields below
         options, model_kwargs = cast(tuple[YanGenerationConfig, dict[str, Any]], prepared)
-        for name, value in of_beams.items():
-            if value is not None:
-                setattr(options, name, value)
+        vars(options).update({name: value for name, value in of_beams.items() if value is not None})
         defaults = {
             "num_flow_steps": self.config.num_flow_steps,
             "expert_choice": self._default_expert_choice(options),
