@@ -120,7 +120,7 @@ def test_the_figures_of_the_finetuning_guide_are_those_of_their_files():
     run = json.loads((DOCS / "benchmarks" / "finetuning.json").read_text())
     assert dict(pairwise(run["words"]))["--num_train_epochs"] == "3"
     minutes, right = f"{run['seconds']['processor'] / 60:.0f}", f"{run['test']['exact_match']:.3f}"
-    assert f"{minutes} minutes on one core, and {right} of {run['test']['rows']} test rows" in text
+    assert f"{minutes} minutes of one core's time, and {right} of {run['test']['rows']} test rows" in text
 
 
 SCRIPTS = sorted({script for page in PAGES for words in commands(page) for script in scripts(words)})
