@@ -156,16 +156,22 @@ def paper_section(paths: dict[str, Path], notes: Path) -> list[str]:
     tables = {name: json.loads(path.read_text()) for name, path in paths.items()}
     lines = ["## The paper's tasks, on a pretrained encoder and from scratch", "", notes.read_text().strip(), ""]
     lines += [f"- {PAPER_TASKS[name]}: {describe(table, name)}" for name, table in tables.items()]
-    lines += ["", "Exact match or F1, %, of the best text at three steps, or as the arm generates:", ""]
-    heads = [f"{PAPER_TASKS[name]} | seeds" for name in tables]
-    lines += ["| arm | " + " | ".join(heads) + " |", "|---" * (2 * len(heads) + 1) + "|"]
+    lines += [
+        "",
+        "Exact match or F1, %, of the best text at three steps, or as the arm generates. In brackets: seeds.",
+    ]
+    lines += [
+        "",
+        "| arm | " + " | ".join(PAPER_TASKS[name] for name in tables) + " |",
+        "|---" * (len(tables) + 1) + "|",
+    ]
     for arm in dict.fromkeys(arm for table in tables.values() for arm in table["runs"]):
         cells = []
         for table in tables.values():
             metric = table["recipe"]["metric"]
             _, scale, digits = METRICS[metric]
             values = final_figures(table["runs"], arm, "best", metric, scale=scale)
-            cells.append(f"{mean_with_interval(values, digits)} | {len(values)}" if values else " | ")
+            cells.append(f"{mean_with_interval(values, digits)} ({len(values)})" if values else "")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
