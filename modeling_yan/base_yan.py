@@ -34,18 +34,27 @@ class YanBaseMixin(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> "Self":
-        """As in transformers, but a damaged file of weights is an OSError, and NaN or infinity in it a ValueError."""
+        """As in transformers, but a damaged file of weights is an OSError.
+
+        NaN or infinity in it, or weights that an unmerged adapter wraps, are a ValueError.
+        """
+        is_asked = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except SafetensorError as error:
             raise OSError(
                 f"{pretrained_model_name_or_path}: the file of weights is cut off or damaged ({error})"
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = loaded
+        if any(".base_layer." in name for name in info["unexpected_keys"]):
+            hint = "finish the run with --resume_from_checkpoint True, or merge the adapter and save the model"
+            raise ValueError(f"{pretrained_model_name_or_path}: the weights lie in an adapter's layers: {hint}")
         if found := not_finite_weights(model):
             raise ValueError(f"{pretrained_model_name_or_path}: the weights must be finite, and there is {found}")
         check_refinement(pretrained_model_name_or_path, model.config, kwargs)
-        return loaded
+        return loaded if is_asked else model
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, Any], *arguments: Any, **keywords: Any

@@ -4,6 +4,7 @@ Letters of the shape comments: B batch, S prompt length, D hidden size. Values a
 on an accelerator that would wait for the device; shapes and types everywhere.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
@@ -153,7 +154,7 @@ def check_options(options: dict[str, Any], vocab_size: int) -> None:
 def _require(options: dict[str, Any], name: str, is_allowed: Callable[[Any], bool], allowed: str) -> None:
     value = options.get(name)
     if value is not None and not is_allowed(value):
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+        raise ValueError(f"{name}={reprlib.repr(value)}: must be {allowed}")
 
 
 def _is_id(value: Any, vocab_size: int) -> bool:

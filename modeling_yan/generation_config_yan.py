@@ -1,6 +1,7 @@
 """Options of generation: what they are, what a model can honour of them, and what is refused."""
 
 import math
+import reprlib
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, cast
@@ -324,7 +325,7 @@ def _refuse_other_options(model_fields: set[str], kwargs: dict[str, Any], *confi
     known = {*FLOW_FIELDS, *HONOURED_OPTIONS, *NOT_OF_THE_TEXT, *(model_fields - STOCK_FIELDS)}
     for options in (keywords, *chosen):
         others = {name: value for name, value in options.items() if name not in known and not name.startswith("_")}
-        asked = [f"{name}={value!r}" for name, value in others.items() if not _is_off(name, value)]
+        asked = [f"{name}={reprlib.repr(value)}" for name, value in others.items() if not _is_off(name, value)]
         if asked:
             raise ValueError(f"{', '.join(asked)}: no option of YAN, which generates all tokens of a canvas at once")
     for name in keywords.keys() - known:

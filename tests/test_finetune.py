@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizer, EvalPrediction
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    EvalPrediction,
+    Seq2SeqTrainer,
+)
 
 from modeling_yan import YanForFlowGeneration
 from modeling_yan.cards_yan import YanModelCard
@@ -26,6 +34,7 @@ from modeling_yan.training.finetuning import (
     next_command,
     parse_finetuning,
 )
+from modeling_yan.training.run_folder import find_checkpoint
 from modeling_yan.training.samples import Samples
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +221,9 @@ def test_names_that_can_not_be_are_named(tmp_path, words, message):
 
 def test_a_target_without_room_is_named(tmp_path):
     words = ["--encoder", "encoder", "--output_dir", "out"]
-    with pytest.raises(ValueError, match=r"the target of row 3 has 6 tokens: shorten it, or give --fields .*=6"):
+    with pytest.raises(
+        ValueError, match=r"the target 'in a house by the sea' has 6 tokens: shorten it, or give --fields .*=6"
+    ):
         run_here(tmp_path, *words, max_position_embeddings=6)
     run_here(tmp_path, *words, max_position_embeddings=6, canvas_length=4, num_flow_layers=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -300,9 +311,22 @@ def test_a_target_of_unknown_characters_is_never_right(tmp_path, caplog):
     write_rows(table, [rows[0]] * 2)
     words += ["--train_file", str(table), "--validation_file", str(table), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(
-        ValueError, match="2 of 2 targets have characters that the tokenizer does not know, such as 'Δ'"
+        ValueError, match="4 of 4 targets have characters that the tokenizer does not know, such as 'Δ'"
     ):
         finetune(*parse_finetuning(words))
+    write_rows(table, [{"source": "red", "target": "cat [SEP] red"}] * 2)
+    with pytest.raises(
+        ValueError, match=r"4 of 4 targets have special tokens of the tokenizer, such as .cat .SEP. red"
+    ):
+        finetune(*parse_finetuning(words))
+
+
+def test_a_held_out_target_may_be_the_longest(tmp_path):
+    write_rows(tmp_path / "longer.jsonl", [{"source": "where", "target": "in a house by the sea away here there"}])
+    words = ["--encoder", "encoder", "--output_dir", "out", "--validation_file", str(tmp_path / "longer.jsonl")]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.canvas_length, model.generation_config.max_new_tokens) == (10, 10)
 
 
 def test_the_loss_of_held_out_rows_is_over_all_of_their_canvases(tmp_path, capsys):
@@ -329,10 +353,63 @@ def test_a_run_goes_on_and_does_not_mix_with_another(tmp_path):
         run_here(tmp_path, *words, num_flow_layers=1)
     torn = tmp_path / "out" / "checkpoint-9"
     torn.mkdir()
+    words += ["--save_total_limit", "9"]  # or transformers might take the torn one for the newest and drop the others
     run_here(tmp_path, *words, "--resume_from_checkpoint", "True", "--max_steps", "3", num_flow_layers=1)
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     run_here(tmp_path, *words[:2], "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", "True")
+
+
+@pytest.mark.parametrize("damage", ["", "[", "1"])
+def test_a_checkpoint_that_is_cut_off_is_passed_over(tmp_path, damage):
+    words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--save_total_limit", "9"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text(damage)  # as where the disk was full
+    (tmp_path / "out" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-best")
+    training = parse_finetuning(["--model", "m", "--train_file", "x", "--output_dir", str(tmp_path / "out")])[1]
+    with pytest.raises(FileExistsError, match="holds a finished model: give another --output_dir"):
+        find_checkpoint(training)
+    (tmp_path / "out" / "checkpoint-best").rename(tmp_path / "out" / "checkpoint-1")
+    training.resume_from_checkpoint = "True"
+    assert find_checkpoint(training) == str(tmp_path / "out" / "checkpoint-1")
+
+
+def test_a_finished_model_is_not_overwritten(tmp_path):
+    words = ["--encoder", "encoder", "--output_dir", "out"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for again in (words, [*words, "--resume_from_checkpoint", "True"], ["--model", "out", "--output_dir", "out"]):
+        with pytest.raises(FileExistsError, match="out' holds a finished model: give another --output_dir"):
+            run_here(tmp_path, *again, "--seed", "7")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_the_optimizer_is_the_one_that_is_asked_for(tmp_path, monkeypatch):
+    made = []
+    train = Seq2SeqTrainer.train
+    monkeypatch.setattr(Seq2SeqTrainer, "train", lambda self, **kwargs: made.append(self) or train(self, **kwargs))
+    words = ["--encoder", "encoder", "--output_dir", "out", "--optim", "sgd", "--learning_rate", "0.5"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    optimizer = getattr(made[0].optimizer, "optimizer", made[0].optimizer)  # in accelerate's wrapper
+    assert type(optimizer) is torch.optim.SGD
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {0.5, 1e-4}
+
+
+@pytest.mark.parametrize("words", [["--batch_eval_metrics", "True"], ["--train_sampling_strategy", "group_by_length"]])
+def test_options_of_the_trainer_that_do_not_fit(capsys, words):
+    with pytest.raises(SystemExit):
+        options("--train_file", "x", *words)
+    assert f"{words[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_with_an_adapter_in_it_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "steps", "--save_steps", "1", "--lora"]
+    run_here(tmp_path, *words, num_flow_layers=1)
+    with pytest.raises(ValueError, match="checkpoint-2: the weights lie in an adapter's layers: finish the run with"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)[1]["missing_keys"] == set()
 
 
 def test_a_graph_takes_the_place_of_the_crf_of_a_new_model(tmp_path):
@@ -346,8 +423,11 @@ def test_a_resumed_run_has_the_same_rows_and_the_patience_that_is_left(tmp_path)
     words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
     words += ["--learning_rate", "0", "--encoder_learning_rate", "0", "--max_steps", "-1", "--save_total_limit", "9"]
     run_here(tmp_path, *words, "--num_train_epochs", "3", num_flow_layers=1)
-    with pytest.raises(ValueError, match="out was trained with another --seed, or other rows"):
-        run_here(tmp_path, *words, "--resume_from_checkpoint", "True", "--seed", "1", num_flow_layers=1)
+    again = [*words, "--resume_from_checkpoint", "True"]
+    with pytest.raises(ValueError, match=r"out was trained with other --seed$"):
+        run_here(tmp_path, *again, "--seed", "1", num_flow_layers=1)
+    with pytest.raises(ValueError, match=r"out was trained with other --fields, --lora or --lora_rank$"):
+        run_here(tmp_path, *again, "--lora", num_flow_layers=2)
     run_here(tmp_path, *words, "--num_train_epochs", "9", "--resume_from_checkpoint", "True", num_flow_layers=1)
     epochs = [int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")]
     assert max(epochs) == 4  # the first evaluation is the best, and three more may be no better

@@ -186,6 +186,12 @@ class TestRefusals:
         neutral |= {"logits_processor": [], "output_scores": False, "assistant_model": None}
         assert torch.equal(model.generate(prompts, **neutral), model.generate(prompts))
 
+    def test_the_message_is_short(self, model, prompts):
+        for options in ({"assistant_model": model}, {"suppress_tokens": list(range(10**6, 10**6 + 999))}):
+            with pytest.raises(ValueError, match=next(iter(options))) as error:
+                model.generate(prompts, **options)
+            assert len(str(error.value)) < 200
+
     def test_a_typo_is_named(self, model, prompts):
         with pytest.raises(ValueError, match="num_flow_stepz"):
             model.generate(prompts, num_flow_stepz=3)

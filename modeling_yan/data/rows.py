@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+ALLOWED_JSON = "rows are one JSON object a line, or one array of objects"
 ALLOWED = 'a row is a JSON object with a non-empty string "text", or with strings "source" and non-empty "target"'
 SUFFIXES = (".jsonl", ".jsonl.gz")
 UNFINISHED = ".unfinished-"  # begins the name of what is not there as a whole yet
@@ -123,7 +124,7 @@ def parse_json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # broken UTF-8, broken JSON, or brackets within brackets without end
-        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); {ALLOWED}") from error
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); {ALLOWED_JSON}") from error
 
 
 def _check_string(value: Any, key: str, where: str) -> None:

@@ -41,6 +41,9 @@ class PairColumns:
         source, target: Names of the columns of sources and of targets.
         template: Makes a source out of several columns, instead of `source`. It has the form of `str.format`:
             "question: {question} context: {context}".
+
+    Raises:
+        ValueError: A template without columns, or sources that hold the target.
     """
 
     source: str = "source"
@@ -49,6 +52,7 @@ class PairColumns:
 
     def __post_init__(self) -> None:
         if self.template is None:
+            self._check_target()
             return
         allowed = "must be text with columns in braces, such as 'question: {question} context: {context}'"
         try:
@@ -57,6 +61,11 @@ class PairColumns:
             raise ValueError(f"template={self.template!r}: {allowed} ({error})") from None
         if not names or not all(name and not name.isdecimal() for name in names):
             raise ValueError(f"template={self.template!r}: {allowed}")
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.target in self.needed[:-1]:
+            raise ValueError(f"target_column={self.target!r}: must be no part of the source, {self.form!r}")
 
     @property
     def form(self) -> str:

@@ -30,12 +30,13 @@ from transformers.utils import logging
 from ..cards_yan import YanModelCard
 from ..configuration_yan import LORA_PARAMETERS
 from ..data import FlowCollator, prepare_tokenizer, split_targets
-from ..data.rows import Row, write_whole
+from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
 from .encoder_states import RowsWithStates, StatesCollator
 from .models import naming
 from .optimization import make_groups
+from .run_folder import find_checkpoint, note_run
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ PATIENCE = 3  # epochs
 MEASURED_ROWS = 1024
 SHOWN = ("eval_loss", "eval_ce_loss", "eval_exact_match", "eval_rouge_l")
 LONGEST_EXAMPLE, SHORTENED = 300, 60  # characters
-ROWS_FILE = "finetuned_on.json"
 STATES = "_states"  # a folder that a Trainer does not push to the hub
 
 
@@ -161,6 +161,10 @@ def parse_finetuning(
         options, training = parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         parser.error(str(error))
+    if training.batch_eval_metrics:
+        parser.error("--batch_eval_metrics: must be left out, the scores are those of all held-out rows")
+    if training.train_sampling_strategy == "group_by_length":
+        parser.error("--train_sampling_strategy group_by_length: must be random or sequential, rows are read as text")
     return options, training
 
 
@@ -177,23 +181,24 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
     Raises:
         ValueError: A bad column, split, field or output folder, no rows, or targets that the tokenizer cannot write.
         FileNotFoundError: No such file or data set.
-        FileExistsError: `output_dir` holds the checkpoints of another run, and `resume_from_checkpoint` is not given.
+        FileExistsError: `output_dir` holds a finished model, or the checkpoints of another run, and
+            `resume_from_checkpoint` is not given.
     """
-    checkpoint = _find_checkpoint(training)
+    checkpoint = find_checkpoint(training)
     training.restore_callback_states_from_checkpoint = checkpoint is not None  # how long the loss has not fallen
     set_seed(training.seed)
     with training.main_process_first():  # the others find what it downloaded and converted
         rows, held_out, held_name = load_pairs(options, training.seed)
-    model, tokenizer = _model_and_tokenizer(options, rows)
+    model, tokenizer = _model_and_tokenizer(options, rows, held_out)
     if not training.num_train_epochs:
         training.num_train_epochs = choose_epochs(len(rows), training)
     is_main = training.process_index == 0
     if is_main:
         print(f"{len(rows):,} rows to train on; {len(held_out):,} rows held out, {held_name}")
     collator = FlowCollator(tokenizer, model=model)
-    longest = max(len(ids) for ids in _target_ids(tokenizer, rows)) + 1  # with its EOS
+    longest = max(len(ids) for ids in _target_ids(tokenizer, [*rows, *held_out])) + 1  # with its EOS
     model.generation_config.max_new_tokens = max(longest, model.generation_config.max_new_tokens)
-    _note_rows(training, [*rows, *held_out], is_resumed=checkpoint is not None)
+    note_run(training, _made_of(options, training.seed, [*rows, *held_out]), is_resumed=checkpoint is not None)
     canvases = split_targets(rows, tokenizer, model.config.canvas_length)
     held_out_canvases = [split_targets([row], tokenizer, model.config.canvas_length) for row in held_out]
     samples = None
@@ -236,29 +241,15 @@ def finetune(options: FinetuningArguments, training: Seq2SeqTrainingArguments) -
         print(f"The model is in {training.output_dir}. Next:\n  {command}")
 
 
-def _find_checkpoint(training: Seq2SeqTrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one that is asked for, or with "True" the newest whole one, if any."""
-    folder, asked = cast(str, training.output_dir), str(training.resume_from_checkpoint or False)
-    if os.path.isfile(folder):
-        raise ValueError(f"--output_dir {folder!r}: must be a folder, and is a file")
-    if asked.lower() not in ("true", "false"):
-        return asked
-    whole = (path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json"))  # which is written last
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if newest is not None and asked.lower() == "false":
-        allowed = "--resume_from_checkpoint True to go on, or another --output_dir"
-        raise FileExistsError(f"--output_dir {folder!r} holds the checkpoints of another run: give {allowed}")
-    return None if newest is None else str(newest)
-
-
-def _note_rows(training: Seq2SeqTrainingArguments, rows: Sequence[Row], is_resumed: bool) -> None:
-    """Note seed and rows, held-out ones included, in the folder. A resumed run with others would score what it saw."""
-    path = Path(cast(str, training.output_dir), ROWS_FILE)
-    now = {"seed": training.seed, "rows": hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()}
-    if is_resumed and path.exists() and json.loads(path.read_text()) != now:
-        raise ValueError(f"--resume_from_checkpoint: {path.parent} was trained with another --seed, or other rows")
-    if training.process_index == 0:
-        write_whole(path, json.dumps(now) + "\n")
+def _made_of(options: FinetuningArguments, seed: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that it goes on from, by the options' names."""
+    return {
+        "--seed": seed,
+        "rows": hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest(),
+        "--model or --encoder": Path(cast(str, options.model or options.encoder)).name,
+        "--fields": options.new_fields(),
+        "--lora or --lora_rank": options.lora_rank if options.lora else 0,
+    }
 
 
 def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list[Row], str]:
@@ -285,35 +276,36 @@ def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list
 
 
 def _model_and_tokenizer(
-    options: FinetuningArguments, rows: Sequence[Row]
+    options: FinetuningArguments, rows: Sequence[Row], held_out: Sequence[Row]
 ) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
     if options.encoder is not None:
-        return _new_model(options.encoder, rows, options.new_fields())
+        return _new_model(options.encoder, rows, held_out, options.new_fields())
     name = cast(str, options.model)
     with naming("model", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name)
     if model.config.model_type != "yan":
         raise ValueError(f"--model {name!r}: its model_type={model.config.model_type!r} must be 'yan'")
-    _check_targets(tokenizer, rows)
+    _check_targets(tokenizer, [*rows, *held_out])
     return cast(YanForFlowGeneration, model), tokenizer
 
 
 def _check_targets(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
-    """Raise ValueError if the tokenizer knows no target whole; warn of those that it does not."""
-    unknown = [
-        row["target"]
-        for row, ids in zip(rows, _target_ids(tokenizer, rows), strict=True)
-        if tokenizer.unk_token_id in ids
-    ]
-    if unknown:
-        message = (
-            f"{len(unknown):,} of {len(rows):,} targets have characters that the tokenizer does not know, such as "
-        )
-        message += f"{textwrap.shorten(unknown[0], SHORTENED, placeholder=' ...')!r}"
-        if len(unknown) == len(rows):
-            raise ValueError(f"{message}: choose another encoder or model")
-        logger.warning(f"{message}: these can't be generated, and count as wrong.")
+    """Raise ValueError if no target can be generated; warn of those that can't."""
+    ids = [set(found) for found in _target_ids(tokenizer, rows)]
+    unknown, special = {tokenizer.unk_token_id}, set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    faults = {
+        "characters that the tokenizer does not know": (unknown, "choose another encoder or model"),
+        "special tokens of the tokenizer": (special, "write them differently"),
+    }
+    for fault, (tokens, mend) in faults.items():
+        found = [row["target"] for row, own in zip(rows, ids, strict=True) if own & tokens]
+        if found:
+            example = textwrap.shorten(found[0], SHORTENED, placeholder=" ...")
+            message = f"{len(found):,} of {len(rows):,} targets have {fault}, such as {example!r}"
+            if len(found) == len(rows):
+                raise ValueError(f"{message}: {mend}")
+            logger.warning(f"{message}: these can't be generated, and count as wrong.")
 
 
 def _target_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
@@ -321,14 +313,15 @@ def _target_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list
 
 
 def _new_model(
-    encoder: str, rows: Sequence[Row], fields: dict[str, Any]
+    encoder: str, rows: Sequence[Row], held_out: Sequence[Row], fields: dict[str, Any]
 ) -> tuple[YanForFlowGeneration, PreTrainedTokenizerBase]:
-    """A model and its tokenizer on a pretrained encoder, with room for the longest target of the rows."""
+    """A model and its tokenizer on a pretrained encoder, with room for the longest target of all rows."""
     with naming("encoder", encoder):
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
-    _check_targets(tokenizer, rows)
-    targets = _target_ids(tokenizer, rows)
+    together = [*rows, *held_out]
+    _check_targets(tokenizer, together)
+    targets = _target_ids(tokenizer, together)
     longest = max(range(len(targets)), key=lambda index: len(targets[index]))
     length = len(targets[longest]) + 1  # with its EOS
     try:
@@ -339,7 +332,8 @@ def _new_model(
         if "canvas_length" in fields or f"canvas_length={length}" not in str(error):
             raise
         shorter = """shorten it, or give --fields '{"canvas_length": N}' for several canvases of N tokens"""
-        raise ValueError(f"the target of row {longest + 1} has {length - 1} tokens: {shorter} ({error})") from error
+        target = textwrap.shorten(together[longest]["target"], SHORTENED, placeholder=" ...")
+        raise ValueError(f"the target {target!r} has {length - 1} tokens: {shorter} ({error})") from error
     limits = {"max_length": model.config.max_prompt_length, "truncation": True, "padding": True}
     texts = [row["source"] for row in rows[:MEASURED_ROWS]]
     batches = (texts[start : start + 32] for start in range(0, len(texts), 32))
@@ -354,8 +348,8 @@ def _two_rates(
     if encoder_rate is None:
         return None
     groups = make_groups(model, training.weight_decay, training.learning_rate, encoder_rate)
-    betas = training.adam_beta1, training.adam_beta2
-    return torch.optim.AdamW(groups, betas=betas, eps=training.adam_epsilon)
+    kind, settings = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(training)
+    return cast(torch.optim.Optimizer, kind(groups, **settings))
 
 
 def choose_epochs(num_rows: int, training: Seq2SeqTrainingArguments) -> int:

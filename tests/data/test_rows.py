@@ -66,7 +66,8 @@ def test_a_bad_line_is_named(tmp_path, name, line, message):
 
 def test_broken_utf8_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1: not JSON in UTF-8"):
+    message = r"bad\.jsonl, line 1: not JSON in UTF-8 .*; rows are one JSON object a line, or one array"
+    with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / "bad.jsonl")
 
 

@@ -39,6 +39,12 @@ def write(path, content):
 CSV = 'question,answer\nWho?,Ann\n"Where, then?",007\n'
 
 
+@pytest.mark.parametrize("columns", [("a", "a"), ("a", "b", "{c} {b}"), ("a", "b", "{b[0]}")])
+def test_a_source_that_holds_the_target(columns):
+    with pytest.raises(ValueError, match=rf"target_column='{columns[1]}': must be no part of the source, '"):
+        PairColumns(*columns)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
