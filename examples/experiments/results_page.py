@@ -59,6 +59,7 @@ README_TASKS = {
     "sst2": "sentiment (SST-2)",
     "agnews": "news (AG News)",
     "dbpedia": "things (DBpedia)",
+    "babi": "stories (bAbI)",
 }
 README_ARMS = (
     *(ONE, SIXTEEN, ONE_CRF, SIXTEEN_CRF, *PASSES, GRAPH, "AR decoder"),
