@@ -123,6 +123,14 @@ def test_the_figures_of_the_finetuning_guide_are_those_of_their_files():
     assert f"{minutes} minutes of one core's time, and {right} of {run['test']['rows']} test rows" in text
 
 
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
+def test_a_command_does_not_train_into_a_folder_with_a_saved_model(page):
+    text = page.read_text(encoding="utf-8")
+    saved = set(re.findall(r'save_pretrained\("([^"]+)"\)', text))
+    trained = re.findall(r"--output_dir (\S+)", text)
+    assert not saved & set(trained)  # `finetune` refuses a folder with a finished model
+
+
 SCRIPTS = sorted({script for page in PAGES for words in commands(page) for script in scripts(words)})
 
 
