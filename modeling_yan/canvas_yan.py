@@ -368,7 +368,7 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         draws_text = has_choice and plan.expert_choice == "sample" and noise.token_uniform is not None
         if draws_text and self.config.expert_scope == "sequence" and plan.temperature != 1:
             judge = partial(self.draw_experts, plan=plan, uniform=cast(torch.Tensor, noise.expert_uniform))
-        temperature = plan.temperature if plan.expert_choice == "sample" else 1.0
+        temperature = plan.temperature if plan.expert_choice == "sample" and judge is None else 1.0
         return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
 
     @torch.no_grad()
@@ -377,22 +377,18 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
     ) -> torch.Tensor:
         """The experts (B, L) of texts that are drawn at a temperature T other than 1, one expert for a text.
 
-        Expert k and text y are drawn in proportion to (pi_k p_k(y))^(1/T). So an expert counts by pi_k^(1/T), the
-        tempered `prior`, times the sum of p_k(y)^(1/T) over its texts: at a low temperature the expert of the most
-        probable text is drawn, and not the gate's favourite. With a graph that sum would prefer short texts. There the
-        best text of an expert stands for all, its log-probability times 1 / T - 1, as if all were equally long.
+        Expert k counts by pi_k (pi_k p_k)^(1/T - 1), where p_k is the probability of its best text, as if the best
+        texts were equally long. At T = 1 that is the gate. At T = 0 it is the expert of the best text, which the gate
+        alone would not find. The sum of p_k(y)^(1/T) over all texts would be exact, and prefer experts of few texts.
 
         Args:
             ends: What every expert's head predicts, (B, L, K, D). uniform: Numbers (B, L, K) in (0, 1).
         """
-        if self.graph is None:
-            parts = [self.log_mass(part, plan) for part in self._rows_of_experts(ends)]
-            masses = torch.cat(parts).view(ends.shape[2], -1).T
-        else:
-            scores, lengths = self._best_of_each(ends, plan)
-            masses = (1 / max(plan.temperature, 1e-4) - 1) * scores * lengths.float().mean(1, keepdim=True) / lengths
-        joint = prior.gate_log_probs[:, 0] + masses
-        chosen = cast(torch.Tensor, choose_experts(joint, "sample", uniform[:, 0]))
+        gate = prior.gate_log_probs[:, 0]
+        scores, lengths = self._best_of_each(ends, plan)
+        best = (gate + scores) * lengths.float().mean(1, keepdim=True) / lengths
+        weights = gate + (1 / max(plan.temperature, 1e-4) - 1) * best
+        chosen = cast(torch.Tensor, choose_experts(weights, "sample", uniform[:, 0]))
         return chosen.unsqueeze(-1).expand(prior.gate_log_probs.shape[:2])
 
     @torch.no_grad()

@@ -186,19 +186,6 @@ class YanTransitions(nn.Module):
         path = draw_path(*markov, uniform[..., : candidates.shape[-1]])
         return candidates.gather(-1, path.unsqueeze(-1)).squeeze(-1)
 
-    def log_mass(
-        self,
-        embedding: nn.Embedding,
-        logits: torch.Tensor,
-        latents: torch.Tensor,
-        eos: Sequence[int] = (),
-        temperature: float = 1.0,
-    ) -> torch.Tensor:
-        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts y that `draw` draws from; 0 at 1."""
-        _, chain, _ = self._chain(embedding, logits, latents, eos)
-        scale = 1 / max(temperature, 1e-4)
-        return log_partition(*(scale * scores for scores in chain)) - scale * log_partition(*chain)
-
     def _chain(
         self, embedding: nn.Embedding, logits: torch.Tensor, latents: torch.Tensor, eos: Sequence[int]
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
@@ -317,12 +304,6 @@ class YanDecodingMixin(YanFlowMixin):
             chosen = logits.float().log_softmax(-1).gather(-1, text.unsqueeze(-1))  # cross_entropy is no ONNX yet
             return chosen.squeeze(-1).sum(-1), length
         return self.transitions.log_likelihood(self.get_input_embeddings(), logits, latents, text), length
-
-    def log_mass(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
-        """Logarithm (B,) of the sum of p(y)^(1 / temperature) over the texts of a CRF, for latents (B, L, D)."""
-        transitions, embedding = cast(YanTransitions, self.transitions), self.get_input_embeddings()
-        logits = self.allowed_logits(latents, plan)
-        return transitions.log_mass(embedding, logits, latents, plan.end_ids, plan.temperature)
 
     def allowed_logits(self, latents: torch.Tensor, plan: "CanvasPlan") -> torch.Tensor:
         """Logits (B, L, V) of latents (B, L, D), those of forbidden tokens minus infinity."""

@@ -95,8 +95,8 @@ class YanGenerationConfig(GenerationConfig):
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off. It is never saved.
         temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
-            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"`
-            and a CRF it divides the joint log-probability of expert and text.
+            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"` and
+            one of these, an expert also counts by its best text: the more, the lower the temperature.
         length_penalty: The best text has the highest log-probability divided by its length to this power; 1 if None.
             It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope` "sequence" or "chain". It
             has no effect with `do_sample`.
