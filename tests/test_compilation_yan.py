@@ -182,6 +182,7 @@ def test_a_second_shape_is_the_last_recompilation(lively_model, model_class):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "settings"),
     mostly_attention(
@@ -228,6 +229,7 @@ def generated(model, ids, mask, **options):
         drawn=({**LIKELIHOOD, "crf_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ),
 )
+@pytest.mark.slow
 def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings, options):
     model, (ids, mask, _) = lively_model(num_experts=3, **settings), batch()
     whole = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode="default")
@@ -238,6 +240,7 @@ def test_generate_as_one_program_writes_the_plain_tokens(lively_model, settings,
     assert compiled.num_trunk_passes == plain.num_trunk_passes
 
 
+@pytest.mark.slow
 @only_attention
 def test_prompts_of_a_bucket_share_a_program(lively_model):
     model = lively_model(max_position_embeddings=160)
@@ -262,6 +265,7 @@ def add_hook(model):
     model.flow.norm.register_forward_hook(lambda module, arguments, output: -output)
 
 
+@pytest.mark.slow
 @only_attention
 def test_a_compiled_program_follows_its_weights_and_hooks(lively_model):
     model, (ids, mask, _) = lively_model(num_flow_steps=1), batch()

@@ -161,6 +161,7 @@ def test_every_tab_works_in_a_browser_and_nothing_is_fetched_from_elsewhere(spac
     assert [url for url in asked if not url.startswith((space, "data:", "blob:"))] == []
 
 
+@pytest.mark.slow
 def test_the_command_serves_its_models_where_it_is_told(monkeypatch, capsys):
     page, launched = pytest.importorskip("modeling_yan.demo.page"), []
     monkeypatch.setattr(page, "build_demo", list)

@@ -53,6 +53,7 @@ def inputs():
     return ids, mask
 
 
+@pytest.mark.slow
 def test_a_program_has_the_options_of_the_models_generation_config(make_lively_model, inputs):
     model, options = make_lively_model(), {"return_prompt": False, "max_new_tokens": 8}
     first = model.generate(*inputs[:1], attention_mask=inputs[1], **options)
@@ -92,6 +93,7 @@ def test_an_exported_program_writes_what_generate_writes(lively_model, inputs):
     assert torch.equal(program(*other), generated(lively_model, *other, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "fields"), [("attention", ONE_EXPERT), ("mamba", {})])
 def test_a_program_takes_any_number_of_prompts_of_any_length(make_lively_model, fields):
     model = make_lively_model(**fields)
@@ -115,6 +117,7 @@ def test_padding_is_not_between_answer_slots_and_prompt_in_it_either(make_lively
     assert torch.equal(tokens, generated(model, *inputs, 1))
 
 
+@pytest.mark.slow
 @only_attention
 def test_chains_are_read_off_in_it_too(make_lively_model, inputs):
     model = make_lively_model(crf_rank=4, crf_candidates=5)

@@ -292,6 +292,7 @@ def test_an_adapter_of_the_encoder_is_merged_into_the_model(tmp_path):
         FinetuningArguments(train_file="x", encoder="x", lora=True, fields='{"freeze_encoder": true}')
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_new_weights_too(tmp_path):
     weights = []
     for seed, folder in ((7, "a"), (7, "b"), (8, "c")):
@@ -329,6 +330,7 @@ def test_a_held_out_target_may_be_the_longest(tmp_path):
     assert (model.config.canvas_length, model.generation_config.max_new_tokens) == (10, 10)
 
 
+@pytest.mark.slow
 def test_the_loss_of_held_out_rows_is_over_all_of_their_canvases(tmp_path, capsys):
     targets = {"ends": "x x x x y y y y", "otherwise": "x x x x z z z z"}
     save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away x y z")
@@ -419,6 +421,7 @@ def test_a_graph_takes_the_place_of_the_crf_of_a_new_model(tmp_path):
     assert (model.config.vertices_per_token, model.config.crf_rank) == (2, 0)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_rows_and_the_patience_that_is_left(tmp_path):
     words = ["--encoder", "encoder", "--output_dir", "out", "--save_strategy", "epoch", "--eval_strategy", "epoch"]
     words += ["--learning_rate", "0", "--encoder_learning_rate", "0", "--max_steps", "-1", "--save_total_limit", "9"]

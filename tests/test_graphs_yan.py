@@ -217,6 +217,7 @@ def test_a_text_goes_on_in_the_next_canvas():
     assert not (tokens == EOS).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS)
 def test_it_learns_and_is_the_same_when_loaded(fields, tmp_path):
     model = make_graph(**fields)
@@ -294,6 +295,7 @@ def test_lost_numbers_are_an_error():
                 model.generate(PROMPT, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, EXPERTS], ids=["one expert", "experts"])
 def test_compiled_and_exported_programs_write_the_same(fields):
     model = make_graph(**fields)

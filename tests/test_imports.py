@@ -55,6 +55,7 @@ def loaded(tmp_path_factory) -> dict[str, tuple[set[str], set[str]]]:
     return {name: (set(before), set(after)) for name, before, after in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["import", "loaded", "loaded as remote code"])
 def test_the_models_need_no_trainer_and_no_data_sets(loaded, name):
     before, after = loaded[name]
@@ -62,6 +63,7 @@ def test_the_models_need_no_trainer_and_no_data_sets(loaded, name):
     assert not (after - before) & OWN
 
 
+@pytest.mark.slow
 def test_a_trainer_of_a_yan_model_logs_its_terms_and_an_import_does_not_touch_trainers(loaded):
     _, after = loaded["trained"]
     assert "modeling_yan.trainer_yan" in after

@@ -45,6 +45,7 @@ def requests(kind, *arguments):
 QUESTION = "<mask>" * 8 + " Question: Where is the apple? Mary went to the kitchen. Mary took the apple."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [("loglikelihood", (QUESTION, " The apple is in the kitchen.")), ("loglikelihood_rolling", (QUESTION,))],

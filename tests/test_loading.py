@@ -216,6 +216,7 @@ WHOLE = {
 WHOLE |= {"num_answer_slots": 8, "copy_prompt_to_slots": True, "attention_conv_kernel": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [WHOLE, {"share_expert_head": True}], ids=["all parts", "one head"])
 @pytest.mark.parametrize("part", ["model", "all"])
 def test_weights_on_a_disk_are_read_in_the_call_of_their_own_module(make_model, prompts, tmp_path, part, options):

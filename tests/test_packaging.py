@@ -92,6 +92,7 @@ def test_the_wheel_installs_the_command(wheel):
     assert "yan = modeling_yan.commands:main" in entries.splitlines()
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_works_away_from_the_tree(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
     printed = run("-c", TINY_MODELS, cwd=tmp_path, env=environment)

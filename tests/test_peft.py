@@ -73,6 +73,7 @@ def test_the_encoder_can_be_adapted_too(base, batch, variant):
     assert all(weight.grad.abs().sum() > 0 for weight in adapted.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [{}, EVERYTHING], ids=["layers", "layers and experts"])
 def test_lora_trains_under_the_trainer_and_comes_back_from_its_folder(base, batch, tokenizer, tmp_path, targets):
     before = {name: weight.clone() for name, weight in base.state_dict().items()}

@@ -12,6 +12,7 @@ from modeling_yan.evaluation import generate_answers
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
 def test_a_short_training_on_plain_rows_keeps_the_model_right(name, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)

@@ -35,6 +35,7 @@ print(asked)
 """
 
 
+@pytest.mark.slow
 def test_plain_use_asks_nothing_of_the_network(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}

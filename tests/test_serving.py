@@ -218,6 +218,7 @@ def test_transformers_chat_talks_to_it(server):
     assert ANSWER in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_loses_nothing(server, client, write):
     wanted = write(PROMPT)
     with ThreadPoolExecutor(16) as pool:

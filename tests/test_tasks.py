@@ -229,6 +229,7 @@ def test_a_distribution_is_compared_with_its_references(load_script, task_recipe
     assert found == pytest.approx({"right": 0.75, "total_variation": 0.3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_the_recipes_of_tasks_are_whole(load_script, path, tokenizer):
     script = load_script("tasks")

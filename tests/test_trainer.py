@@ -256,6 +256,7 @@ def test_gradient_checkpointing_changes_no_update(make_model, tokenizer, rows, t
     torch.testing.assert_close(saving, plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_nearly_the_same(make_model, tokenizer, rows, tmp_path):
     _, losses = trained_weights(make_model, tokenizer, rows, tmp_path)
     _, narrow = trained_weights(make_model, tokenizer, rows, tmp_path, bf16=True)
@@ -384,6 +385,7 @@ def test_label_smoothing_of_a_plain_autoencoder_works(make_model, tokenizer, tmp
         make_trainer(Trainer, model, tokenizer, rows, tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_no_update_of_the_autoencoder(make_model, tokenizer, tmp_path):
     generator, norms = torch.Generator().manual_seed(0), []
     ids = torch.randint(4, 64, (8, 10), generator=generator)
@@ -399,6 +401,7 @@ def test_accumulation_changes_no_update_of_the_autoencoder(make_model, tokenizer
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming_the_autoencoder_in_the_middle_changes_nothing(make_model, tokenizer, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "remove_unused_columns": False}
     weights = []

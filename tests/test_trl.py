@@ -63,6 +63,7 @@ def test_the_collator_gives_the_pairs_that_the_trainer_was_given(model, tokenize
     assert all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
+@pytest.mark.slow
 def test_sft_minimises_the_objective_of_the_flow(model, tokenizer, tmp_path):
     trainer = make_trainer(model, tokenizer, tmp_path, max_steps=30)
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -85,6 +86,7 @@ def test_batches_for_causal_models_are_refused(model, tokenizer, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_sft_makes_the_updates_of_the_plain_trainer(make_model, tokenizer, tmp_path):
     sft = make_trainer(make_model(vocab_size=len(tokenizer), **SMALL), tokenizer, tmp_path)
     sft.train()
@@ -105,6 +107,7 @@ def test_a_saved_model_writes_the_same(model, tokenizer, tmp_path):
     assert torch.equal(loaded.generate(**prompts), model.generate(**prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_accumulation_leaves_the_logged_loss_alone(make_model, tokenizer, tmp_path, accumulation):
     model = make_model(vocab_size=len(tokenizer), **SMALL)

@@ -3,6 +3,7 @@
 python examples/reliability/clients.py
 """
 
+import ast
 import json
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def make_page() -> str:
 
 
 def _tests(row: dict) -> str:
-    names = "<br>".join(f"`{name}`" for name in row["tests"])
-    return f"{names} ({row['marker']})" if "marker" in row else names
+    return "<br>".join(f"`{name}`{_marker(name)}" for name in row["tests"])
+
+
+def _marker(test: str) -> str:
+    """ " (slow)" or " (compiler)" for a test with this marker, as its decorators say."""
+    path, *_, name = test.split("::")
+    nodes = ast.walk(ast.parse((ROOT / path).read_text()))
+    function = next(each for each in nodes if isinstance(each, ast.FunctionDef) and each.name == name)
+    marks = {ast.unparse(each).removeprefix("pytest.mark.") for each in function.decorator_list}
+    return "".join(f" ({marker})" for marker in ("slow", "compiler") if marker in marks)
 
 
 if __name__ == "__main__":

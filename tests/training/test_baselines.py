@@ -44,6 +44,7 @@ def test_all_models_get_the_same_rows_in_the_same_order(stage, of_pairs, data):
         assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])) for name in batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", INPUT_ADAPTERS)
 def test_a_baseline_is_trained_validated_saved_and_resumed_bit_for_bit(stage, of_pairs, runs, fresh, tmp_path):
     whole = of_pairs(stage=stage, output_dir=str(tmp_path / "whole"), max_steps=4, save_steps=2)
@@ -61,6 +62,7 @@ def test_a_baseline_is_trained_validated_saved_and_resumed_bit_for_bit(stage, of
     load(stage, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", INPUT_ADAPTERS)
 def test_a_baseline_learns_its_rows(stage, of_pairs, runs):
     settings = {"max_steps": 40, "save_steps": 40, "per_device_train_batch_size": 10, "learning_rate": 1e-2}

@@ -88,6 +88,7 @@ def test_what_rows_lack_is_said_by_a_worker(make_samplers):
         list(load_updates(samplers, 0, num_workers=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
 def test_a_run_with_workers_is_the_same_and_goes_on_with_none(arguments, runs, fresh, stage):
     options = {"stage": stage, "max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}

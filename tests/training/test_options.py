@@ -55,6 +55,7 @@ class TestMovingAverage:
 
 
 class TestTheSameResult:
+    @pytest.mark.slow
     @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
     def test_with_gradient_checkpointing(self, arguments, runs, fresh, stage):
         plain = arguments(stage=stage)

@@ -74,6 +74,7 @@ class TestLearning:
         first, *_, last = [line for line in runs.log(settings.output_dir) if "loss" in line]
         assert last["ce_loss"] < 0.5 * first["ce_loss"]
 
+    @pytest.mark.slow
     def test_stage_two_learns_a_constant_answer(self, arguments, make_config, tmp_path, runs):
         write_rows(tmp_path / "constant.jsonl", PAIRS)
         sizes = {"num_encoder_layers": 1, "num_flow_layers": 1, "decoder_dropout": 0.0}
