@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .chains_yan import rank_by_length
 from .compilation_yan import is_exporting
 from .configuration_yan import YanConfig
-from .decoding_yan import YanDecodingMixin, log_probs_of_text_and_fill
+from .decoding_yan import YanDecodingMixin
 from .experts_yan import YanExpertChoice, YanExpertPrior, choose_experts
 from .flow_matching_yan import extrapolate, hashed_normal, solve_flow
 from .graphs_yan import YanGraph
@@ -362,11 +362,11 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
 
     def expert_choice(self, plan: CanvasPlan, noise: CanvasNoise) -> YanExpertChoice:
         """How the experts of a canvas are chosen."""
-        has_choice = self.config.num_experts > 1 and self.config.expert_scope != "token"
+        has_choice = self.config.num_experts > 1 and self.config.expert_scope == "sequence"
         by_text = has_choice and plan.expert_choice == "argmax"
         judge = partial(self.best_experts, plan=plan) if by_text else None
         draws_text = has_choice and plan.expert_choice == "sample" and noise.token_uniform is not None
-        if draws_text and self.config.expert_scope == "sequence" and plan.temperature != 1:
+        if draws_text and plan.temperature != 1:
             judge = partial(self.draw_experts, plan=plan, uniform=cast(torch.Tensor, noise.expert_uniform))
         temperature = plan.temperature if plan.expert_choice == "sample" and judge is None else 1.0
         return YanExpertChoice(plan.expert_choice, noise.expert_uniform, noise.expert_ranks, temperature, judge)
@@ -404,29 +404,18 @@ class YanCanvasMixin(YanDecodingMixin, YanPretrainedMixin):
         """
         if prior.scope == "token":
             return cast(torch.Tensor, prior.choose("argmax"))
-        return self._best_chain(ends, prior, plan) if prior.scope == "chain" else self._best_of_all(ends, prior, plan)
+        scores, lengths = self._best_of_each(ends, plan)
+        joint = scores + prior.gate_log_probs[:, 0]
+        best = rank_by_length(joint, lengths.float(), plan.length_penalty).argmax(-1, keepdim=True)
+        return best.expand(prior.gate_log_probs.shape[:2])
 
     def _rows_of_experts(self, ends: torch.Tensor) -> Sequence[torch.Tensor]:
         """The ends (B, L, K, D) as rows (K B, L, D), in parts whose logits fit into memory together."""
         by_expert = ends.unbind(2)
         return by_expert if is_exporting() else self.split_rows(torch.cat(by_expert))
 
-    def _best_of_all(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
-        scores, lengths = self._best_of_each(ends, plan)
-        joint = scores + prior.gate_log_probs[:, 0]
-        best = rank_by_length(joint, lengths.float(), plan.length_penalty).argmax(-1, keepdim=True)
-        return best.expand(prior.gate_log_probs.shape[:2])
-
     def _best_of_each(self, ends: torch.Tensor, plan: CanvasPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and length (B, K) of the most likely text of each expert, `ends` (B, L, K, D)."""
         scored = [self.score_tokens(part, plan) for part in self._rows_of_experts(ends)]
         scores, lengths = (torch.cat(each).view(ends.shape[2], -1).T for each in zip(*scored, strict=True))
         return scores, lengths
-
-    def _best_chain(self, ends: torch.Tensor, prior: YanExpertPrior, plan: CanvasPlan) -> torch.Tensor:
-        """For chains of experts: those that lead to the best text together."""
-        logits = (self.allowed_logits(part, plan) for part in self._rows_of_experts(ends))
-        parts = [log_probs_of_text_and_fill(each, plan.end_ids) for each in logits]
-        shape = ends.shape[2], -1, ends.shape[1]
-        tokens, *fill = (torch.cat(each).view(shape).movedim(0, -1) for each in zip(*parts, strict=True))
-        return prior.best_chain(tokens, fill[0] if fill else None, plan.length_penalty)

@@ -1,11 +1,10 @@
 """Linear chains: sums, maxima and draws over all paths through states with scores for neighbours.
 
-Two things of YAN are chains. The experts of neighbouring tokens are one if `expert_scope="chain"`: a hidden Markov
-model. The candidates of neighbouring tokens are one if `crf_rank` is above 0: a conditional random field.
+With `crf_rank` above 0 the states are the candidates of neighbouring tokens, a conditional random field.
 
 `log_partition` and `best_path` go from token to token on a CPU, C^2 operations each. On an accelerator, and in a
 compiled program, they join halves in log2(L) rounds, C^3 operations each. `draw_path` joins halves everywhere;
-`best_ending`, `as_markov` and `chain_marginals` go from token to token.
+`best_ending` and `as_markov` go from token to token.
 
 Letters of the shape comments: B batch, L length, C states of a token.
 """
@@ -143,14 +142,6 @@ def draw_path(log_first: torch.Tensor, log_transitions: torch.Tensor, uniform: t
         after = torch.cat([after[:, :reach], composed], dim=1)
         reach *= 2
     return torch.cat([first, after.gather(-1, first.unsqueeze(1).expand(-1, after.shape[1], -1)).squeeze(-1)], dim=1)
-
-
-def chain_marginals(log_first: torch.Tensor, log_transitions: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B, L, C) of each token's states in a Markov chain; arguments as in `draw_path`."""
-    marginals = [log_first]
-    for step in log_transitions.unbind(1):
-        marginals.append((marginals[-1].unsqueeze(-1) + step).logsumexp(-2))
-    return torch.stack(marginals, dim=1)
 
 
 def _segments(emissions: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:

@@ -27,13 +27,13 @@ LORA_PARAMETERS = ["experts.heads.up_proj", "experts.heads.down_proj"]
 CHOICES = {
     "encoder_mixer": ("attention", "mamba"),
     "flow_mixer": ("attention", "mamba"),
-    "expert_scope": ("token", "sequence", "chain"),
+    "expert_scope": ("token", "sequence"),
     "train_expert_choice": ("argmax", "sample", "posterior"),
 }
 POSITIVE_FIELDS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "num_encoder_layers"),
     *("num_flow_layers", "num_decoder_layers", "max_position_embeddings", "state_size", "conv_kernel", "expand"),
-    *("time_step_rank", "num_experts", "gate_temperature", "gate_rank", "init_noise", "canvas_length"),
+    *("time_step_rank", "num_experts", "gate_temperature", "init_noise", "canvas_length"),
     *("layer_norm_eps", "initializer_range", "crf_candidates", "vertices_per_token"),
 )
 PROBABILITY_FIELDS = ("hidden_dropout", "attention_dropout", "decoder_dropout")
@@ -84,11 +84,8 @@ class YanConfig(PreTrainedConfig):
             A text drawn at temperature 1 takes as long as with one expert. Without sampling all K texts are compared,
             which takes longer.
         expert_scope: Which tokens share an expert. `"token"`, the default: each token has its own, as in the paper.
-            `"sequence"`: one expert generates the whole canvas. `"chain"`: each token's expert depends on the expert
-            of the token before it, as in a hidden Markov model.
+            `"sequence"`: one expert generates the whole canvas.
         gate_temperature: The gate's logits are divided by it (section 3); above 0, default 1.0.
-        gate_rank: Rank of the gate's scores for experts of neighbouring tokens, with `expert_scope="chain"`; at least
-            1, default 64.
         init_noise: Standard deviation of the noise in the start point x0 (section 3); above 0, default 1.0.
         num_answer_slots: Mask tokens that the model puts before every prompt; below `max_position_embeddings`,
             default 0. The encoder's latents in these slots are a draft of the answer. The draft can be decoded without
@@ -121,7 +118,6 @@ class YanConfig(PreTrainedConfig):
             one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all
             experts (`text_loss`). It draws the expert from its posterior, so that different experts learn different
             targets. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`.
-            `expert_scope="chain"` needs it.
         objective: How the model is trained: a `YanObjectiveConfig`, or a dictionary of its fields; default its own.
         pad_token_id, bos_token_id, eos_token_id, mask_token_id: In [0, vocab_size), or None; default 0, 1, 2 and 3.
 
@@ -193,7 +189,6 @@ class YanConfig(PreTrainedConfig):
     share_expert_head: bool = False
     expert_scope: str = "token"
     gate_temperature: float | int = 1.0
-    gate_rank: int = 64
     init_noise: float | int = 1.0
     num_answer_slots: int = 0
     copy_prompt_to_slots: bool = False
@@ -318,9 +313,8 @@ class YanConfig(PreTrainedConfig):
 
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
-            require(self, name, choices.__contains__, f"one of {', '.join(choices)}")
-        if self.expert_scope == "chain":
-            require(self, "train_expert_choice", "posterior".__eq__, "'posterior' with expert_scope='chain'")
+            gone = "; version 0.2 was the last that had it" * (getattr(self, name) == "chain")
+            require(self, name, choices.__contains__, f"one of {', '.join(choices)}{gone}")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         require(self, "num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         width = f"None or greater than 0 and at most {MOST}"

@@ -54,14 +54,6 @@ def argmax_until_eos(logits: torch.Tensor, eos: Sequence[int] = ()) -> torch.Ten
     return tokens
 
 
-def log_probs_of_text_and_fill(logits: torch.Tensor, eos: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:
-    """Highest log-probability (B, L) of a token that is no EOS, and of one that is; of any token alone without EOS."""
-    total = logits.float().logsumexp(-1)
-    if not eos:
-        return (logits.amax(-1) - total,)
-    return _best_of_others(logits, eos)[0] - total, torch.stack([logits[..., token] for token in eos]).amax(0) - total
-
-
 def _best_of_others(logits: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Highest logit (B, L) and its token id of those that are no EOS.
 

@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .chains_yan import as_markov, best_ending, best_path, chain_marginals, draw_path, log_partition
 from .configuration_yan import YanConfig
 from .expert_heads_yan import YanExpertHeads, YanTokenGroups
-from .linear_yan import ZeroInitLinear
 
 
 class YanGate(nn.Module):
@@ -34,57 +32,26 @@ class YanGate(nn.Module):
         return F.log_softmax(logits.float() / self.temperature, dim=-1)
 
 
-class YanGateTransitions(nn.Module):
-    """How well the experts of neighbouring tokens go together, from the text that each of them would lead to."""
-
-    def __init__(self, config: YanConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.from_proj = nn.Linear(config.hidden_size, config.gate_rank)
-        self.to_proj = ZeroInitLinear(config.hidden_size, config.gate_rank)
-
-    def forward(self, ends: torch.Tensor, gate_log_probs: torch.Tensor) -> torch.Tensor:
-        """log pi (B, L - 1, K, K) of each token's expert given that of the token before it, in float32.
-
-        Args:
-            ends: What the experts' heads predict, (B, L, K, D).
-            gate_log_probs: The gate without neighbours, (B, L, K).
-        """
-        states = self.norm(ends)
-        scores = self.from_proj(states[:, :-1]) @ self.to_proj(states[:, 1:]).transpose(-1, -2)
-        return F.log_softmax(
-            scores.float() * self.from_proj.out_features**-0.5 + gate_log_probs[:, 1:].unsqueeze(2), dim=-1
-        )
-
-
 @dataclass
 class YanExpertPrior:
     """What the gate says of the experts of a batch of texts, before they are seen.
 
     Args:
         scope: `expert_scope` of the config.
-        gate_log_probs: log pi_k (B, L, K): of every token, of every sequence (the same for all tokens), or of a
-            chain's first token.
-        log_transitions: Of a chain, (B, L - 1, K, K); else None.
+        gate_log_probs: log pi_k (B, L, K): of every token, or of every sequence (the same for all tokens).
     """
 
     scope: str
     gate_log_probs: torch.Tensor
-    log_transitions: torch.Tensor | None = None
 
     def log_evidence(self, log_likelihood: torch.Tensor) -> torch.Tensor:
         """log p(y) (B,) of texts, summed over all experts, from log p_k(y) (B, L, K) of their tokens."""
-        if self.log_transitions is not None:
-            return log_partition(self._emissions(log_likelihood), self.log_transitions)
         if self.scope == "sequence":
             return (log_likelihood.sum(1) + self.gate_log_probs[:, 0]).logsumexp(-1)
         return (log_likelihood + self.gate_log_probs).logsumexp(-1).sum(1)
 
     def posterior(self, log_likelihood: torch.Tensor) -> "YanExpertPrior":
         """The same when the texts have been seen; argument as of `log_evidence`."""
-        if self.log_transitions is not None:
-            first, transitions = as_markov(self._emissions(log_likelihood), self.log_transitions)
-            return YanExpertPrior("chain", first.unsqueeze(1).expand_as(self.gate_log_probs), transitions)
         if self.scope == "sequence":
             log_likelihood = log_likelihood.sum(1, keepdim=True)
         return YanExpertPrior(self.scope, (log_likelihood + self.gate_log_probs).log_softmax(-1))
@@ -95,14 +62,8 @@ class YanExpertPrior:
         It is 0 where all experts would generate the same. Its mean over the model's own texts is the mutual
         information of expert and text, given the prompt. Argument as of `log_evidence`.
         """
-        shares = self.posterior(log_likelihood).marginals().exp()
+        shares = self.posterior(log_likelihood).gate_log_probs.exp()
         return (shares * log_likelihood).sum((1, 2)) - self.log_evidence(log_likelihood)
-
-    def marginals(self) -> torch.Tensor:
-        """log pi_k (B, L, K) of every token independently."""
-        if self.log_transitions is not None:
-            return chain_marginals(self.gate_log_probs[:, 0], self.log_transitions)
-        return self.gate_log_probs
 
     def choose(
         self, choice: str, uniform: torch.Tensor | None = None, ranks: torch.Tensor | None = None
@@ -110,52 +71,17 @@ class YanExpertPrior:
         """One expert per token (B, L), or None for the "mixture".
 
         Args:
-            choice: As in `choose_experts`; "ranked" is for no chain. uniform, ranks: The same; of a sequence those of
-                its first token decide.
+            choice, uniform, ranks: As in `choose_experts`; of a sequence those of its first token decide.
         """
+        gate = self.gate_log_probs
         if choice == "mixture" or self.scope == "token":
-            return choose_experts(self.gate_log_probs, choice, uniform, ranks)
-        if self.scope == "sequence":
-            first, gate = None if uniform is None else uniform[:, :1], self.gate_log_probs
-            chosen = choose_experts(gate[:, :1], choice, first, ranks)
-            return None if chosen is None else chosen.expand(gate.shape[:2])
-        if choice == "argmax":
-            return self.best_chain(torch.zeros_like(self.gate_log_probs))
-        if choice == "sample":
-            uniform = torch.rand_like(self.gate_log_probs) if uniform is None else uniform
-            return draw_path(self.gate_log_probs[:, 0], self._transitions, uniform)
-        raise ValueError(f"expert_choice={choice!r}: must be argmax, sample or mixture with expert_scope='chain'")
-
-    def best_chain(
-        self, tokens: torch.Tensor, fill: torch.Tensor | None = None, length_penalty: float = 1.0
-    ) -> torch.Tensor:
-        """The experts (B, L) of a chain that are the most probable together with the text that they lead to.
-
-        Args:
-            tokens: Log-probability (B, L, K) of each expert's best token. fill: The same of its best EOS, if there is
-                one; the text's length is then chosen by `best_ending`, and after it there is nothing but EOS.
-        """
-        tokens = self._emissions(tokens.float())
-        if fill is not None:
-            fill = self._emissions(fill.float())
-            length = best_ending(tokens, fill, self._transitions, length_penalty)
-            is_fill = torch.arange(tokens.shape[1], device=tokens.device) >= length.unsqueeze(1)
-            tokens = torch.where(is_fill.unsqueeze(-1), fill, tokens)
-        return best_path(tokens, self._transitions)
-
-    @property
-    def _transitions(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.log_transitions)  # where the scope is a chain
+            return choose_experts(gate, choice, uniform, ranks)
+        chosen = choose_experts(gate[:, :1], choice, None if uniform is None else uniform[:, :1], ranks)
+        return cast(torch.Tensor, chosen).expand(gate.shape[:2])
 
     def tempered(self, temperature: float) -> "YanExpertPrior":
         """The prior with its logits divided by a temperature of at least 0."""
-        scale = 1 / max(temperature, 1e-4)
-        transitions = None if self.log_transitions is None else (scale * self.log_transitions).log_softmax(-1)
-        return YanExpertPrior(self.scope, (scale * self.gate_log_probs).log_softmax(-1), transitions)
-
-    def _emissions(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, L, K) in which the first token has its prior, as the functions of chains want them."""
-        return torch.cat([scores[:, :1] + self.gate_log_probs[:, :1], scores[:, 1:]], dim=1)
+        return YanExpertPrior(self.scope, (self.gate_log_probs / max(temperature, 1e-4)).log_softmax(-1))
 
 
 @dataclass(frozen=True)

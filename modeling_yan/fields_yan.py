@@ -12,7 +12,7 @@ MOST = 2**31 - 1  # of everything that is counted
 KNOWN_EXTRAS = {"auto_map", "custom_pipelines", "quantization_config"}  # attributes that transformers adds to a config
 
 LAST_VERSION = "0.1"  # that had the fields and options below, but for those with a version of their own
-LAST_VERSIONS = {"solver": "0.2"}
+LAST_VERSIONS = {"solver": "0.2", "gate_rank": "0.2"}
 # What is gone, with the value that asked for nothing, and whether no other one can change what a model generates.
 REMOVED = {
     "self_conditioning": (False, False),
@@ -26,6 +26,7 @@ REMOVED = {
     "detach_transitions": (False, True),
     "expert_exploration": (0.15, True),
     "gate_weight": (1.0, True),
+    "gate_rank": (64, True),
     # of generation
     "commit_threshold": ("off", True),  # without effect but in a model with self_conditioning
     "solver": ("euler", False),

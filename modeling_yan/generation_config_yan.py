@@ -28,6 +28,10 @@ FLOW_FIELDS = (
     "return_prompt",
 )
 RENAMED = {"end_choice": "eos_strategy", "use_transitions": "crf_decoding"}  # names of 0.1 and 0.2
+HINTS = {  # of what generate does not take
+    "token_type_ids": "prepare_tokenizer leaves them out",
+    "inputs_embeds": "it takes token ids alone; forward takes embeddings",
+}
 OLD_OPTIONS = {*RENAMED, "compile_generation", "solver"}  # that a call may still have
 IGNORED_KWARGS = ("labels", "use_cache", "synced_gpus")  # Seq2SeqTrainer hands them in
 STOCK_FIELDS = frozenset(vars(GenerationConfig()))
@@ -73,11 +77,11 @@ class YanGenerationConfig(GenerationConfig):
             through the flow's trunk. 0 decodes the encoder's draft in the answer slots (`num_answer_slots`) without
             the flow.
         expert_choice: How each token's expert is chosen at t = 0. "argmax" takes the most probable expert of the gate;
-            with `expert_scope` "sequence" or "chain", the experts of the most probable text. "sample" draws from the
-            gate. "mixture" weights all experts by the gate. "ranked" gives sequence r of a prompt its r-th most
-            probable expert. It works without `do_sample`, with `num_return_sequences` of at most `num_experts`, and
-            not with `expert_scope="chain"`. Pass `num_return_sequences` to `generate` then. If None, "argmax"; with
-            `do_sample` and `train_expert_choice="posterior"`, "sample".
+            with `expert_scope="sequence"`, the expert of the most probable text. "sample" draws from the gate.
+            "mixture" weights all experts by the gate. "ranked" gives sequence r of a prompt its r-th most probable
+            expert. It works without `do_sample`, with `num_return_sequences` of at most `num_experts`. Pass
+            `num_return_sequences` to `generate` then. If None, "argmax"; with `do_sample` and
+            `train_expert_choice="posterior"`, "sample".
         canvas_length: Tokens generated at once, at least 1; `config.canvas_length` if None.
         eos_strategy: Where a text ends; "likeliest" if None. "likeliest" takes the length with the highest joint
             probability of the tokens and of the EOS in all positions after them. "first" takes the first EOS of
@@ -98,8 +102,8 @@ class YanGenerationConfig(GenerationConfig):
             log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"` and
             one of these, an expert also counts by its best text: the more, the lower the temperature.
         length_penalty: The best text has the highest log-probability divided by its length to this power; 1 if None.
-            It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope` "sequence" or "chain". It
-            has no effect with `do_sample`.
+            It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope="sequence"`. It has no
+            effect with `do_sample`.
 
     Example:
 
@@ -276,8 +280,8 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         self._check_fit(options)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IGNORED_KWARGS}
         if model_kwargs:
-            hint = ": prepare_tokenizer leaves them out" if "token_type_ids" in model_kwargs else ""
-            raise ValueError(f"generate has no argument {', '.join(model_kwargs)}{hint}")
+            hints = [hint for name, hint in HINTS.items() if name in model_kwargs]
+            raise ValueError(": ".join([f"generate has no argument {', '.join(model_kwargs)}", *hints]))
         return options
 
     def _default_expert_choice(self, options: YanGenerationConfig) -> str:
@@ -287,9 +291,6 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
     def _check_fit(self, options: YanGenerationConfig) -> None:
         """Raise ValueError for an option that this model can't honour."""
         self._check_draft(options.canvas_length, options.num_flow_steps)
-        is_chain = self.config.expert_scope == "chain"
-        if is_chain and options.expert_choice == "ranked":
-            raise ValueError("expert_choice='ranked': must be argmax, sample or mixture with expert_scope='chain'")
         if options.length_penalty not in (None, 1):
             self._check_length_penalty(options)
 
@@ -297,9 +298,9 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         config, penalty = self.config, f"length_penalty={options.length_penalty}: must be 1 without"
         if config.train_expert_choice != "posterior":
             raise ValueError(f"{penalty} train_expert_choice='posterior'")
-        has_experts = config.num_experts > 1 and config.expert_scope != "token"
+        has_experts = config.num_experts > 1 and config.expert_scope == "sequence"
         if not (has_experts or self.graph is not None or (self.transitions is not None and options.crf_decoding)):
-            raise ValueError(f"{penalty} a CRF, a graph, or experts with expert_scope 'sequence' or 'chain'")
+            raise ValueError(f"{penalty} a CRF, a graph, or experts with expert_scope='sequence'")
 
     def _check_num_sequences(self, options: YanGenerationConfig) -> None:
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"

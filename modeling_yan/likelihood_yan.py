@@ -37,7 +37,7 @@ class YanLikelihoodMixin(YanObjectiveMixin):
 
             p(y) = sum_k pi_k p(y | x1_hat_k)
 
-        With `"token"` and `"chain"` it is conditional on the experts that `generate` chooses without sampling. Call
+        With `"token"` it is conditional on the experts that `generate` chooses without sampling. Call
         `eval()` first: dropout would make the result random.
 
         Args:

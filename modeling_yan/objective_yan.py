@@ -183,7 +183,7 @@ class YanObjectiveMixin(YanCanvasMixin):
             terms["text_loss"] = -prior.log_evidence(log_likelihood).sum() / num_tokens
             terms["expert_information"] = prior.information(log_likelihood).mean().detach()
             posterior = prior.tempered(PRIOR_TEMPERATURE).posterior(log_likelihood)
-            terms["expert_usage"] = posterior.marginals().exp().mean((0, 1)).detach()
+            terms["expert_usage"] = posterior.gate_log_probs.exp().mean((0, 1)).detach()
             if not self.training:
                 return self._most_probable(ends, prior)
             return cast(torch.Tensor, posterior.choose("sample"))

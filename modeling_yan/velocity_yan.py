@@ -11,7 +11,7 @@ from torch import nn
 
 from .configuration_yan import YanConfig
 from .expert_heads_yan import YanTokenGroups
-from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate, YanGateTransitions
+from .experts_yan import YanExpertChoice, YanExpertPrior, YanExperts, YanGate
 from .flow_matching_yan import solver_times
 from .layers_yan import YanFlowLayer, YanTimeEmbedding, attention_mask_for
 from .linear_yan import ZeroInitLinear, linear_each
@@ -73,7 +73,6 @@ class YanFlow(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.experts = YanExperts(config)
         self.gate = YanGate(config)
-        self.gate_transitions = YanGateTransitions(config) if config.expert_scope == "chain" else None
 
     def condition(
         self,
@@ -146,17 +145,9 @@ class YanFlow(nn.Module):
         gate_log_probs = self.gate(states.mean(1, keepdim=True), condition.mean, modulation.embedding)
         return gate_log_probs.expand(-1, states.shape[1], -1)
 
-    def prior(
-        self,
-        states: torch.Tensor,
-        modulation: YanModulation,
-        condition: YanCondition,
-        ends: torch.Tensor | None = None,
-    ) -> YanExpertPrior:
-        """The gate of all tokens; `ends` (B, L, K, D), what the heads predict, are needed for a chain."""
-        gate_log_probs = self.gate_log_probs(states, modulation, condition)
-        transitions = None if self.gate_transitions is None else self.gate_transitions(ends, gate_log_probs)
-        return YanExpertPrior(self.config.expert_scope, gate_log_probs, transitions)
+    def prior(self, states: torch.Tensor, modulation: YanModulation, condition: YanCondition) -> YanExpertPrior:
+        """The gate of all tokens."""
+        return YanExpertPrior(self.config.expert_scope, self.gate_log_probs(states, modulation, condition))
 
 
 class YanVelocity:
@@ -192,7 +183,7 @@ class YanVelocity:
     @property
     def gate_log_probs(self) -> torch.Tensor | None:
         """The gate (B, L, K) of every token independently, at t = 0; None before the first call."""
-        return None if self.prior is None else self.prior.marginals()
+        return None if self.prior is None else self.prior.gate_log_probs
 
     def __call__(self, x: torch.Tensor, time: float) -> torch.Tensor:
         index = self.index_of_time[time]
@@ -206,22 +197,17 @@ class YanVelocity:
     def _predict(self, states: torch.Tensor, prior: YanExpertPrior) -> torch.Tensor:
         """What each token's own head predicts, (B, L, D)."""
         if self.groups is None:
-            predicted = self.flow.experts.mixture_of(states, prior.marginals())
+            predicted = self.flow.experts.mixture_of(states, prior.gate_log_probs)
         else:
             predicted = self.flow.experts.combine(states, self.groups)
         return self.flow.add_draft(predicted, self.condition)
 
     def _choose(self, states: torch.Tensor, modulation: YanModulation) -> torch.Tensor:
         """Choose the experts of the whole solve; what they predict at t = 0."""
-        trains_ends = self.flow.gate_transitions is not None
-        needs_ends = trains_ends or self.choice.judge is not None
-        # where a choice alone needs them, the experts that are not chosen would have a backward pass for nothing
-        with torch.set_grad_enabled(trains_ends and torch.is_grad_enabled()):
-            predicted = self.flow.add_draft(self.flow.experts(states), self.condition) if needs_ends else None
-        prior = self.flow.prior(states, modulation, self.condition, predicted)
-        self.prior, self.experts = self.choice(prior, predicted)
+        predicted = None
+        if self.choice.judge is not None:
+            with torch.no_grad():  # the experts that are not chosen would have a backward pass for nothing
+                predicted = self.flow.add_draft(self.flow.experts(states), self.condition)
+        self.prior, self.experts = self.choice(self.flow.prior(states, modulation, self.condition), predicted)
         self.groups = None if self.experts is None else self.flow.experts.dispatch(self.experts)
-        if predicted is None or not trains_ends or self.experts is None:
-            return self._predict(states, self.prior)
-        index = self.experts[..., None, None].expand(-1, -1, 1, predicted.shape[-1])
-        return predicted.gather(2, index).squeeze(2)
+        return self._predict(states, self.prior)

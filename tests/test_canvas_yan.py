@@ -64,9 +64,7 @@ def test_the_text_is_the_most_probable_for_its_length(make_model, rank, penalty,
     assert (chosen[:, width:] == model.generation_config.pad_token_id).all()
 
 
-@pytest.mark.parametrize(
-    "fields", [{"expert_scope": "token"}, {}, {"crf_rank": 4}, {"expert_scope": "chain"}], ids=str
-)
+@pytest.mark.parametrize("fields", [{"expert_scope": "token"}, {}, {"crf_rank": 4}], ids=str)
 @pytest.mark.parametrize("num_flow_steps", [0, 1, 3])
 def test_forward_and_generate_solve_the_same_canvas(make_model, fields, num_flow_steps):
     model, ids = make_lively(make_model, num_answer_slots=8, **fields), torch.randint(4, 64, (8, 6))

@@ -10,7 +10,6 @@ from modeling_yan.chains_yan import (
     as_markov,
     best_ending,
     best_path,
-    chain_marginals,
     draw_path,
     log_partition,
     path_score,
@@ -39,16 +38,6 @@ def probabilities(first, transitions, row):
     return log_probability.exp()
 
 
-def test_marginals_are_sums_over_paths():
-    first, transitions = random_chain()
-    found = chain_marginals(first, transitions).exp()
-    for row in range(BATCH):
-        weights = probabilities(first, transitions, row)
-        for token, state in product(range(LENGTH), range(STATES)):
-            expected = weights[all_paths()[:, token] == state].sum()
-            torch.testing.assert_close(found[row, token, state], expected)
-
-
 def test_paths_are_drawn_as_often_as_they_are_probable():
     first, transitions = random_chain()
     num = 100_000
@@ -71,7 +60,6 @@ def test_a_chain_of_one_token():
     first, transitions = torch.randn(2, STATES).log_softmax(-1), torch.empty(2, 0, STATES, STATES)
     certain = torch.full((1, 1, STATES), 0.5)
     assert torch.equal(draw_path(first, transitions, certain).squeeze(1), first.argmax(-1))
-    assert torch.equal(chain_marginals(first, transitions), first.unsqueeze(1))
 
 
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
@@ -104,87 +92,50 @@ def test_no_penalty_makes_an_impossible_ending_the_best_one():
 
 
 class TestPrior:
-    @pytest.fixture
-    def chain(self):
-        first, transitions = random_chain()
-        gate_log_probs = torch.cat([first.unsqueeze(1), torch.randn(BATCH, LENGTH - 1, STATES).log_softmax(-1)], dim=1)
-        return YanExpertPrior("chain", gate_log_probs, transitions)
+    @pytest.fixture(params=["token", "sequence"])
+    def prior(self, request):
+        gate = torch.randn(BATCH, LENGTH, STATES).log_softmax(-1)
+        gate = gate[:, :1].expand_as(gate) if request.param == "sequence" else gate
+        return YanExpertPrior(request.param, gate)
 
-    def test_evidence_of_a_chain_sums_over_its_paths(self, chain):
+    def counted(self, prior, log_likelihood, row):
+        """Log-probability of every choice of experts, and of the text that they write."""
+        if prior.scope == "sequence":
+            return prior.gate_log_probs[row, 0], log_likelihood[row].sum(0)
+        chosen = torch.arange(LENGTH), all_paths()
+        return prior.gate_log_probs[row][chosen].sum(1), log_likelihood[row][chosen].sum(1)
+
+    def test_the_evidence_sums_over_all_choices_of_experts(self, prior):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        found = chain.log_evidence(log_likelihood)
+        found = prior.log_evidence(log_likelihood)
         for row in range(BATCH):
-            weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
-            texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
-            torch.testing.assert_close(found[row], (weights * texts).sum().log())
+            weights, texts = self.counted(prior, log_likelihood, row)
+            torch.testing.assert_close(found[row], (weights + texts).logsumexp(0))
 
-    def test_a_chain_whose_transitions_forget_is_a_mixture_of_every_token(self, chain):
-        forgetful = chain.gate_log_probs[:, 1:].unsqueeze(2).expand(-1, -1, STATES, -1)
+    def test_the_posterior_weighs_experts_by_the_text(self, prior):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        chained = YanExpertPrior("chain", chain.gate_log_probs, forgetful).log_evidence(log_likelihood)
-        torch.testing.assert_close(chained, YanExpertPrior("token", chain.gate_log_probs).log_evidence(log_likelihood))
-
-    def test_a_chain_whose_expert_stays_is_a_mixture_of_sequences(self, chain):
-        stays = (torch.eye(STATES) + 1e-30).log().expand(BATCH, LENGTH - 1, -1, -1)
-        log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        chained = YanExpertPrior("chain", chain.gate_log_probs, stays).log_evidence(log_likelihood)
-        torch.testing.assert_close(
-            chained, YanExpertPrior("sequence", chain.gate_log_probs).log_evidence(log_likelihood)
-        )
-
-    def test_the_posterior_weighs_paths_by_the_text(self, chain):
-        log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        posterior = chain.posterior(log_likelihood)
+        posterior = prior.posterior(log_likelihood)
         for row in range(BATCH):
-            weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
-            joint = weights * log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
-            found = probabilities(posterior.gate_log_probs[:, 0], posterior.log_transitions, row)
-            torch.testing.assert_close(found, joint / joint.sum())
+            weights, texts = self.counted(prior, log_likelihood, row)
+            found, _ = self.counted(posterior, log_likelihood, row)
+            torch.testing.assert_close(found, (weights + texts).log_softmax(0))
 
-    @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
-    def test_the_information_is_what_the_text_says_of_its_experts(self, chain, scope):
+    def test_the_information_is_what_the_text_says_of_its_experts(self, prior):
         log_likelihood = torch.randn(BATCH, LENGTH, STATES)
-        gate = chain.gate_log_probs
-        gate = gate[:, :1].expand_as(gate) if scope == "sequence" else gate
-        prior = YanExpertPrior(scope, gate, chain.log_transitions if scope == "chain" else None)
         found = prior.information(log_likelihood)
         for row in range(BATCH):
-            if scope == "chain":
-                weights = probabilities(chain.gate_log_probs[:, 0], chain.log_transitions, row)
-                texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
-            elif scope == "sequence":
-                weights, texts = gate[row, 0].exp(), log_likelihood[row].sum(0)
-            else:
-                weights = gate[row][torch.arange(LENGTH), all_paths()].sum(1).exp()
-                texts = log_likelihood[row][torch.arange(LENGTH), all_paths()].sum(1)
-            posterior = (weights.log() + texts).log_softmax(0)
-            expected = (posterior.exp() * (posterior - weights.log())).sum()
-            torch.testing.assert_close(found[row], expected)
+            weights, texts = self.counted(prior, log_likelihood, row)
+            posterior = (weights + texts).log_softmax(0)
+            torch.testing.assert_close(found[row], (posterior.exp() * (posterior - weights)).sum())
         alike = log_likelihood[..., :1].expand_as(log_likelihood)
         torch.testing.assert_close(prior.information(alike), torch.zeros(BATCH))
 
-    def test_argmax_is_the_most_probable_path_and_not_the_most_probable_states(self):
-        first = torch.tensor([[0.4, 0.6]]).log()
-        after = torch.tensor([[[[0.9, 0.1], [0.5, 0.5]]]]).log()
-        gate_log_probs = torch.cat([first.unsqueeze(1), torch.zeros(1, 1, 2)], dim=1)
-        assert YanExpertPrior("chain", gate_log_probs, after).choose("argmax").tolist() == [[0, 0]]
-
-    def test_temperature_sharpens_the_draws(self, chain):
+    def test_temperature_sharpens_the_draws(self, prior):
         numbers = torch.rand(200, LENGTH, STATES)
-        cold = [chain.tempered(0.0).choose("sample", numbers[i : i + 1]) for i in range(200)]
-        assert all(torch.equal(path, cold[0]) for path in cold)
-        warm = {tuple(chain.choose("sample", numbers[i : i + 1])[0].tolist()) for i in range(200)}
-        assert len(warm) > 10
-
-    def test_ranks_are_for_no_chain(self, chain):
-        with pytest.raises(ValueError, match="expert_choice='ranked': must be argmax, sample or mixture"):
-            chain.choose("ranked", ranks=torch.zeros(BATCH, 1, dtype=torch.long))
-
-    def test_the_best_chain_ends_once(self, chain):
-        tokens, fill = torch.full((BATCH, LENGTH, STATES), -1.0), torch.full((BATCH, LENGTH, STATES), -1.0)
-        fill[:, :2] = -50.0
-        assert torch.equal(chain.best_chain(tokens), best_path(chain._emissions(tokens), chain.log_transitions))
-        assert chain.best_chain(tokens, fill).shape == (BATCH, LENGTH)
+        cold = [prior.tempered(0.0).choose("sample", numbers[i : i + 1]) for i in range(200)]
+        assert all(torch.equal(experts, cold[0]) for experts in cold)
+        warm = {tuple(prior.choose("sample", numbers[i : i + 1])[0].tolist()) for i in range(200)}
+        assert len(warm) >= (STATES if prior.scope == "sequence" else 10)
 
 
 def test_without_emissions_the_paths_of_a_chain_sum_to_one():

@@ -43,10 +43,10 @@ def mostly_attention(**cases):
     ]
 
 
-LIKELIHOOD = {"expert_scope": "chain", "train_expert_choice": "posterior", "num_answer_slots": 16}
+LIKELIHOOD = {"expert_scope": "sequence", "train_expert_choice": "posterior", "num_answer_slots": 16}
 LIKELIHOOD |= {"copy_prompt_to_slots": True, "refine_draft": True}
 LIKELIHOOD |= {"canvas_length": 16}
-ONE_HEAD = {**LIKELIHOOD, "expert_scope": "sequence", "share_expert_head": True}
+ONE_HEAD = {**LIKELIHOOD, "share_expert_head": True}
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +224,7 @@ def generated(model, ids, mask, **options):
         ranked=({}, {"expert_choice": "ranked", "num_return_sequences": 2}),
         one_a_text=({"expert_scope": "sequence"}, {}),
         chain=({"crf_rank": 4, "crf_candidates": 5}, {}),
-        experts_as_a_chain=(LIKELIHOOD, {}),
+        likelihood=(LIKELIHOOD, {}),
         one_head=(ONE_HEAD, {"do_sample": True, "seed": 3}),
         drawn=({**LIKELIHOOD, "crf_rank": 4}, {"do_sample": True, "seed": 3, "temperature": 0.7}),
     ),

@@ -207,6 +207,7 @@ HARMLESS = {
     "detach_transitions": False,
     "expert_exploration": 0.15,
     "gate_weight": 1.0,
+    "gate_rank": 64,
 }
 
 
@@ -243,6 +244,7 @@ def test_an_old_config_of_a_model_that_would_write_something_else_is_refused(tmp
         ("detach_transitions", True),
         ("expert_exploration", 0.3),
         ("gate_weight", 2.0),
+        ("gate_rank", 32),
     ],
 )
 def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, field, value):
@@ -250,7 +252,8 @@ def test_what_only_training_asked_is_dropped_with_one_warning(tmp_path, caplog, 
     with caplog.at_level(logging.WARNING):
         configs = [YanConfig.from_pretrained(old_config(tmp_path, **{field: value})) for _ in range(2)]
     assert not any(hasattr(config, field) for config in configs)
-    assert caplog.text.count(f"{field}={value!r}: ignored, version 0.1 was the last that had it.") == 1
+    version = "0.2" if field == "gate_rank" else "0.1"
+    assert caplog.text.count(f"{field}={value!r}: ignored, version {version} was the last that had it.") == 1
 
 
 @pytest.mark.parametrize("choice", ["likeliest", "mixture"])

@@ -14,7 +14,7 @@ from modeling_yan.training import PretrainingArguments, optimization
 from modeling_yan.training.throughput import baseline_flops, linear_flops, training_flops
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "good", "bad", "yes", "no", *"abcdef"]
-FIELDS = {"num_flow_layers": 1, "canvas_length": 4, "crf_rank": 4, "crf_candidates": 4, "gate_rank": 4}
+FIELDS = {"num_flow_layers": 1, "canvas_length": 4, "crf_rank": 4, "crf_candidates": 4}
 ARMS = {
     "YAN": {},
     "YAN on it": {"encoder": True},

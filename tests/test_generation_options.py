@@ -221,6 +221,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="the canvas" if value == POSITIONS + 1 else name):
             model.generate(prompts, **{name: value})
 
+    def test_embeddings_are_for_forward(self, model, prompts):
+        with pytest.raises(ValueError, match="generate has no argument inputs_embeds: it takes token ids alone"):
+            model.generate(inputs_embeds=model.get_input_embeddings()(prompts))
+
     def test_a_negative_temperature(self, model, prompts):
         with pytest.raises(ValueError, match="temperature"):
             model.generate(prompts, do_sample=True, temperature=-0.5)

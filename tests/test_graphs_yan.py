@@ -322,7 +322,7 @@ REFUSED = {
     "crf_rank": (4, "crf_rank=4: must be 0 with vertices_per_token=2"),
     "mse_weight": (1.0, "mse_weight=1.0: must be 0 with vertices_per_token=2"),
     "train_expert_choice": ("sample", "'posterior' with vertices_per_token=2"),
-    "expert_scope": ("chain", "'sequence' with vertices_per_token=2 and num_experts=3"),
+    "expert_scope": ("token", "'sequence' with vertices_per_token=2 and num_experts=3"),
     "canvas_length": (17, "at most max_position_embeddings=32 / vertices_per_token=2"),
     "vertices_per_token": (0, "vertices_per_token=0: must be greater than 0"),
     "num_answer_slots": (5, "refine_draft=True: must be False without answer slots"),

@@ -18,7 +18,6 @@ EXPERTS = {"num_experts": 3, "expert_scope": "sequence"}
 CHAIN = {"crf_rank": 4, "crf_candidates": 3}
 FORMS = {"plain": {}, "chain": CHAIN, "experts": EXPERTS, "both": EXPERTS | CHAIN}
 FORMS["of tokens"] = {"num_experts": 3, "expert_scope": "token", **CHAIN}
-FORMS["experts as a chain"] = {"num_experts": 3, "expert_scope": "chain", **CHAIN}
 ALL = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
 
 
@@ -125,8 +124,7 @@ def test_an_autoregressive_model_has_the_likelihood_of_its_loss(script, kind):
     assert script.nats_per_token(model, kind, tokenizer, rows, 0, 16, 32) == pytest.approx(expected, rel=1e-5)
 
 
-def test_chains_of_experts_and_diffusion_have_none(script):
-    assert not script.has_likelihood(make_yan(num_experts=3, expert_scope="chain"), "yan")
+def test_experts_of_tokens_and_diffusion_have_none(script):
     assert not script.has_likelihood(make_yan(num_experts=3, expert_scope="token"), "yan")
     assert script.has_likelihood(make_yan(**EXPERTS), "yan")
     assert not script.has_likelihood(None, "masked_diffusion")

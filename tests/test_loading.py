@@ -208,7 +208,7 @@ def test_half_precision_weights_stay_as_they_are(model, prompts, tmp_path):
 
 # in which every part takes part
 WHOLE = {
-    "expert_scope": "chain",
+    "expert_scope": "sequence",
     "train_expert_choice": "posterior",
     "crf_rank": 4,
     "crf_candidates": 64,

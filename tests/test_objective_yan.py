@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from modeling_yan import YanConfig, YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.canvas_yan import CanvasNoise, CanvasPlan
-from modeling_yan.chains_yan import chain_marginals, path_score
+from modeling_yan.chains_yan import path_score
 from modeling_yan.experts_yan import YanExpertPrior
 
-SCOPES = ("token", "sequence", "chain")
+SCOPES = ("token", "sequence")
 POSTERIOR = {"train_expert_choice": "posterior", "max_train_flow_steps": 1}
 SLOTS = {"num_answer_slots": 8, "init_noise": 0.3}
 REFINING = {"num_answer_slots": 8, "refine_draft": True, "train_expert_choice": "posterior"}
@@ -44,7 +44,7 @@ def first_step(model, ids, noise):
     modulation = model.flow.modulation(torch.zeros(1))
     states = model.flow.trunk(x_0, model._positions(length), modulation, condition)
     ends = x_0.unsqueeze(2) + model.flow.velocities(states, x_0)
-    return ends, model.flow.prior(states, modulation, condition, ends)
+    return ends, model.flow.prior(states, modulation, condition)
 
 
 @pytest.mark.parametrize("fields", [{}, SLOTS], ids=["plain", "slots"])
@@ -64,11 +64,8 @@ def test_the_texts_likelihood_sums_over_all_experts(make_lively_model, scope, fi
         for path in paths:
             joint = sum(log_likelihood[row, token, expert, 0] for token, expert in enumerate(path))
             joint = joint + prior.gate_log_probs[row, 0, path[0]]
-            for token in range(1, 4):
-                if scope == "token":
-                    joint = joint + prior.gate_log_probs[row, token, path[token]]
-                elif scope == "chain":
-                    joint = joint + prior.log_transitions[row, token - 1, path[token - 1], path[token]]
+            if scope == "token":
+                joint = joint + sum(prior.gate_log_probs[row, token, path[token]] for token in range(1, 4))
             evidence = evidence + joint.exp()
         total = total - evidence.log() / 8
     torch.testing.assert_close(found.text_loss, total, rtol=1e-4, atol=1e-5)
@@ -107,9 +104,8 @@ def train(make_model, scope, num_updates=500, **fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scope", ["sequence", "chain"])
-def test_drawn_texts_are_the_answers_as_often_as_they_are_right(make_model, scope):
-    model = train(make_model, scope)
+def test_drawn_texts_are_the_answers_as_often_as_they_are_right(make_model):
+    model = train(make_model, "sequence")
     options = {"max_new_tokens": 4, "return_prompt": False, "do_sample": True, "num_return_sequences": 2000}
     for num_flow_steps in (1, 3):
         texts = model.generate(torch.tensor([[5]]), seed=0, num_flow_steps=num_flow_steps, **options)[:, :3]
@@ -139,7 +135,7 @@ class TestAnswerSlots:
     @pytest.mark.parametrize("copies", [True, False])
     @pytest.mark.parametrize("left", [True, False])
     def test_padding_changes_nothing(self, make_lively_model, left, copies):
-        model = make_lively_model(**SLOTS, expert_scope="chain", copy_prompt_to_slots=copies)
+        model = make_lively_model(**SLOTS, expert_scope="sequence", copy_prompt_to_slots=copies)
         ids = torch.randint(4, 64, (1, 6))
         padded, mask = nn.functional.pad(ids, (3, 0) if left else (0, 3)), torch.ones(1, 9, dtype=torch.long)
         mask[:, slice(0, 3) if left else slice(6, 9)] = 0
@@ -195,7 +191,7 @@ class TestAnswerSlots:
         names = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
         assert names == []
 
-    @pytest.mark.parametrize("scope", ["token", "sequence", "chain"])
+    @pytest.mark.parametrize("scope", SCOPES)
     def test_a_fresh_flow_that_refines_the_draft_changes_nothing(self, make_model, scope):
         fields = {"expert_scope": scope, "crf_rank": 4, "initializer_range": 0.3}
         model, ids = make_model(**REFINING, **fields), torch.randint(4, 64, (2, 6))
@@ -270,7 +266,7 @@ class TestAnswerSlots:
 
 
 def test_a_model_without_gradients_writes_what_forward_says(make_lively_model):
-    model, ids = make_lively_model(expert_scope="chain", **SLOTS), torch.randint(4, 64, (3, 6))
+    model, ids = make_lively_model(expert_scope="sequence", **SLOTS), torch.randint(4, 64, (3, 6))
     output = model(ids)
     written = model.generate(ids, return_prompt=False)
     assert torch.equal(model.most_likely(output.logits, output.latents)[:, : written.shape[1]], written)
@@ -287,16 +283,6 @@ def test_the_information_of_experts_is_told_and_not_trained(make_lively_model):
     torch.testing.assert_close(output.loss, sum(weights[name] * term for name, term in terms.items()))
     one = make_lively_model(expert_scope="sequence", num_experts=1)
     assert one(ids, labels=ids.flip(0)).expert_information is None
-
-
-def test_the_gate_of_a_chain_is_that_of_every_token(make_lively_model):
-    model, ids = make_lively_model(expert_scope="chain"), torch.randint(4, 64, (2, 6))
-    output = model.generate(ids, return_dict_in_generate=True)
-    _, prior = first_step(model, ids, model.start_noise((1, 8), torch.empty(0)))
-    assert output.gate[0].shape == (2, 8, 3)
-    torch.testing.assert_close(output.gate[0].sum(-1), torch.ones(2, 8))
-    expected = chain_marginals(prior.gate_log_probs[:, 0], prior.log_transitions).exp()
-    torch.testing.assert_close(output.gate[0][0], expected[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -335,18 +321,16 @@ def test_experts_are_drawn_together_with_their_best_texts(make_lively_model, tem
 
 
 def test_options_that_do_not_fit_are_refused(make_lively_model):
-    chain, token = make_lively_model(expert_scope="chain"), make_lively_model(train_expert_choice="sample")
+    sequence, token = make_lively_model(expert_scope="sequence"), make_lively_model(train_expert_choice="sample")
     ids = torch.tensor([[5, 6]])
-    with pytest.raises(ValueError, match="expert_choice='ranked': must be argmax, sample or mixture"):
-        chain.generate(ids, expert_choice="ranked", num_return_sequences=2)
     with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without train_expert_choice='posterior'"):
         token.generate(ids, length_penalty=2.0)
-    chain.generate(ids, length_penalty=2.0)
-    lone = make_lively_model(expert_scope="chain", num_experts=1)
+    sequence.generate(ids, length_penalty=2.0)
+    lone = make_lively_model(expert_scope="sequence", num_experts=1)
     with pytest.raises(ValueError, match=r"length_penalty=2.0: must be 1 without a CRF, a graph, or experts with"):
         lone.generate(ids, length_penalty=2.0)
     with pytest.raises(ValueError, match="length_penalty='long': must be a finite number"):
-        chain.generate(ids, length_penalty="long")
+        sequence.generate(ids, length_penalty="long")
 
 
 def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
@@ -365,7 +349,7 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert_scope": "chain"}, "train_expert_choice='sample': must be 'posterior' with expert_scope='chain'"),
+        ({"expert_scope": "chain"}, "expert_scope='chain': must be one of token, sequence; version 0.2 was the last"),
         ({"num_answer_slots": 1024}, "num_answer_slots=1024: must be 0 to below max_position_embeddings=1024"),
         ({"num_answer_slots": 4, "mask_token_id": None}, "num_answer_slots=4: must be 0 to below"),
         ({"copy_prompt_to_slots": True}, "copy_prompt_to_slots=True: must be False with num_answer_slots=0"),
@@ -373,7 +357,6 @@ def test_the_length_penalty_is_saved_with_a_model(make_lively_model, tmp_path):
             {"refine_draft": True, "num_answer_slots": 8},
             "refine_draft=True: must be False without answer slots for the",
         ),
-        ({"gate_rank": 0}, "gate_rank=0: must be greater than 0"),
         ({"draft_weight": -1.0}, "draft_weight=-1.0: must be at least 0"),
     ],
 )

@@ -32,7 +32,7 @@ KINDS = {
         "num_answer_slots": CANVAS,
         "copy_prompt_to_slots": True,
     },
-    "chain": {"train_expert_choice": "posterior", "expert_scope": "chain", "crf_rank": 4, **SLOTS},
+    "chain": {"train_expert_choice": "posterior", "expert_scope": "sequence", "crf_rank": 4, **SLOTS},
     "pretrained": {"train_expert_choice": "posterior", "encoder": BERT, "crf_rank": 4, "num_answer_slots": CANVAS},
 }
 TERMS = ("loss nll_loss mse_loss ce_loss text_loss draft_loss crf_loss gate_entropy load_balance_loss").split()

@@ -120,9 +120,9 @@ def task_recipe(config, tmp_path):
     load.loader.exec_module(answers)
     answers.main(["--output_dir", str(tmp_path), "--num_prompts", "2", "--num_rows", "40"])
     config.save_pretrained(tmp_path / "preset")
-    fields = {"canvas_length": 16, "num_answer_slots": 16, "moe_intermediate_size": 16, "expert_scope": "chain"}
+    fields = {"canvas_length": 16, "num_answer_slots": 16, "moe_intermediate_size": 16, "expert_scope": "sequence"}
     fields |= {"train_expert_choice": "posterior", "crf_rank": 4}
-    fields |= {"intermediate_size": 128, "gate_rank": 4}
+    fields |= {"intermediate_size": 128}
     recipe = {"task": "several_answers", "config": str(tmp_path / "preset"), "fields": fields, "vocab_size": 300}
     recipe |= {
         "updates": 2,

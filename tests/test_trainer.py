@@ -128,7 +128,7 @@ def test_evaluation_gives_the_mean_loss_and_the_logits(model, tokenizer, rows, t
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "chain"}])
+@pytest.mark.parametrize("fields", [{}, {"train_expert_choice": "posterior", "expert_scope": "sequence"}])
 def test_evaluation_gives_one_number_whatever_the_batch(make_model, tokenizer, rows, tmp_path, fields):
     model = make_model(vocab_size=len(tokenizer), **SMALL, initializer_range=0.2, **fields)
     rows = [{**row, "labels": row["labels"] + [7 + index]} for index, row in enumerate(rows)]

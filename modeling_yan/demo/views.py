@@ -88,8 +88,8 @@ def write_by_expert(
     """
     _check_prompt(prompt)
     num, scope = model.config.num_experts, model.config.expert_scope
-    if num < 2 or scope == "chain":
-        raise ValueError("this model has one expert, or a chain of them: draw several texts on the first tab instead")
+    if num < 2:
+        raise ValueError("this model has one expert: draw several texts on the first tab instead")
     options: dict[str, Any] = {"num_flow_steps": int(steps), "do_sample": False, "expert_choice": "ranked"}
     paths = follow_all(model, tokenizer, prompt, num_return_sequences=num, **options)
     titles = [f"{_ordinal(rank)} expert of every {scope}" for rank in range(1, num + 1)]
