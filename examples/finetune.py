@@ -2,7 +2,7 @@
 
 python examples/finetune.py --train_file pairs.csv --source_column question --target_column answer --output_dir tuned
 python examples/finetune.py --train_file ... --output_dir new --encoder distilbert-base-uncased
-python examples/finetune.py --dataset NAME --template "question: {question} context: {context}" --output_dir ...
+python examples/finetune.py --dataset NAME --template "context: {context} question: {question}" --output_dir ...
 
 transformers' Seq2SeqTrainer trains all of the model or a LoRA adapter; every option of Seq2SeqTrainingArguments can be
 given. A tenth of the rows is held out unless others are named. The run ends when the loss on them has not fallen for

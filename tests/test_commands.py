@@ -217,6 +217,10 @@ def test_a_chat_answers_each_line_and_outlives_a_line_that_is_too_long(yan, fold
     assert (code, lines) == (0, expected * 2)
     assert "no chat template" in errors[0]
     assert errors[1].startswith("yan chat: the prompt has ")
+    type_in(f"Where\udcff\n{SENTENCES[0]}\n")
+    code, lines, errors = yan("chat", folder, *STEPS)
+    assert (code, lines) == (0, expected)
+    assert errors == ["yan chat: text 'Where\\udcff': must be in UTF-8"]
 
 
 def test_a_chat_with_a_template_has_what_was_said_before_as_far_as_it_fits(

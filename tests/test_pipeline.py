@@ -162,7 +162,7 @@ def test_details_come_along(write):
 class TestLongPrompts:
     """The tokenizers beside a model know how long its prompts may be, so that one long row need not end a run."""
 
-    LONG, SHORT = "Where is Mary? " + "Mary went to the garden. " * 60, "Where is Mary? Mary went to the garden."
+    LONG, SHORT = "Mary went to the garden. " * 60 + "Where is Mary?", "Where is Mary? Mary went to the garden."
 
     LIMIT = 128 - 8  # positions, answer slots
 
@@ -176,8 +176,8 @@ class TestLongPrompts:
     @pytest.mark.parametrize("options", [{"truncation": True}, {"handle_long_generation": "hole"}], ids=str)
     def test_a_long_row_among_others(self, bundled, options):
         options = {**options, "return_full_text": False, "max_new_tokens": 8}
-        ids = bundled.tokenizer(self.LONG).input_ids
-        kept = torch.tensor([ids[: self.LIMIT] if "truncation" in options else ids[8 - self.LIMIT :]])
+        room = self.LIMIT if "truncation" in options else self.LIMIT - 8
+        kept = torch.tensor([bundled.tokenizer(self.LONG).input_ids[-room:]])  # its end, as in training
         expected = bundled.tokenizer.decode(bundled.model.generate(kept, max_new_tokens=8, return_prompt=False)[0])
         answers = bundled([self.SHORT, self.LONG], batch_size=2, **options)
         assert texts(answers[0]) == texts(bundled(self.SHORT, **options))

@@ -21,8 +21,8 @@ FAULT, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141  # exit codes
 LONGEST_MESSAGE = 500  # characters of an error; all of it with --debug
 EPILOG = """
 examples:
-  yan generate MODEL "Question: Where is the apple? Mary took the apple."
-  yan fill MODEL "You are lucky in having <mask> a master." --stream
+  yan generate MODEL "Who has the hat? Anna took the hat." --stream
+  yan fill MODEL "There was nothing to <mask> done."
   yan train --recipe configuration/recipes/tiny-flow.yaml --tokenizer tokenizer --train_file my.jsonl.gz ...
 
 MODEL is a folder or the name of a model on the hub. `yan COMMAND --help` has the options and examples of a command.

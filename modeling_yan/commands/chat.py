@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .generate import checked_text
 from .parsing import Commands, add_command, add_model
 from .writing import Writer, add_writing_options
 
@@ -19,7 +20,7 @@ def add_to(commands: Commands) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Answer every line; with a chat template the model sees the lines before it, too."""
+    """Answer every line; the chat template decides whether the model sees the lines before it, too."""
     writer, messages = Writer(options), []
     has_template = writer.tokenizer.chat_template is not None
     if not has_template:
@@ -27,6 +28,7 @@ def chat(options: argparse.Namespace) -> None:
     while (line := _read_line()) is not None:
         messages.append({"role": "user", "content": line})
         try:
+            checked_text(line)
             answers = writer(_prompt(writer, messages), False) if has_template else writer(line)
         except ValueError as error:  # such as a line that is too long
             print(f"yan chat: {error}", file=sys.stderr)

@@ -26,15 +26,19 @@ def add_evaluation_options(parser: Parser) -> None:
     parser.add_argument("--compare", help="one model: an output folder of the same data, for paired tests against it")
     parser.add_argument("--baseline", help="several models: the one that the others are tested against")
     parser.add_argument("--num_rows", type=whole_number(1), help="only the first rows of the data")
-    parser.add_argument("--num_flow_steps", type=int, help="YAN: solver steps; the model's if not given")
+    parser.add_argument("--num_flow_steps", type=whole_number(0), help="YAN: solver steps; the model's if not given")
     parser.add_argument(
         "--yan_options", nargs="+", type=_option, default=[], metavar="NAME=VALUE", help="further options of generate"
     )
-    parser.add_argument("--num_diffusion_steps", type=int, help="masked diffusion: steps; the model's if not given")
-    parser.add_argument("--canvas_length", type=int, help="tokens generated at once; the model's if not given")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest text")
-    parser.add_argument("--seeds", type=int, default=5, help="YAN: number of seeds")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows generated together")
+    parser.add_argument(
+        "--num_diffusion_steps", type=whole_number(1), help="masked diffusion: steps; the model's if not given"
+    )
+    parser.add_argument(
+        "--canvas_length", type=whole_number(1), help="tokens generated at once; the model's if not given"
+    )
+    parser.add_argument("--max_new_tokens", type=whole_number(1), default=64, help="longest text")
+    parser.add_argument("--seeds", type=whole_number(1), default=5, help="YAN: number of seeds")
+    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="rows generated together")
     parser.add_argument("--template", default="{source}", help="the prompt made of a source")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="all that need no further model if not given")
     parser.add_argument("--encoder", help="encoder of bert_score, semantic_distance and mauve: folder or hub name")

@@ -9,11 +9,11 @@ from .parsing import Commands, add_command, add_device, add_model, whole_number
 from .writing import Writer, add_writing_options
 
 MASK = "<mask>"  # what a person writes, whatever the tokenizer's mask token is
-GENERATE_EXAMPLES = """  yan generate MODEL "Where is the apple? Mary took the apple." --stream
-  yan generate MODEL "Where is the apple? Mary took the apple." --num 3 --seed 1
+GENERATE_EXAMPLES = """  yan generate MODEL "Who has the hat? Anna took the hat." --stream
+  yan generate MODEL "Who has the hat? Anna took the hat." --num 3 --seed 1
   cat prompts.txt | yan generate MODEL > answers.txt"""
-FILL_EXAMPLES = """  yan fill MODEL "You are lucky in having <mask> a master."
-  yan fill MODEL "He loosed <mask>, and forgave <mask> the debt." --steps 8"""
+FILL_EXAMPLES = """  yan fill MODEL "There was nothing to <mask> done."
+  yan fill MODEL "And the king <mask> unto him." --steps 8"""
 
 
 def add_to(commands: Commands) -> None:
@@ -50,10 +50,11 @@ def _texts(options: argparse.Namespace) -> Iterable[str]:
     """The texts that were given, or the lines of stdin."""
     if not options.text and sys.stdin.isatty():
         raise ValueError("text: must be given, or come as lines on stdin")
-    return map(_checked_text, options.text or (line.rstrip("\r\n") for line in sys.stdin))
+    return map(checked_text, options.text or (line.rstrip("\r\n") for line in sys.stdin))
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
+    """The text. Raises ValueError if it came from bytes that are no UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # the interpreter lets such bytes through as surrogates

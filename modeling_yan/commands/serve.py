@@ -14,7 +14,7 @@ EXAMPLES = """  yan serve MODEL
   YAN_API_KEY=secret yan serve MODEL --host 0.0.0.0
 
   curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
-      -d '{"model": "MODEL", "prompt": "Where is the apple? Mary took the apple."}'"""
+      -d '{"model": "MODEL", "prompt": "Who has the hat? Anna took the hat."}'"""
 
 
 def add_to(commands: Commands) -> None:

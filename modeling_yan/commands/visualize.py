@@ -6,8 +6,8 @@ from pathlib import Path
 from .loading import load_model, load_tokenizer, prepare_library
 from .parsing import Commands, add_command, add_device, add_model, whole_number
 
-EXAMPLES = """  yan visualize MODEL "Where is the apple? Mary took the apple." --output pictures
-  yan visualize MODEL "You are lucky in having <mask> a master. Fill in." --steps 8 --output pictures"""
+EXAMPLES = """  yan visualize MODEL "Who has the hat? Anna took the hat." --output pictures
+  yan visualize MODEL "There was nothing to <mask> done." --steps 8 --output pictures"""
 PICTURE, PAGE = "path.png", "path.html"
 
 

@@ -40,7 +40,7 @@ class PairColumns:
     Args:
         source, target: Names of the columns of sources and of targets.
         template: Makes a source out of several columns, instead of `source`. It has the form of `str.format`:
-            "question: {question} context: {context}".
+            "context: {context} question: {question}".
 
     Raises:
         ValueError: A template without columns, or sources that hold the target.
@@ -54,7 +54,7 @@ class PairColumns:
         if self.template is None:
             self._check_target()
             return
-        allowed = "must be text with columns in braces, such as 'question: {question} context: {context}'"
+        allowed = "must be text with columns in braces, such as 'context: {context} question: {question}'"
         try:
             names = self.needed[:-1]
         except ValueError as error:

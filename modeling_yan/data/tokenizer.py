@@ -21,13 +21,18 @@ PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"  # in the order of their 
 ROLES = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MASK}
 STAND_INS = {"bos_token": "cls_token", "eos_token": "sep_token"}
 MODEL_INPUTS = ["input_ids", "attention_mask"]
-# What was said, line by line: a model that was trained on plain prompts has no marks for who speaks.
-# A message is a text, or OpenAI's list of parts of type "text".
+# A model that was trained on pairs knows one question and its answer, and no marks for who speaks. So a prompt has the
+# messages since the last answer, and those of the system, line by line. A message is a text, or OpenAI's list of
+# parts.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set turn = namespace(start=0) %}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% set turn.start = loop.index %}{% endif %}{% endfor %}{% if turn.start == messages | length %}"
+    "{{ raise_exception('the last message is an answer: must be a question, answers are not continued') }}{% endif %}"
+    "{% for message in messages %}{% if loop.index0 >= turn.start or message['role'] == 'system' %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] != 'text' %}"
     "{{ raise_exception('a part of type ' ~ part['type'] ~ ': must be text') }}{% endif %}{{ part['text'] }}"
-    "{% endfor %}{% endif %}{{ '' if loop.last else '\n' }}{% endfor %}"
+    "{% endfor %}{% endif %}{{ '' if loop.last else '\n' }}{% endif %}{% endfor %}"
 )
 NUM_BYTES = 256
 SPACE = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]  # how byte-level BPE spells " "
@@ -61,6 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS,
         mask_token=mask,
         padding_side="left",
+        truncation_side="left",
         model_input_names=MODEL_INPUTS,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
@@ -72,7 +78,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
     A missing BOS or EOS becomes the CLS or the separator that the tokenizer has; what is still missing of `<pad>`,
     `<s>`, `</s>` and `<mask>` is added as a special token. Encoding then gives ids and attention mask, nothing else.
-    Messages of a chat become lines of a prompt, if the tokenizer has no template of its own.
+    The messages since the last answer become lines of a prompt, if the tokenizer has no template of its own. A prompt
+    that is cut keeps its end, as in training.
 
     Returns:
         How many tokens the vocabulary gained; the model has to have room for them: see `fit_to_tokenizer`.
@@ -89,6 +96,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     size = len(tokenizer)
     tokenizer.add_special_tokens(missing)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    tokenizer.truncation_side = "left"
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = list(MODEL_INPUTS)
     return len(tokenizer) - size
 

@@ -1,5 +1,6 @@
 """Running a checkpoint over rows of source and target: YAN, masked diffusion, or any autoregressive model."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .speed import num_new_tokens
 FREE, ORACLE = "free", "oracle"  # whether the model finds the length itself or is told the reference's
 SAMPLED, DETERMINISTIC = "sampled", "deterministic"
 OWN_OPTIONS = ("do_sample", "temperature", "seed", "max_new_tokens", "canvas_length", "num_flow_steps")  # of a run
+FIXED_OPTIONS = {"return_prompt": True, "num_return_sequences": 1, "return_dict_in_generate": False}  # one text each
 
 
 @dataclass
@@ -57,7 +59,8 @@ class RunOptions:
         yan_options: Further options of YAN's `generate`, such as `expert_choice`.
 
     Raises:
-        ValueError: A number below 1, a template without `{source}`, or a further option that a run sets itself.
+        ValueError: A number below 1, a template without `{source}` or with another field, or a further option that a
+            run sets itself.
     """
 
     max_new_tokens: int = 64
@@ -70,14 +73,16 @@ class RunOptions:
     yan_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if "{source}" not in self.template:
-            raise ValueError(f"template={self.template!r}: must hold {{source}}")
+        for name in ("max_new_tokens", "num_seeds", "batch_size", "canvas_length", "num_diffusion_steps"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number}: must be at least 1")
+        fields = set(re.findall(r"{(\w+)}", self.template))
+        if fields != {"source"}:
+            raise ValueError(f"template={self.template!r}: must hold {{source}}, and no other field")
         own = sorted(set(self.yan_options) & set(OWN_OPTIONS))
         if own:
             raise ValueError(f"yan_options: {', '.join(own)} must not be there, a run sets these itself")
+        _check_fixed(self.yan_options)
 
 
 def generate_answers(
@@ -97,6 +102,9 @@ def generate_answers(
 
     Returns:
         N texts, in the order of `sources`.
+
+    Raises:
+        ValueError: An option asks for several texts, or for something else than the texts.
     """
     return generate_timed(model, tokenizer, sources, batch_size, **options).texts
 
@@ -118,6 +126,7 @@ def generate_timed(
         seed: For models whose `generate` has a `seed`. Every batch gets its own, made from this and its index: with
             one for all, rows at the same position of different batches would start from the same noise.
     """
+    _check_fixed(options)
     result = Generated([], [], 0.0)
     for start in tqdm(range(0, len(sources), batch_size), desc="generating", leave=False):
         batch = _tokenize(tokenizer, sources[start : start + batch_size], max_source_length).to(model.device)
@@ -130,6 +139,12 @@ def generate_timed(
         result.num_tokens += num_new_tokens(new_tokens, model.generation_config.eos_token_id)
         result.seconds += seconds
     return result
+
+
+def _check_fixed(options: dict[str, Any]) -> None:
+    for name, allowed in FIXED_OPTIONS.items():
+        if options.get(name) not in (None, allowed):
+            raise ValueError(f"{name}={options[name]!r}: must be {allowed}, or left out")
 
 
 def run_model(

@@ -88,7 +88,7 @@ class FinetuningArguments:
     target_column: str = field(default="target", metadata={"help": "the column to generate"})
     template: str | None = field(
         default=None,
-        metadata={"help": 'makes the source of several columns, "question: {question} context: {context}"'},
+        metadata={"help": 'makes the source of several columns, "context: {context} question: {question}"'},
     )
     model: str | None = field(default=None, metadata={"help": "folder or hub name of a checkpoint"})
     encoder: str | None = field(

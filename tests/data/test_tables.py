@@ -194,7 +194,7 @@ def test_no_target_at_all():
 
 @pytest.mark.parametrize("template", ["{", "{}", "{0} {question}", "no column"])
 def test_templates_that_are_none(template):
-    with pytest.raises(ValueError, match=r"template='.*': must be text with columns in braces, such as 'question: {"):
+    with pytest.raises(ValueError, match=r"template='.*': must be text with columns in braces, such as 'context: {"):
         PairColumns(template=template)
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from modeling_yan.data import generate_stories, train_tokenizer, write_rows
 from modeling_yan.data.rows import row_texts
-from modeling_yan.data.tokenizer import CHAT_TEMPLATE, main, read_texts
+from modeling_yan.data.tokenizer import CHAT_TEMPLATE, main, prepare_tokenizer, read_texts
 
 TEXTS = [
     "Mary went to the kitchen.",
@@ -146,6 +147,12 @@ def test_a_chat_becomes_a_plain_prompt(tmp_path):
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
     parts = [{"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     assert tokenizer.apply_chat_template(parts, tokenize=False) == prompt
+    before = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    assert tokenizer.apply_chat_template(before + messages, tokenize=False) == prompt
+    short = {"role": "system", "content": "Be short."}
+    assert tokenizer.apply_chat_template([short, *before, *messages], tokenize=False) == f"Be short.\n{prompt}"
+    with pytest.raises(TemplateError, match="the last message is an answer: must be a question"):
+        tokenizer.apply_chat_template(before, tokenize=False)
     picture = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
     with pytest.raises(TemplateError, match="a part of type image: must be text"):
         tokenizer.apply_chat_template(picture, tokenize=False)
@@ -159,4 +166,16 @@ def test_a_chat_becomes_a_plain_prompt(tmp_path):
 @pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
 def test_the_bundled_models_have_the_template(name):
     folder = Path(__file__).parents[2] / "examples" / "checkpoints" / name
-    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.chat_template, tokenizer.truncation_side) == (CHAT_TEMPLATE, "left")
+
+
+def test_a_prompt_that_is_cut_keeps_its_end(tmp_path):
+    own = train_tokenizer(["a b c"], 300)
+    other = copy.deepcopy(own)
+    other.truncation_side = "right"
+    prepare_tokenizer(other)
+    for tokenizer in (own, other):
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert loaded("a b c", truncation=True, max_length=1)["input_ids"] == loaded("a b c")["input_ids"][-1:]

@@ -172,6 +172,28 @@ def test_with_oracle_length_no_row_gets_more_tokens_than_its_reference(yan, toke
     assert told == 2 * [(length, length, lengths.count(length)) for length in sorted(set(lengths))]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"canvas_length": 0}, "canvas_length=0: must be at least 1"),
+        ({"num_diffusion_steps": -1}, "num_diffusion_steps=-1: must be at least 1"),
+        ({"template": "{question}"}, "must hold {source}, and no other field"),
+        ({"template": "{source} {context}"}, "must hold {source}, and no other field"),
+    ],
+)
+def test_options_without_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"return_prompt": False}, {"num_return_sequences": 2}, {"return_dict_in_generate": True}]
+)
+def test_there_is_one_answer_for_each_source(yan, tokenizer, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*: must be .*, or left out"):
+        generate_answers(yan, tokenizer, ["Where is it?"], do_sample=True, **options)
+
+
 @pytest.mark.slow
 def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, tokenizer, rows, checkpoint, tmp_path):
     calls, generate = [], yan.generate
@@ -181,6 +203,8 @@ def test_further_options_reach_generate_and_those_of_a_run_are_refused(yan, toke
     assert all(call["expert_choice"] == "mixture" for call in calls[1:])  # the first is the warm-up
     with pytest.raises(ValueError, match="seed must not be there"):
         RunOptions(yan_options={"seed": 1})
+    with pytest.raises(ValueError, match="return_prompt=False: must be True, or left out"):
+        RunOptions(yan_options={"return_prompt": False})  # the prompt would be cut off a second time
 
     write_rows(tmp_path / "pairs.jsonl", rows)
     options = ("--data", tmp_path / "pairs.jsonl", "--max_new_tokens", 8, "--seeds", 1, "--output", tmp_path / "yan")
