@@ -69,7 +69,7 @@ def one_pass_fields(config: YanConfig, fields: dict) -> dict:
 
 def train_classifier(encoder: str, train_file: str, recipe: dict, settings: dict, seed: int, folder: Path):
     """Train the encoder with transformers' own head on the targets as classes, and leave both in a folder."""
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return
     torch.manual_seed(seed)
     rows, tokenizer = read_rows(train_file), AutoTokenizer.from_pretrained(encoder, truncation_side="left")
@@ -84,12 +84,12 @@ def train_classifier(encoder: str, train_file: str, recipe: dict, settings: dict
     arguments = trainer_arguments(recipe, settings, seed, folder)
     trainer = Trainer(model, arguments, DataCollatorWithPadding(tokenizer), data, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model()
+    save_whole(trainer, folder)
 
 
 def train_adapter(start: Path, train_file: str, recipe: dict, settings: dict, rank: int, seed: int, folder: Path):
     """Train the YAN of a folder with a LoRA adapter of its encoder, and leave it merged in another folder."""
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return
     torch.manual_seed(seed)
     model, tokenizer = YanForFlowGeneration.from_pretrained(start), AutoTokenizer.from_pretrained(start)
@@ -100,7 +100,13 @@ def train_adapter(start: Path, train_file: str, recipe: dict, settings: dict, ra
     trainer = Trainer(model, arguments, collator, rows, processing_class=tokenizer)
     trainer.train()
     adapter.merge_and_unload()
-    trainer.save_model()
+    save_whole(trainer, folder)
+
+
+def save_whole(trainer: Trainer, folder: Path):
+    """Leave model and tokenizer in a folder that is whole or not there: one that is there counts as trained."""
+    with replacing(folder) as aside:
+        trainer.save_model(str(aside))
 
 
 def draw_rows(rows: list[dict], recipe: dict, seed: int) -> list[dict]:
@@ -111,7 +117,7 @@ def draw_rows(rows: list[dict], recipe: dict, seed: int) -> list[dict]:
 def trainer_arguments(recipe: dict, settings: dict, seed: int, folder: Path) -> TrainingArguments:
     """The recipe's updates for transformers' Trainer, with the schedule and weight decay of pre-training."""
     return TrainingArguments(
-        str(folder),
+        str(folder.with_name("run")),
         max_steps=recipe["updates"],
         per_device_train_batch_size=recipe["batch_size"],
         learning_rate=settings["learning_rate"],
