@@ -296,7 +296,7 @@ def quality_tables(runs: dict, metric: str = "bleu") -> list[str]:
     if columns:
         lines[0] += f" At three steps, or as the arm generates: {', and '.join(meaning)}."
     lines += ["", *main_table(runs, metric, columns), *comparison_table(runs, compared | columns)]
-    drawn = columns_of(runs, "drawn")
+    drawn = sorted(columns_of(runs, "drawn"), key=float)
     if drawn:
         lines += ["BLEU of one drawn text, and self-BLEU of four, by temperature:", ""]
         heads = [f"{name}, T = {temperature}" for temperature in drawn for name in ("BLEU", "self-BLEU")]
