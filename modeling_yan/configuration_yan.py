@@ -312,9 +312,11 @@ class YanConfig(PreTrainedConfig):
         self._check_lengths()
 
     def _check_choices(self) -> None:
+        if self.expert_scope == "chain":
+            allowed = "one of token, sequence; version 0.2 was the last that had it"
+            raise ValueError(f"expert_scope='chain': must be {allowed}")
         for name, choices in CHOICES.items():
-            gone = "; version 0.2 was the last that had it" * (getattr(self, name) == "chain")
-            require(self, name, choices.__contains__, f"one of {', '.join(choices)}{gone}")
+            require(self, name, choices.__contains__, f"one of {', '.join(choices)}")
         heads = f"a divisor of hidden_size={self.hidden_size}"
         require(self, "num_attention_heads", lambda value: self.hidden_size % value == 0, heads)
         width = f"None or greater than 0 and at most {MOST}"
