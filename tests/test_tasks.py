@@ -63,7 +63,8 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
         write_rows(tmp_path / f"scan-{part}.jsonl.gz", [{"source": "jump left", "target": "I_TURN_LEFT I_JUMP"}] * 10)
     for part in ("train", "validation", "test"):
         write_rows(tmp_path / f"agnews-{part}.jsonl.gz", [{"source": "s", "target": "Sci/Tech"}])
-        write_rows(tmp_path / f"dbpedia-{part}.jsonl.gz", [{"source": "s", "target": "MeanOfTransportation"}])
+        source = "The ship 's crew ( of 9 ) sank it : a 'Manchu' . [ 1 ]" if part == "train" else "s"
+        write_rows(tmp_path / f"dbpedia-{part}.jsonl.gz", [{"source": source, "target": "MeanOfTransportation"}])
         questions = [{"source": f"{part} {n}", "target": "n,w", "task": f"qa{n % 2}"} for n in range(300)]
         shared = [{"source": "Where?", "target": "hall", "task": "qa1"}]
         write_rows(tmp_path / f"babi-{part}.jsonl.gz", questions + shared)
@@ -88,6 +89,7 @@ def test_rows_of_tasks_are_made_of_their_public_files(load_script, tmp_path):
     assert [len(parts[f"scan-{part}"]) for part in ("train", "validation", "test")] == [9, 1, 10]
     assert parts["scan-test"][0]["target"] == "TURNLEFT JUMP"
     assert parts["agnews-train"] == [{"source": "s", "target": "sci tech"}]
+    assert parts["dbpedia-train"][0]["source"] == "The ship's crew (of 9) sank it: a 'Manchu'. [1]"
     assert parts["dbpedia-test"] == [{"source": "s", "target": "mean of transportation"}]
     assert Counter(row["task"] for row in parts["babi-test"]) == {"qa0": 100, "qa1": 100}
     assert {row["target"] for row in parts["babi-validation"]} == {"n w", "hall"}

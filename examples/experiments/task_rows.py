@@ -87,13 +87,20 @@ def scan_parts(data_dir: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def class_parts(data_dir: Path, name: str) -> dict[str, list[dict[str, str]]]:
-    """The rows of a classification by part, the class as words."""
+    """The rows of a classification by part, the class as words.
+
+    Only DBpedia's training part has spaces around punctuation. With them a model from scratch would be tested on other
+    words than those it has learned.
+    """
 
     def words(label: str) -> str:
         return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+", label)).lower()
 
+    def joined(text: str) -> str:
+        return re.sub(r"(?<=[(\[]) +| +(?=[.;:!?)\]]|'s\b)", "", text) if name == "dbpedia" else text
+
     return {
-        part: [{"source": row["source"], "target": words(row["target"])} for row in rows]
+        part: [{"source": joined(row["source"]), "target": words(row["target"])} for row in rows]
         for part, rows in ((part, read_rows(data_dir / f"{name}-{part}.jsonl.gz")) for part in PARTS)
     }
 
