@@ -71,7 +71,7 @@ class Server:
         """End it, and return the processes that it leaves behind."""
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         send(self.process.pid, number)
-        self.process.wait(ANSWER_S)
+        self.process.wait(START_S)  # as long as it may take to start: the machine may be busy
         _, left = psutil.wait_procs(processes, timeout=10)
         return left
 
