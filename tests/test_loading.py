@@ -128,6 +128,7 @@ def elsewhere(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_computes_the_same(elsewhere, variant):
     folder = FOLDERS[variant]
     result = torch.load(elsewhere / "results.pt")[folder]

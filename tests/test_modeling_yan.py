@@ -322,6 +322,7 @@ def test_every_trained_parameter_learns_and_no_frozen_one(lively_model):
 # --- learning
 
 
+@pytest.mark.slow
 def test_both_stages_learn_a_few_pairs_by_heart(make_model):
     sizes = {"num_encoder_layers": 1, "num_flow_layers": 1, "num_experts": 2, "canvas_length": 4, "decoder_dropout": 0}
     frozen = {f"freeze_{part}": True for part in SWITCHES if part != "flow"}

@@ -195,6 +195,7 @@ def test_eager_attention_equals_sdpa(variant, kind, rows):
     assert_same(*results)
 
 
+@pytest.mark.slow
 @every_kind
 @few
 @given(rows=prompts, order=st.permutations(range(4)))
@@ -219,6 +220,7 @@ def test_experts_may_have_any_numbers(variant, kind, rows, order):
         assert torch.equal(written(renumbered, batch, **options), written(model, batch, **options))
 
 
+@pytest.mark.slow
 @settings(few, max_examples=8)
 @given(rows=prompts, kind=st.sampled_from(sorted(KINDS)), data=st.data())
 @torch.no_grad()

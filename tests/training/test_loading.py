@@ -59,6 +59,7 @@ def are_same(updates, others) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket_batches", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["autoencoder", "flow"])
