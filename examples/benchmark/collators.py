@@ -139,7 +139,7 @@ def main(arguments=None):
                 num_rows, length = map(int, size.split("x"))
                 loop, collate, num_tokens = make(tokenizer, num_rows, length, kind == "list", random.Random(0))
                 slow, fast = (num_tokens / seconds for seconds in measure(loop, collate, options.repeats))
-                print(f"{make.__name__:>10} {kind:>6} {size:>13} {slow:12,.0f} {fast:12,.0f} {fast / slow:16.1f}")
+                print(f"{make.__name__:>10} {kind:>6} {size:>13} {slow:12,.0f} {fast:12,.0f} {fast / slow:16.3g}")
 
 
 if __name__ == "__main__":

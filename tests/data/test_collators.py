@@ -415,7 +415,7 @@ def test_the_benchmark_prints_a_line_for_every_case(benchmark, capsys):
     assert [line.split()[:3] for line in lines[1:]] == [
         [batch, ids, "4x16"] for batch in ("infilling", "pairs") for ids in ("list", "array")
     ]
-    assert all(float(line.split()[-1]) > 0 for line in lines[1:])
+    assert all(float(line.split()[-1]) > 0 for line in lines[1:])  # three digits, however slow the collator was
 
 
 class TestCounts:
