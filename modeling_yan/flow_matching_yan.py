@@ -8,13 +8,14 @@ Sources: flow matching (arXiv 2210.02747), rectified flow (2209.03003), MoE-FM (
 import math
 from collections.abc import Callable
 from functools import reduce
+from typing import Any, cast
 
 import torch
-from torch.nn import functional as F
 
 from .compilation_yan import opaque_operator, use_custom_ops
 
 MMD_BANDWIDTHS = (0.2, 0.5, 1.0, 2.0, 5.0)
+MOST_LOGITS, MOST_LOGITS_CPU = 2**27, 2**16  # made float32 at once; on a CPU, as many as its cache holds
 
 
 def interpolate(x_0: torch.Tensor, x_1: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -208,9 +209,39 @@ def extrapolate(before: torch.Tensor, after: torch.Tensor, step: int, num_steps:
     return before + (after - before) * (num_steps - step + 1)
 
 
+class TargetLogProbs(torch.autograd.Function):
+    """`target_log_probs`, a part at a time: no float32 copy of all logits is made, or kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        most = MOST_LOGITS_CPU if logits.device.type == "cpu" else MOST_LOGITS
+        ctx.num_tokens = max(1, most // logits.shape[-1])
+        log_sums = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(ctx.num_tokens)])
+        ctx.save_for_backward(logits, targets, log_sums)
+        return logits.gather(-1, targets).float() - log_sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, log_sums = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        parts = (tensor.split(ctx.num_tokens) for tensor in (gradient, logits, targets, log_sums, *grads))
+        for out, part, index, log_sum, grad in zip(*parts, strict=True):
+            softmax = (part.float() - log_sum).exp_()
+            out.copy_(softmax.mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, index, grad))
+        return gradient, None
+
+
+def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (B, L, N) in float32 of N ids `targets` (B, L, N) at each position of `logits` (B, L, V)."""
+    if torch.compiler.is_compiling():  # a compiler fuses it by itself
+        return logits.float().log_softmax(-1).gather(-1, targets)
+    found = TargetLogProbs.apply(logits.flatten(0, 1), targets.flatten(0, 1))
+    return cast(torch.Tensor, found).view(targets.shape)
+
+
 def token_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log p(y) (B, L) in float32 of each of the tokens `targets` (B, L) under `logits` (B, L, V)."""
-    return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+    return target_log_probs(logits, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from .chains_yan import rank_by_length
 from .configuration_yan import YanConfig
+from .flow_matching_yan import target_log_probs
 from .linear_yan import ZeroInitLinear
 
 UNREACHABLE = -1e9  # finite, because sums of infinities have no gradient
@@ -44,9 +45,10 @@ def log_sum_of_paths(links: torch.Tensor, emissions: torch.Tensor, length: torch
         length: Number of tokens (B,), at least 1. Tokens after them do not count.
     """
     rest = torch.zeros_like(emissions[:, 0])
-    for index in range(emissions.shape[1] - 1, -1, -1):
-        onwards = (links[:, index] + of_next_vertices(rest, links.shape[-1])).logsumexp(-1)
-        rest = emissions[:, index] + onwards.masked_fill((length == index + 1).unsqueeze(1), 0.0)
+    tokens = list(zip(links.unbind(1), emissions.unbind(1), strict=True))
+    for number, (link, emission) in reversed(list(enumerate(tokens, start=1))):
+        onwards = (link + of_next_vertices(rest, links.shape[-1])).logsumexp(-1)
+        rest = emission + onwards.masked_fill((length == number).unsqueeze(1), 0.0)
     return rest[:, 0]
 
 
@@ -267,8 +269,7 @@ class YanGraph(nn.Module):
 def _emissions(logits: torch.Tensor, targets: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability (B, L, G) of each target at each vertex, and the length (B,) of the texts, EOS included."""
     index = targets.unsqueeze(1).expand(-1, logits.shape[1], -1)
-    log_probs = logits.log_softmax(-1, dtype=torch.float32)
-    emissions = log_probs.gather(-1, index).transpose(1, 2).clamp(min=UNREACHABLE)
+    emissions = target_log_probs(logits, index).transpose(1, 2).clamp(min=UNREACHABLE)
     if not eos:
         return emissions, torch.full_like(targets[:, 0], targets.shape[1])
     is_end = torch.stack([targets == token for token in eos]).any(0)

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.nn import functional as F
 
+from modeling_yan import flow_matching_yan
 from modeling_yan.flow_matching_yan import (
     MMD_BANDWIDTHS,
     _log_joint,
@@ -21,7 +22,9 @@ from modeling_yan.flow_matching_yan import (
     sample_times,
     solve_flow,
     solver_times,
+    target_log_probs,
     token_cross_entropy,
+    token_log_likelihood,
 )
 
 
@@ -390,3 +393,54 @@ def test_descending_mmd_spreads_a_collapsed_cloud():
         gaussian_mmd(latents).backward()
         optimizer.step()
     assert latents.std() > 0.5
+
+
+class TestTargetLogProbs:
+    """The log-probabilities of targets, which are computed a part at a time."""
+
+    @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+    def logits(self, request):
+        return torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(0)).to(request.param).requires_grad_()
+
+    def targets(self):
+        return torch.tensor([[[0, 16, 4, 4]] * 5, [[1, 2, 3, 4]] * 5, [[9, 9, 9, 9]] * 5])  # some stand there twice
+
+    @pytest.mark.parametrize("most", [1, 17, 40, 10_000])
+    def test_values_and_gradients_are_those_of_torch(self, logits, most, monkeypatch):
+        monkeypatch.setattr(flow_matching_yan, "MOST_LOGITS_CPU", most)
+        weights = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+        found, gradients = [], []
+        for compute in (target_log_probs, lambda logits, index: logits.float().log_softmax(-1).gather(-1, index)):
+            found.append(compute(logits, self.targets()))
+            gradients += torch.autograd.grad((found[-1] * weights).sum(), logits)
+        torch.testing.assert_close(*found)
+        torch.testing.assert_close(*gradients)
+        assert found[0].dtype == torch.float32
+        assert gradients[0].dtype == logits.dtype
+
+    def test_the_gradient_is_that_of_finite_differences(self):
+        logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+        index = torch.tensor([[[0, 1]] * 3, [[4, 4]] * 3])
+        assert torch.autograd.gradcheck(lambda x: target_log_probs(x, index), logits, eps=1e-2, atol=1e-3, rtol=1e-3)
+
+    def test_impossible_and_lost_logits(self, logits):
+        other = logits.detach().clone()
+        other[0, :, 0], other[1, 0, 5] = -torch.inf, torch.nan
+        found = target_log_probs(other, self.targets())
+        assert (found[0, :, 0] == -torch.inf).all()
+        assert found[1, 0].isnan().all()
+        assert found[0, :, 1:].isfinite().all()
+        assert found[1, 1:].isfinite().all()
+
+    def test_no_copy_of_the_logits_is_kept(self, logits):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            target_log_probs(logits, self.targets())
+        assert {x.data_ptr() for x in kept if x.numel() >= logits.numel() and x.is_floating_point()} == {
+            logits.data_ptr()
+        }
+
+    def test_one_target_for_each_token(self, logits):
+        targets = self.targets()[..., 1]
+        expected = -F.cross_entropy(logits.float().mT, targets, reduction="none")
+        torch.testing.assert_close(token_log_likelihood(logits, targets), expected)
