@@ -1,6 +1,6 @@
 """Log-probabilities of targets in training: the package's function beside torch's own, forwards and backwards.
 
-    python examples/benchmark/log_probs.py --output outputs/log-probs.json
+python examples/benchmark/log_probs.py --output outputs/log-probs.json
 """
 
 import argparse
