@@ -187,15 +187,14 @@ class YanGraph(nn.Module):
         length_penalty: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) of the best path, after which there is EOS, and its vertices (B, L)."""
-        log_probs = _log_probs(logits, eos)
-        ends, which = _best_end(log_probs, eos)
-        best, candidates = _without_ends(log_probs, eos).topk(self.num_candidates, dim=-1)
+        best, candidates = _best_tokens(logits, eos, self.num_candidates)
+        ends, which = _best_end(logits, eos)
         keys, near = self._keys(latents)
         said = self._token_scores(embedding, candidates.flatten(1), keys).unflatten(1, candidates.shape[1:])
         said = of_next_vertices(said, self.reach).diagonal(dim1=1, dim2=3).movedim(-1, 1)  # of each vertex its own
         links = (near.unsqueeze(2) + said).log_softmax(-1)
         vertices, choices, length, is_ended = best_text(
-            links, best.clamp(min=UNREACHABLE), ends, num_tokens, num_without_eos, length_penalty
+            links, best, ends, num_tokens, num_without_eos, length_penalty
         )
         index = vertices.unsqueeze(-1).expand(-1, -1, candidates.shape[-1])
         text = candidates.gather(1, index).gather(-1, choices.unsqueeze(-1)).squeeze(-1)
@@ -299,13 +298,28 @@ def _without_ends(log_probs: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
     return log_probs
 
 
-def _best_end(log_probs: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_tokens(logits: torch.Tensor, eos: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and ids (B, G, C) of the most probable tokens of each vertex without EOS."""
+    tokens = logits.topk(min(number + len(eos), logits.shape[-1]), dim=-1).indices
+    log_probs = target_log_probs(logits, tokens).clamp(min=UNREACHABLE)
+    if eos:
+        is_last = torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1) == logits.shape[1] - 1
+        is_end = torch.stack([tokens == token for token in eos]).any(0)
+        log_probs = log_probs.masked_fill(is_end | is_last, UNREACHABLE)
+    best, order = log_probs.topk(number, dim=-1)
+    return best, tokens.gather(-1, order)
+
+
+def _best_end(logits: torch.Tensor, eos: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability (B, G) of the most probable end of a text at each vertex, and its id."""
+    impossible = torch.full(logits.shape[:2], UNREACHABLE, device=logits.device)
     if not eos:
-        impossible = torch.full_like(log_probs[..., 0], UNREACHABLE)
         return impossible, torch.zeros_like(impossible, dtype=torch.long)
-    best, which = torch.stack([log_probs[..., token] for token in eos]).max(0)
-    return best, torch.stack([torch.full_like(which, token) for token in eos]).gather(0, which.unsqueeze(0)).squeeze(0)
+    ids = torch.stack([torch.full_like(impossible, token, dtype=torch.long) for token in eos], dim=-1)
+    log_probs = target_log_probs(logits, ids)
+    at_last = logits[:, -1:].gather(-1, ids[:, -1:]).float().log_softmax(-1)
+    best, which = torch.cat([log_probs[:, :-1], at_last], dim=1).clamp(min=UNREACHABLE).max(-1)
+    return best, ids.gather(-1, which.unsqueeze(-1)).squeeze(-1)
 
 
 def _rows_at(table: torch.Tensor, vertex: torch.Tensor) -> torch.Tensor:
