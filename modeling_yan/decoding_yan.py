@@ -74,7 +74,7 @@ class YanTransitions(nn.Module):
 
     def __init__(self, config: YanConfig) -> None:
         super().__init__()
-        self.num_candidates = min(config.crf_candidates, config.vocab_size)
+        self.num_candidates = config.crf_candidates  # or all tokens, of a vocabulary that is smaller
         width = config.word_embedding_size
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.from_proj = nn.Linear(width, config.crf_rank, bias=False)
@@ -120,13 +120,13 @@ class YanTransitions(nn.Module):
         have to be counted: among candidates alone, which would have to include the target, rare tokens would rise.
         """
         logits = logits.float()
-        candidates = logits.detach().topk(self.num_candidates, dim=-1).indices
+        candidates = logits.detach().topk(min(self.num_candidates, logits.shape[-1]), dim=-1).indices
         others = logits.scatter(-1, candidates, IMPOSSIBLE).logsumexp(-1, keepdim=True)
         emissions = torch.cat([logits.gather(-1, candidates), others], dim=-1)
         transitions = F.pad(self.scores(embedding, candidates, latents), (0, 1, 0, 1))
         is_target = candidates == targets.unsqueeze(-1)
         is_other = ~is_target.any(-1)
-        path = is_target.int().argmax(-1).masked_fill(is_other, self.num_candidates)
+        path = is_target.int().argmax(-1).masked_fill(is_other, candidates.shape[-1])
         among_others = logits.gather(-1, targets.unsqueeze(-1)) - others  # which of the others a target is
         score = path_score(emissions, transitions, path) + (among_others.squeeze(-1) * is_other).sum(1)
         return score - log_partition(emissions, transitions)
@@ -185,7 +185,7 @@ class YanTransitions(nn.Module):
 
         The candidates are -1 in rows whose transitions are no numbers.
         """
-        emissions, candidates = logits.topk(self.num_candidates, dim=-1)
+        emissions, candidates = logits.topk(min(self.num_candidates, logits.shape[-1]), dim=-1)
         transitions, is_end = self.scores(embedding, candidates, latents), None
         is_lost = transitions.sum((1, 2, 3)).isnan()  # a best path would be found all the same
         if eos:

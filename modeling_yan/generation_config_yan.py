@@ -301,6 +301,8 @@ class YanOptionsMixin(YanCanvasMixin, GenerationMixin):
         has_experts = config.num_experts > 1 and config.expert_scope == "sequence"
         if not (has_experts or self.graph is not None or (self.transitions is not None and options.crf_decoding)):
             raise ValueError(f"{penalty} a CRF, a graph, or experts with expert_scope='sequence'")
+        if options.eos_strategy == "first" and self.graph is None:  # which fills the canvas, whatever its length
+            raise ValueError(f"{penalty} eos_strategy='likeliest', found 'first'")
 
     def _check_num_sequences(self, options: YanGenerationConfig) -> None:
         number, is_ranked = options.num_return_sequences, options.expert_choice == "ranked"

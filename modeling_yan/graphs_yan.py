@@ -122,7 +122,7 @@ class YanGraph(nn.Module):
     def __init__(self, config: YanConfig) -> None:
         super().__init__()
         self.vertices_per_token, width = config.vertices_per_token, config.hidden_size
-        self.num_candidates, self.reach = min(CANDIDATES, config.vocab_size), REACH * config.vertices_per_token
+        self.num_candidates, self.reach = CANDIDATES, REACH * config.vertices_per_token
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(config.word_embedding_size, eps=config.layer_norm_eps)
         self.token_proj = ZeroInitLinear(config.word_embedding_size, width, bias=False)
@@ -193,9 +193,7 @@ class YanGraph(nn.Module):
         said = self._token_scores(embedding, candidates.flatten(1), keys).unflatten(1, candidates.shape[1:])
         said = of_next_vertices(said, self.reach).diagonal(dim1=1, dim2=3).movedim(-1, 1)  # of each vertex its own
         links = (near.unsqueeze(2) + said).log_softmax(-1)
-        vertices, choices, length, is_ended = best_text(
-            links, best, ends, num_tokens, num_without_eos, length_penalty
-        )
+        vertices, choices, length, is_ended = best_text(links, best, ends, num_tokens, num_without_eos, length_penalty)
         index = vertices.unsqueeze(-1).expand(-1, -1, candidates.shape[-1])
         text = candidates.gather(1, index).gather(-1, choices.unsqueeze(-1)).squeeze(-1)
         if eos:
@@ -299,14 +297,14 @@ def _without_ends(log_probs: torch.Tensor, eos: Sequence[int]) -> torch.Tensor:
 
 
 def _best_tokens(logits: torch.Tensor, eos: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and ids (B, G, C) of the most probable tokens of each vertex without EOS."""
+    """Log-probabilities and ids (B, G, C) of the most probable tokens of each vertex without EOS, at most `number`."""
     tokens = logits.topk(min(number + len(eos), logits.shape[-1]), dim=-1).indices
     log_probs = target_log_probs(logits, tokens).clamp(min=UNREACHABLE)
     if eos:
         is_last = torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1) == logits.shape[1] - 1
         is_end = torch.stack([tokens == token for token in eos]).any(0)
         log_probs = log_probs.masked_fill(is_end | is_last, UNREACHABLE)
-    best, order = log_probs.topk(number, dim=-1)
+    best, order = log_probs.topk(min(number, logits.shape[-1]), dim=-1)
     return best, tokens.gather(-1, order)
 
 

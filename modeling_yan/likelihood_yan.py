@@ -49,7 +49,8 @@ class YanLikelihoodMixin(YanObjectiveMixin):
             Log-probabilities (B,), at most 0.
 
         Raises:
-            ValueError: Labels wider than the canvas, ids outside the vocabulary, or a number of steps below 0.
+            ValueError: Labels wider than the canvas, ids outside the vocabulary, or a number of steps below 0; of a
+                graph, tokens after an EOS, where its texts end.
 
         Example:
 
@@ -71,12 +72,20 @@ class YanLikelihoodMixin(YanObjectiveMixin):
         prompt = self.encode_prompt(input_ids, attention_mask)
         canvas = self.labels_to_canvas(labels, self.config.canvas_length)
         self._check_draft(canvas.shape[1], num_flow_steps)
+        if self.graph is not None:
+            self._check_ends(canvas)
         if num_flow_steps == 0 or self.config.expert_scope != "sequence":
             plan = CanvasPlan.of_config(self.config, num_flow_steps, wants_tokens=False)
             noise = CanvasNoise(self.start_noise((1, self.config.num_vertices(canvas.shape[1])), prompt.latents))
             return self._log_likelihood_of(cast(torch.Tensor, solve_canvas(self, prompt, noise, plan).latents), canvas)
         joint = [self._joint(prompt, canvas, num_flow_steps, rank) for rank in range(self.config.num_experts)]
         return torch.stack(joint).logsumexp(0)
+
+    def _check_ends(self, canvas: torch.Tensor) -> None:
+        is_end = torch.isin(canvas, torch.tensor(self.config.end_ids, device=canvas.device))
+        goes_on = ((is_end.cumsum(1) > 0) & ~is_end).any(1)
+        if goes_on.any():
+            raise ValueError(f"labels of row {int(goes_on.nonzero()[0])}: must have no tokens after an EOS")
 
     def _joint(self, prompt: YanPrompt, canvas: torch.Tensor, num_flow_steps: int, rank: int) -> torch.Tensor:
         """log pi_k p(y | x1_hat_k) (B,) of the expert whose probability has this rank, in every row."""

@@ -4,7 +4,7 @@ import time
 from functools import reduce
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .generation_config_yan import YanGenerationConfig
 
@@ -12,15 +12,17 @@ Cut = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # tokens (B, L), how many
 
 
 def all_criteria(
-    stopping_criteria: StoppingCriteriaList | None,
+    stopping_criteria: StoppingCriteriaList | StoppingCriteria | None,
     options: YanGenerationConfig,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> StoppingCriteriaList:
-    """The criteria of a call, and one for its stop strings.
+    """The criteria of a call, one or a list of them, and one for its stop strings.
 
     Raises:
         ValueError: There are stop strings, and no tokenizer that knows their tokens.
     """
+    if isinstance(stopping_criteria, StoppingCriteria):
+        stopping_criteria = StoppingCriteriaList([stopping_criteria])
     criteria = StoppingCriteriaList(stopping_criteria or ())
     if options.stop_strings:
         if tokenizer is None:

@@ -188,3 +188,11 @@ def load_script(monkeypatch):
     yield load
     for name in loaded:
         del sys.modules[name]
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog, monkeypatch):
+    """What the package warns of, through the library's own logger."""
+    for name in ("transformers", "modeling_yan"):
+        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
+    return caplog

@@ -37,6 +37,15 @@ def length_of(text):
     return text.index(EOS) + 1 if EOS in text else len(text)
 
 
+def test_a_canvas_that_is_cut_at_its_first_eos_has_no_length_to_weigh(make_model):
+    model, ids = make_lively(make_model, crf_rank=4), torch.randint(4, 64, (2, 6))
+    model.generate(ids, eos_strategy="first", length_penalty=1.0)
+    with pytest.raises(
+        ValueError, match=r"length_penalty=2.0: must be 1 without eos_strategy='likeliest', found 'first"
+    ):
+        model.generate(ids, eos_strategy="first", length_penalty=2.0)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 @torch.no_grad()

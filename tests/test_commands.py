@@ -208,6 +208,16 @@ def test_the_commands_of_the_readme_run(yan, tmp_path, monkeypatch):
     assert filled[1] == ["There was nothing to be done."]
 
 
+def test_a_gap_needs_a_mask_token(yan, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "without")
+    settings = json.loads((tmp_path / "without" / "tokenizer_config.json").read_text())
+    del settings["mask_token"]
+    (tmp_path / "without" / "tokenizer_config.json").write_text(json.dumps(settings))
+    code, lines, errors = yan("fill", tmp_path / "without", "The <mask> is here.")
+    assert (code, lines) == (2, [])
+    assert "mask_token=None: must be a token, which stands for a gap" in errors[-1]
+
+
 def test_a_chat_answers_each_line_and_outlives_a_line_that_is_too_long(yan, folder, type_in, tmp_path):
     expected = yan("generate", folder, SENTENCES[0], *STEPS)[1]
     shutil.copytree(folder, tmp_path / "plain")

@@ -65,6 +65,26 @@ def test_a_program_has_the_options_of_the_models_generation_config(make_lively_m
     assert not torch.equal(tokens, first)
 
 
+@pytest.mark.slow
+def test_a_program_has_the_seed_of_the_models_generation_config(make_lively_model, inputs):
+    model = make_lively_model(init_noise=3.0)
+    programs = [export_generation(model, 2, 7).module()(*inputs)]
+    model.generation_config.seed = 3
+    expected = model.generate(*inputs[:1], attention_mask=inputs[1], return_prompt=False, max_new_tokens=8)
+    programs += [export_generation(model, 2, 7, seed=seed).module()(*inputs) for seed in (None, 0)]
+    assert torch.equal(programs[1][:, : expected.shape[1]], expected)
+    assert torch.equal(programs[2], programs[0])
+    assert not torch.equal(programs[1], programs[0])
+
+
+@pytest.mark.parametrize("choice", ["sample", "ranked"])
+def test_a_program_draws_nothing(make_lively_model, choice):
+    model = make_lively_model()
+    model.generation_config.expert_choice = choice
+    with pytest.raises(ValueError, match=f"expert_choice='{choice}': must be 'argmax' or 'mixture' in a program"):
+        export_generation(model, 2, 7)
+
+
 def generated(model, ids, mask, steps, **options):
     options = {"min_new_tokens": 8, "max_new_tokens": 8, "num_flow_steps": steps, "return_prompt": False, **options}
     return model.generate(ids, attention_mask=mask, **options)

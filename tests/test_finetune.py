@@ -110,6 +110,19 @@ def test_rows_are_held_out_from_a_file_a_split_or_a_share(folder):
     assert (len(rows), len(held_out), name) == (15, 20, "the split validation")
 
 
+def test_held_out_rows_that_are_trained_on(folder, warnings_of_transformers):
+    """Splits that are trained on are not held out; where all the same rows coincide, a warning says how many."""
+    (folder / "test.csv").rename(folder / "validation.csv")
+    dataset = ["--dataset", str(folder), "--train_split"]
+    for split, numbers in (("train+validation", [36, 4]), ("validation[:50%]", [9, 1]), ("validation", [18, 2])):
+        rows, held_out, name = load_pairs(options(*dataset, split), seed=1)
+        assert [len(rows), len(held_out)] == numbers
+        assert name.startswith("a share of 0.1")
+    assert not warnings_of_transformers.text
+    load_pairs(options(*dataset, "train[:15]"), seed=1)
+    assert "15 of 20 held-out rows are also trained on" in warnings_of_transformers.text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -117,6 +130,9 @@ def test_rows_are_held_out_from_a_file_a_split_or_a_share(folder):
         (["--train_file", "x", "--dataset", "x"], "--train_file, or --dataset: must be given, and not both"),
         (["--train_file", "x", "--encoder", "x"], "--model, or --encoder: must be given, and not both"),
         (["--train_file", "x", "--validation_split", "x"], "--validation_split: is for --dataset"),
+        (["--train_file", "x", "--dataset_config", "x"], "--dataset_config: is for --dataset"),
+        (["--train_file", "x", "--train_split", "x"], "--train_split: is for --dataset"),
+        (["--dataset", "x", "--validation_split", "x", "--validation_file", "x"], "must not both be given"),
         (["--train_file", "x", "--fields", "[]"], """--fields '[]': must be a JSON object, such as {"freeze_enc"""),
         (["--train_file", "x", "--fields", "{x}"], "--fields '{x}': must be a JSON object"),
         (["--train_file", "x", "--fields", '{"canvas_length": 8}'], "is for a new model, on an --encoder"),
@@ -189,15 +205,12 @@ def run_here(tmp_path, *words, **fields):
     write_rows(tmp_path / "rows.jsonl", rows)
     if not (tmp_path / "encoder").exists():
         save_encoder(tmp_path / "encoder", "where is a b c d here there in house by the sea away")
-    command = ["--train_file", str(tmp_path / "rows.jsonl"), "--validation_file", str(tmp_path / "rows.jsonl")]
-    command += ["--max_steps", "2", "--report_to", "none", "--use_cpu", "--disable_tqdm", "True"]
-    command += [
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-        *(["--fields", json.dumps(fields)] if fields else []),
-    ]
+    settings = dict.fromkeys(("--train_file", "--validation_file"), str(tmp_path / "rows.jsonl"))
+    settings |= {"--max_steps": "2", "--report_to": "none", "--disable_tqdm": "True", "--use_cpu": "True"}
+    settings |= {"--eval_strategy": "no", "--save_strategy": "no"} | (
+        {"--fields": json.dumps(fields)} if fields else {}
+    )
+    command = [word for name, value in settings.items() if name not in words for word in (name, value)]
     words = [str(tmp_path / word) if word in ("encoder", "rows.jsonl", "out") else word for word in words]
     finetune(*parse_finetuning([*command, *words]))
 
@@ -398,7 +411,18 @@ def test_the_optimizer_is_the_one_that_is_asked_for(tmp_path, monkeypatch):
     assert {group["initial_lr"] for group in optimizer.param_groups} == {0.5, 1e-4}
 
 
-@pytest.mark.parametrize("words", [["--batch_eval_metrics", "True"], ["--train_sampling_strategy", "group_by_length"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--batch_eval_metrics", "True"],
+        ["--train_sampling_strategy", "group_by_length"],
+        ["--dataloader_drop_last", "True"],
+        ["--num_train_epochs", "-1"],
+        ["--per_device_train_batch_size", "0"],
+        ["--gradient_accumulation_steps", "0"],
+        ["--metric_for_best_model", "exact_match", "--predict_with_generate", "False"],
+    ],
+)
 def test_options_of_the_trainer_that_do_not_fit(capsys, words):
     with pytest.raises(SystemExit):
         options("--train_file", "x", *words)

@@ -109,6 +109,29 @@ def test_a_likelihood_of_nothing_is_refused(change, message):
         make_yan().log_likelihood(**given)
 
 
+def test_a_text_of_a_graph_ends_at_its_eos():
+    model = make_yan(vertices_per_token=2, num_answer_slots=2 * LENGTH)
+    given = torch.tensor([[4, 1]]).repeat(2, 1)
+    with_end, without = ([[4, EOS, -100], [4, EOS, EOS]], [[4, -100, -100], [4, -100, -100]])
+    found = [model.log_likelihood(given, torch.tensor(labels)) for labels in (with_end, without)]
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match="labels of row 1: must have no tokens after an EOS"):
+        model.log_likelihood(given, torch.tensor([[4, EOS, EOS], [4, EOS, 1]]))
+
+
+@pytest.mark.parametrize("fields", [CHAIN | {"crf_candidates": 8}, {"vertices_per_token": 2}, CHAIN | EXPERTS])
+@pytest.mark.parametrize("size", [4, 5, 12])
+def test_a_vocabulary_of_another_size_has_as_many_candidates_as_when_it_is_loaded(fields, size, tmp_path):
+    model = make_yan(**fields, num_answer_slots=2 * LENGTH, tie_word_embeddings=True)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    prompt, labels = torch.tensor([[1, 3]]), torch.tensor([[3, 1]])
+    models = [model, YanForFlowGeneration.from_pretrained(tmp_path).eval()]
+    torch.testing.assert_close(*(each.log_likelihood(prompt, labels) for each in models))
+    assert torch.equal(*(each.generate(prompt) for each in models))
+    assert torch.equal(*(each.generate(prompt, do_sample=True, seed=1) for each in models))
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
 @torch.no_grad()
 def test_an_autoregressive_model_has_the_likelihood_of_its_loss(script, kind):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import StoppingCriteria
 
 from modeling_yan import stopping_yan
 from modeling_yan.data import train_tokenizer
@@ -69,6 +70,19 @@ class TestStopStrings:
     def test_a_tokenizer_alone_changes_nothing(self, model, tokenizer, batch):
         """`transformers serve` hands it in, always."""
         assert torch.equal(model.generate(**batch, tokenizer=tokenizer), model.generate(**batch))
+
+
+class AfterThree(StoppingCriteria):
+    """Any text of three tokens or more is done."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= 3)
+
+
+def test_one_criterion_needs_no_list(model, batch):
+    texts = [model.generate(batch.input_ids, stopping_criteria=given) for given in (AfterThree(), [AfterThree()])]
+    assert torch.equal(*texts)
+    assert texts[0].shape[1] < model.generate(batch.input_ids).shape[1]
 
 
 class TestTime:

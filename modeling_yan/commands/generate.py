@@ -42,7 +42,7 @@ def fill(options: argparse.Namespace) -> None:
     prepare_library(is_quiet=not options.debug)
     model, tokenizer = load_model(options.model, options.device), load_tokenizer(options.model)
     for text in texts:
-        text = text.replace(MASK, tokenizer.mask_token)
+        text = text.replace(MASK, tokenizer.mask_token or MASK)  # `fill` refuses a tokenizer without one
         print(model.fill(tokenizer, text, options.max_gap_tokens, options.steps).text, flush=True)
 
 

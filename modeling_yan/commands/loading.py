@@ -43,6 +43,7 @@ def load_any_config(name: str) -> Any:
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
+    base = name
     try:
         adapter = find_adapter_config_file(name)
         base = json.loads(Path(adapter).read_text())["base_model_name_or_path"] if adapter else name
@@ -50,6 +51,9 @@ def load_any_config(name: str) -> Any:
     except OSError as error:
         if Path(name, "config.json").is_file():  # it is there and damaged
             raise
+        if base != name:
+            hint = f"is an adapter of {base!r}, which must be a folder here or a model on the hub"
+            raise ValueError(f"MODEL={name!r}: {hint}") from error
         raise ValueError(f"MODEL={name!r}: must be a folder with a config.json, or a model on the hub") from error
 
 

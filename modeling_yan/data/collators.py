@@ -271,8 +271,8 @@ class FlowCollator:
         model: A `YanForFlowGeneration`, whose config gives the two lengths.
 
     Raises:
-        ValueError: A row without source or target, or an empty source where the tokenizer has no BOS; a length that is
-            missing, or beyond the model's.
+        ValueError: A tokenizer without EOS or pad token; a row without source or target, or an empty source where the
+            tokenizer has no BOS; a length that is missing, or beyond the model's.
 
     Example:
 
@@ -292,6 +292,8 @@ class FlowCollator:
         multiple_of: int = 4,
         model: PreTrainedModel | None = None,
     ):
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no EOS or no pad token: call prepare_tokenizer(tokenizer) first")
         limits = {"max_source_length": max_source_length, "canvas_length": canvas_length}
         check_length("multiple_of", multiple_of)
         self.tokenizer = tokenizer

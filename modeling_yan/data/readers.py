@@ -55,7 +55,8 @@ def read_file(path: Path, sample_by: str = "line") -> Iterator[PlacedRow]:
 
 
 def _matches(pattern: str) -> list[str]:
-    matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    is_pattern = glob.has_magic(pattern) and not os.path.isfile(pattern)  # a file's own name may hold brackets
+    matches = sorted(glob.glob(pattern, recursive=True)) if is_pattern else [pattern]
     if not matches or not all(os.path.isfile(match) for match in matches):
         raise FileNotFoundError(f"{pattern}: no such file")
     return matches
@@ -70,7 +71,7 @@ def _checked(name: str) -> Path:
 
 def _suffix(path: Path) -> str:
     packed = path.name.endswith(".gz") and not path.name.endswith(".parquet.gz")
-    return Path(path.name.removesuffix(".gz")).suffix if packed else path.suffix
+    return (Path(path.name.removesuffix(".gz")).suffix if packed else path.suffix).lower()
 
 
 def _read_json_lines(path: Path, sample_by: str) -> Iterator[PlacedRow]:

@@ -13,6 +13,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from huggingface_hub.errors import HFValidationError
 
 from .readers import SAMPLE_BY, find_files, is_file_name, read_file
 from .registry import LEARNED_WHERE, REGISTRY, TEXT, DatasetSpec, FormatOptions, SkippedRow, format_pair, format_text
@@ -302,19 +304,25 @@ def load_raw(
 ) -> Dataset | IterableDataset:
     """`datasets.load_dataset`, with what went wrong in the message."""
     cache_dir = None if cache_dir is None else str(cache_dir)
-    try:
+    with loading_by_name(name, f"a file here, in the registry ({', '.join(REGISTRY)}), "):
         raw = datasets.load_dataset(
             name, config_name, split=split or "train", revision=revision, streaming=streaming, cache_dir=cache_dir
         )
-    except (FileNotFoundError, ConnectionError) as error:
-        names = ", ".join(REGISTRY)
-        message = f"{name!r} is neither a file here, nor in the registry ({names}), nor to be loaded by name: {error}"
-        raise FileNotFoundError(message) from error
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{name}: {root_cause(error)}") from error
     if next(iter(raw), None) is None:
         raise ValueError(f"{name}: the data set holds no rows")
     return raw
+
+
+@contextmanager
+def loading_by_name(name: str, allowed: str = "") -> Iterator[None]:
+    """Errors of `datasets` with what went wrong in the message, and what a name may be besides one of the hub."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError, HFValidationError) as error:
+        message = f"{name!r}: must be {allowed}a folder of data files or a name on the hub ({error})"
+        raise FileNotFoundError(message) from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{name}: {root_cause(error)}") from error
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ All but `.parquet` may be gzipped. `datasets` reads tables; of JSON it would tak
 """
 
 import csv
+import glob
 import logging
 import math
 import os
@@ -93,7 +94,7 @@ def load_file(path: str | os.PathLike[str]) -> "Dataset | list[Row]":
     from .sources import root_cause
 
     path = Path(path)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in (*JSON, *TABLES) or path.name.endswith(".parquet.gz"):
         endings = ", ".join((*JSON, *TABLES))
         raise ValueError(f"{path}: the name of a file must end in {endings} or, but for .parquet, that and .gz")
@@ -103,23 +104,40 @@ def load_file(path: str | os.PathLike[str]) -> "Dataset | list[Row]":
         return [_checked_row(row, where) for where, row in read_file(path)]
     settings = _csv_settings(path, suffix) if TABLES[suffix] == "csv" else {}
     try:
-        return datasets.load_dataset(TABLES[suffix], data_files=str(path), split="train", **settings)
+        name = glob.escape(str(path))  # brackets in it would be a pattern
+        return datasets.load_dataset(TABLES[suffix], data_files=name, split="train", **settings)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = root_cause(error)
-        message = "the file holds no rows" if "corresponds to no data" in str(cause) else cause
-        raise ValueError(f"{path}: {message}") from error
+        is_empty = any(message in str(cause) for message in ("corresponds to no data", "BatchSize must be greater"))
+        raise ValueError(f"{path}: {'the file holds no rows' if is_empty else cause}") from error
 
 
 def load_split(name: str, config_name: str | None = None, split: str = "train") -> "Dataset":
     """One split of a folder or of a data set on the hub; "train[:10%]" is a split, too.
 
+    Of .csv files every field is text as it stands there, unless the data set itself says what its columns are.
+
     Raises:
         FileNotFoundError: There is no such data set.
         ValueError: It has no such split or config, is damaged, or holds no rows.
     """
-    from .sources import load_raw
+    from datasets import Features, Value, load_dataset, load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
 
-    return load_raw(name, config_name, split, None, False, None)
+    from .sources import loading_by_name
+
+    if Path(name).is_file():
+        raise ValueError(f"--dataset {name!r}: must be a folder or a name on the hub; give a file as --train_file")
+    with loading_by_name(name):
+        builder, settings = load_dataset_builder(name, config_name), {}
+        if isinstance(builder, Csv) and builder.info.features is None:
+            first = next(iter(load_dataset(name, config_name, streaming=True).values()))
+            columns = first.column_names or list(next(iter(first), {}))
+            settings = {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
+        table = load_dataset(name, config_name, split=split, **settings)
+    if not len(table):
+        raise ValueError(f"{name}: the data set holds no rows")
+    return table
 
 
 def has_split(name: str, config_name: str | None, split: str) -> bool:
@@ -160,13 +178,18 @@ def make_pairs(table: "Dataset | list[Row]", columns: PairColumns, name: str) ->
     if not isinstance(table, list):
         table = table.select_columns(columns.needed)
     names = {column: getattr(feature, "names", None) for column, feature in getattr(table, "features", {}).items()}
-    pairs, number = [], 0
+    pairs, number, incomplete = [], 0, []
     for number, raw in enumerate(table, start=1):
         row = {column: _value_of(raw.get(column), names.get(column)) for column in columns.needed}
         pair = _make_pair(row, columns, f"{name}, row {number}")
         if pair["target"].strip():
             check_row(pair, f"{name}, row {number}")
             pairs.append(pair)
+            if any(row[column] == "" for column in columns.needed[:-1]):
+                incomplete.append(number)
+    if incomplete:
+        found = f"{len(incomplete)} of {len(pairs)} rows have nothing in a column of {columns.form!r}"
+        logger.warning("%s: %s, such as row %d; the model is trained on them", name, found, incomplete[0])
     if len(pairs) < number:
         logger.warning("%s: left out %d of %d rows, whose target is empty", name, number - len(pairs), number)
     if not pairs:
@@ -189,7 +212,8 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
         raise ValueError(f"validation_share={share}: must be between 0 and 1")
     sources = list(dict.fromkeys(row["source"] for row in rows))
     if len(sources) < 2:
-        raise ValueError(f"validation_share={share}: must be left for rows of two sources or more, and there is 1")
+        hint = "there is 1; give held-out rows of their own"
+        raise ValueError(f"validation_share={share}: must be left for rows of two sources or more, and {hint}")
     random.Random(seed).shuffle(sources)
     number = min(max(1, round(share * len(sources))), len(sources) - 1)
     held = set(sources[:number])
@@ -220,28 +244,36 @@ def _csv_settings(path: Path, suffix: str) -> dict[str, Any]:
 def _read_header(path: Path, separator: str) -> tuple[list[str], int]:
     """The names in the first line of a table, and whether its fields may stand in quotes, as `csv` calls it.
 
-    A quote is one of the text's own in a table between tabs of which it would be a fault, as in `"Who?" he said`.
+    A quote is one of the text's own in a table between tabs of which it would be a fault, as in `"Who?" he said`, or
+    where it would join lines that are whole rows.
 
     Raises:
         ValueError: A line has more fields than the first one, or quotes in the middle of a field; the message has its
             number.
     """
     try:
-        return _checked_header(path, separator, csv.QUOTE_MINIMAL), csv.QUOTE_MINIMAL
+        header, num_rows, _ = _checked_header(path, separator, csv.QUOTE_MINIMAL)
     except ValueError:
         if separator != "\t":
             raise
-        return _checked_header(path, separator, csv.QUOTE_NONE), csv.QUOTE_NONE
+        return _checked_header(path, separator, csv.QUOTE_NONE)[0], csv.QUOTE_NONE
+    if separator == "\t":
+        plain, num_lines, is_whole = _checked_header(path, separator, csv.QUOTE_NONE)
+        if is_whole and num_lines != num_rows:
+            return plain, csv.QUOTE_NONE
+    return header, csv.QUOTE_MINIMAL
 
 
-def _checked_header(path: Path, separator: str, quoting: Literal[0, 3]) -> list[str]:
-    """The names in the first line, if no other line has more fields."""
+def _checked_header(path: Path, separator: str, quoting: Literal[0, 3]) -> tuple[list[str], int, bool]:
+    """The names in the first line, the number of rows, and whether all have so many fields; none may have more."""
     lines = (line.decode("utf-8") for _, line in numbered_lines(path))
     reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     limit = csv.field_size_limit(2**31 - 1)  # it is everyone's, and too low for long texts
+    num_rows, is_whole = 0, True
     try:
         header = next(reader, [])
-        for row in reader:
+        for row in filter(None, reader):
+            num_rows, is_whole = num_rows + 1, is_whole and len(row) == len(header)
             if len(row) > len(header):
                 hint = f"put a field that holds {separator!r} in quotes"
                 raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields for {len(header)} names; {hint}")
@@ -250,7 +282,7 @@ def _checked_header(path: Path, separator: str, quoting: Literal[0, 3]) -> list[
         raise ValueError(f"{path}, line {reader.line_num}: {error}; {hint}") from error
     finally:
         csv.field_size_limit(limit)
-    return header
+    return header, num_rows, is_whole
 
 
 def _field_of(column: str, columns: PairColumns) -> str:
@@ -274,12 +306,22 @@ def _value_of(value: Any, names: Sequence[str] | None) -> Any:
     return names[value] if names else value
 
 
+class _RowFormatter(Formatter):
+    """`str.format` of what may stand in a source: text, numbers, and "" where there is nothing."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        value = _value_of(value, None)
+        if not isinstance(value, str | int | float):
+            raise TypeError(f"found {type(value).__name__}, must be text or a number")
+        return cast(str, super().format_field(value, format_spec))
+
+
 def _make_pair(row: Row, columns: PairColumns, where: str) -> Row:
     target = _text_of(row[columns.target], columns.target, where)
     if columns.template is None:
         return {"source": _text_of(row[columns.source], columns.source, where), "target": target}
     try:
-        return {"source": columns.template.format_map(row), "target": target}
+        return {"source": _RowFormatter().vformat(columns.template, (), row), "target": target}
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: template={columns.template!r}: does not fit the row ({error!r})") from error
 

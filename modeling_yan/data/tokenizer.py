@@ -5,17 +5,16 @@ python -m modeling_yan.data.tokenizer --files train.jsonl.gz stories.jsonl.gz --
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from datasets import load_dataset
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..data.rows import Row
-from .rows import check_row, read_rows, row_texts
+from .readers import find_files, read_file
+from .rows import check_row, row_texts
 
 PAD, BOS, EOS, MASK = "<pad>", "<s>", "</s>", "<mask>"  # in the order of their ids, 0 to 3
 ROLES = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "mask_token": MASK}
@@ -123,17 +122,15 @@ def _trainer(vocab_size: int, mask: AddedToken) -> BpeTrainer:
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """The prose of a file: of rows (`.jsonl`, `.jsonl.gz`, `.parquet`), or of lines that are not blank (`.txt`)."""
-    builder = {".txt": "text", ".parquet": "parquet"}.get(Path(path).suffix)
-    if builder is None:
-        rows: Iterable[Row] = read_rows(path)
-    else:
-        rows = load_dataset(builder, data_files=path, split="train", streaming=True)
-        rows = ({name: value for name, value in row.items() if value is not None} for row in rows)
-    for row in rows:
-        if builder != "text" or row["text"].strip():
-            check_row(row, path)
-            yield from row_texts(row)
+    """The prose of a file, or of all files of a pattern: of rows, or of lines that are not blank (`.txt`)."""
+    for file in find_files([path]):
+        for where, raw in read_file(file):
+            row = (
+                {name: value for name, value in raw.items() if value is not None} if isinstance(raw, Mapping) else raw
+            )
+            if row:  # a table may have rows in which nothing stands
+                check_row(row, where)
+                yield from row_texts(row)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,11 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--files",
         nargs="+",
         required=True,
-        help=".jsonl, .jsonl.gz or .parquet files of texts or pairs, or .txt files",
+        help=".jsonl, .json, .parquet or .txt, all but .parquet also .gz: texts or pairs",
     )
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output", required=True, help="the folder to write")
     options = parser.parse_args(arguments)
+    if Path(options.output).is_file():
+        raise ValueError(f"--output {options.output!r}: must be a folder, and is a file")
     texts = (text for path in options.files for text in read_texts(path))
     train_tokenizer(texts, options.vocab_size).save_pretrained(options.output)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .metrics import check_rows
 
 Judge = PreTrainedModel | str | os.PathLike[str]
+NOT_AUTOREGRESSIVE = ("yan", "yan-masked-diffusion")
 
 
 class GenerativePerplexity(NamedTuple):
@@ -71,8 +72,9 @@ def load_judge(
         judge = AutoModelForCausalLM.from_pretrained(judge)
     if tokenizer is None:
         raise ValueError("tokenizer=None: must be the tokenizer of the judge, unless the judge is a name or a folder")
-    if judge.config.model_type == "yan":
-        raise ValueError("judge of model_type 'yan': must be autoregressive, YAN gives no likelihood of a text")
+    if judge.config.model_type in NOT_AUTOREGRESSIVE:
+        hint = "YAN's own likelihood of whole texts is model.log_likelihood"
+        raise ValueError(f"judge of model_type {judge.config.model_type!r}: must be autoregressive; {hint}")
     return judge.eval(), tokenizer
 
 

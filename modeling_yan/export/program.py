@@ -44,7 +44,7 @@ def export_generation(
     canvas_length: int | None = None,
     num_flow_steps: int | None = None,
     min_new_tokens: int = 0,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> torch.export.ExportedProgram:
     """Encoder, solver and decoder of one canvas as one graph of torch's own operators, weights included.
 
@@ -62,10 +62,11 @@ def export_generation(
         canvas_length, num_flow_steps: L and the number of solver steps, at least 1; the config's if None.
         min_new_tokens: Number of first tokens that may not be EOS, at least 0; if 0, that of the model's
             `generation_config`, whose other options the program has, too.
-        seed: Seed of the start noise.
+        seed: Seed of the start noise; that of the `generation_config` if None, or 0.
 
     Raises:
-        ValueError: A size below 1, or beyond `max_position_embeddings`.
+        ValueError: A size below 1, or beyond `max_position_embeddings`; an `expert_choice` of the `generation_config`
+            that needs a draw or a rank, which a program has not.
     """
     config = model.config
     canvas_length = config.canvas_length if canvas_length is None else canvas_length
@@ -83,6 +84,10 @@ def export_generation(
         if not 0 < value <= getattr(config, limit):
             raise ValueError(f"{name}={value}: must be 1 to {limit}={getattr(config, limit)}")
     plan = model.first_plan(min_new_tokens, canvas_length=canvas_length, num_flow_steps=num_flow_steps)
+    if plan.expert_choice in ("sample", "ranked"):
+        found = f"generation_config.expert_choice={plan.expert_choice!r}"
+        raise ValueError(f"{found}: must be 'argmax' or 'mixture' in a program, which draws nothing")
+    seed = seed if seed is not None else getattr(model.generation_config, "seed", None) or 0
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():

@@ -174,6 +174,14 @@ class PretrainingArguments:
             raise ValueError(f"tasks={self.tasks}: every entry must be TASK=WEIGHT") from None
 
 
+def check_given_once(words: Sequence[str]) -> None:
+    """Raise ValueError if a command line has an option twice, of which the last would silently count."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = next((option for option in options if options.count(option) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice}: must be given once; several values of one option stand behind it")
+
+
 def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[str]:
     """The words of a command line, and before them those of its recipe, which they override.
 
@@ -191,6 +199,7 @@ def expand_recipe(parser: ArgumentParser, words: Sequence[str] | None) -> list[s
     parser.add_argument("--recipe", help="a YAML file of options, such as one in configuration/recipes")
     parser.allow_abbrev = False  # an abbreviated --recipe would be read and not applied
     words = list(sys.argv[1:] if words is None else words)
+    check_given_once(words)
     finder = ArgumentParser(add_help=False, allow_abbrev=False)  # finds the file, wherever and however it is named
     finder.add_argument("--recipe")
     finder.add_argument("--config_overrides")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..data.readers import find_files
 from ..data.rows import UNFINISHED, remove
 from .arguments import PretrainingArguments
 
@@ -109,7 +110,7 @@ def find_checkpoint(arguments: PretrainingArguments, accelerator: Accelerator) -
 def hash_files(paths: Sequence[str]) -> str:
     """A hash of what files hold: of their sizes, and of the first and the last mebibyte of each."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in filter(os.path.isfile, paths):
+    for path in find_files(paths):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(f"{size} ".encode())

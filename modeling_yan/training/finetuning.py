@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Sequence
@@ -33,11 +34,12 @@ from ..data import FlowCollator, prepare_tokenizer, split_targets
 from ..data.rows import Row
 from ..data.tables import PairColumns, has_split, hold_out, load_file, load_split, make_pairs
 from ..modeling_yan import YanForFlowGeneration
+from .arguments import check_given_once
 from .encoder_states import RowsWithStates, StatesCollator
 from .models import naming
 from .optimization import make_groups
 from .run_folder import find_checkpoint, note_run
-from .samples import Samples
+from .samples import METRICS, Samples
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -123,8 +125,12 @@ class FinetuningArguments:
             raise ValueError("--lora: adapts the encoder, which freeze_encoder in --fields keeps as it is")
         if self.encoder is not None and self.encoder_learning_rate is None and not self.lora:
             self.encoder_learning_rate = LEARNING_RATE
-        if self.dataset is None and self.validation_split is not None:
-            raise ValueError("--validation_split: is for --dataset, with --train_file give --validation_file")
+        if self.dataset is None:
+            for name in ("validation_split", "dataset_config", "train_split"):
+                if getattr(self, name) not in (None, "train"):
+                    raise ValueError(f"--{name}: is for --dataset; held-out rows of a file are --validation_file")
+        if self.validation_split is not None and self.validation_file is not None:
+            raise ValueError("--validation_split, or --validation_file: must not both be given")
 
     @property
     def columns(self) -> PairColumns:
@@ -153,6 +159,7 @@ def parse_finetuning(
     """Settings from the words of a command line; `make_parser` makes the parser of dataclasses."""
     parser = make_parser([FinetuningArguments, Seq2SeqTrainingArguments])
     parser.set_defaults(**DEFAULTS)
+    check_given_once(words)
     given, _ = parser.parse_known_args(words)
     rate = LEARNING_RATE if given.encoder is None else NEW_LEARNING_RATE
     # the best model can be kept only where each is saved that is measured
@@ -161,8 +168,19 @@ def parse_finetuning(
         options, training = parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         parser.error(str(error))
-    if training.batch_eval_metrics:
-        parser.error("--batch_eval_metrics: must be left out, the scores are those of all held-out rows")
+    for name in ("batch_eval_metrics", "dataloader_drop_last"):
+        if getattr(training, name):
+            parser.error(f"--{name}: must be left out, the scores are those of all held-out rows")
+    for name, least in {
+        "num_train_epochs": 0,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+    }.items():
+        if getattr(training, name) < least:
+            parser.error(f"--{name} {getattr(training, name)}: must be at least {least}")
+    metric = (training.metric_for_best_model or "").removeprefix("eval_")
+    if metric in METRICS and not training.predict_with_generate:
+        parser.error(f"--metric_for_best_model {metric}: must go with --predict_with_generate True")
     if training.train_sampling_strategy == "group_by_length":
         parser.error("--train_sampling_strategy group_by_length: must be random or sequential, rows are read as text")
     return options, training
@@ -264,15 +282,25 @@ def load_pairs(options: FinetuningArguments, seed: int) -> tuple[list[Row], list
     else:
         of = cast(str, options.dataset), options.dataset_config
         rows = make_pairs(load_split(*of, options.train_split), columns, f"{options.dataset}, {options.train_split}")
-        if split is None and options.validation_file is None and has_split(*of, "validation"):
+        is_free = options.validation_file is None and "validation" not in re.split(r"[\[+]|\]", options.train_split)
+        if split is None and is_free and has_split(*of, "validation"):
             split = "validation"
     if options.validation_file is not None:
         name = options.validation_file
-        return rows, make_pairs(load_file(name), columns, name), f"of {name}"
-    if split is not None:
-        return rows, make_pairs(load_split(*of, split), columns, f"{options.dataset}, {split}"), f"the split {split}"
-    name = f"a share of {options.validation_share} cut by the seed {seed}; rows with one source stay together"
-    return *hold_out(rows, options.validation_share, seed), name
+        held_out, origin = make_pairs(load_file(name), columns, name), f"of {name}"
+    elif split is not None:
+        held_out, origin = (
+            make_pairs(load_split(*of, split), columns, f"{options.dataset}, {split}"),
+            f"the split {split}",
+        )
+    else:
+        name = f"a share of {options.validation_share} cut by the seed {seed}; rows with one source stay together"
+        return *hold_out(rows, options.validation_share, seed), name
+    trained_on = {(row["source"], row["target"]) for row in rows}
+    shared = sum((row["source"], row["target"]) in trained_on for row in held_out)
+    if shared:
+        logger.warning(f"{shared:,} of {len(held_out):,} held-out rows are also trained on: the scores are too good.")
+    return rows, held_out, origin
 
 
 def _model_and_tokenizer(
@@ -286,12 +314,12 @@ def _model_and_tokenizer(
         model = AutoModelForCausalLM.from_pretrained(name)
     if model.config.model_type != "yan":
         raise ValueError(f"--model {name!r}: its model_type={model.config.model_type!r} must be 'yan'")
-    _check_targets(tokenizer, [*rows, *held_out])
+    _check_texts(tokenizer, [*rows, *held_out])
     return cast(YanForFlowGeneration, model), tokenizer
 
 
-def _check_targets(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
-    """Raise ValueError if no target can be generated; warn of those that can't."""
+def _check_texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
+    """Raise ValueError if no target can be generated; warn of those that can't, and of sources that can't be read."""
     ids = [set(found) for found in _target_ids(tokenizer, rows)]
     unknown, special = {tokenizer.unk_token_id}, set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     faults = {
@@ -306,6 +334,12 @@ def _check_targets(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> N
             if len(found) == len(rows):
                 raise ValueError(f"{message}: {mend}")
             logger.warning(f"{message}: these can't be generated, and count as wrong.")
+    sources = cast(Any, tokenizer([row["source"] for row in rows], add_special_tokens=False)["input_ids"])
+    unread = [row["source"] for row, own in zip(rows, sources, strict=True) if unknown & set(own)]
+    if unread:
+        example = textwrap.shorten(unread[0], SHORTENED, placeholder=" ...")
+        message = f"{len(unread):,} of {len(rows):,} sources have characters that the tokenizer does not know"
+        logger.warning(f"{message}, such as {example!r}: the model can't tell these characters apart.")
 
 
 def _target_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
@@ -320,7 +354,7 @@ def _new_model(
         tokenizer = AutoTokenizer.from_pretrained(encoder)
     prepare_tokenizer(tokenizer)
     together = [*rows, *held_out]
-    _check_targets(tokenizer, together)
+    _check_texts(tokenizer, together)
     targets = _target_ids(tokenizer, together)
     longest = max(range(len(targets)), key=lambda index: len(targets[index]))
     length = len(targets[longest]) + 1  # with its EOS
@@ -378,6 +412,9 @@ def _with_lora(model: YanForFlowGeneration, rank: int) -> PreTrainedModel:
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", target_parameters=LORA_PARAMETERS)
     adapted: Any = get_peft_model(model, config)
+    base = adapted.peft_config["default"]
+    if os.path.isdir(base.base_model_name_or_path):  # found from any folder
+        base.base_model_name_or_path = os.path.abspath(base.base_model_name_or_path)
     adapted.print_trainable_parameters()
     return adapted
 

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks_yan import IGNORE_INDEX
 from ..data import load_rows, prepare_tokenizer, read_rows
+from ..data.readers import find_files, read_file
 from ..data.rows import SUFFIXES, replacing, write_whole
 from .arguments import PretrainingArguments
 from .checkpoints import (
@@ -94,7 +95,7 @@ def _pretrain(arguments: PretrainingArguments, accelerator: Accelerator) -> None
     ]
     validation = None
     if arguments.validation_file:
-        held_out = [row for path in arguments.validation_file for row in read_rows(path)]
+        held_out = [row for path in find_files(arguments.validation_file) for row in read_rows(path)]
         names = ", ".join(arguments.validation_file)
         sampler = make_sampler(arguments, held_out, tokenizer, config, origin=names)
         validation = Validation(arguments, sampler, tokenizer)
@@ -156,12 +157,17 @@ def load_training_rows(arguments: PretrainingArguments, files: list[str], names:
     """
     if not files and not names:
         raise ValueError("nothing to train on: give train_file or dataset")
+    files = list(map(str, find_files(files)))
     is_plain = not names and not arguments.streaming and all(path.endswith(SUFFIXES) for path in files)
     if is_plain:
         return [row for path in files for row in read_rows(path)]
     options = {"streaming": arguments.streaming, "seed": arguments.seed}
     parts = [load_rows(name, num_rows=arguments.dataset_rows or None, **options) for name in names]
-    parts += [load_rows(files, **options)] if files else []
+    kinds: dict[bool, list[str]] = {}
+    for file in files:
+        _, first = next(read_file(Path(file)))
+        kinds.setdefault(isinstance(first, dict) and "target" in first, []).append(file)
+    parts += [load_rows(group, **options) for group in kinds.values()]
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 

@@ -181,7 +181,8 @@ class TaskSampler(Dataset[Batch]):
             if len(made) == size:
                 break
             if tries == MAX_TRIES:
-                lack = "target" if task == PAIRS else f"sentence of max_words={self.max_words} or fewer words to use"
+                words = f"2 to max_words={self.max_words} words, between white space,"
+                lack = "target" if task == PAIRS else f"sentence of {words} to use"
                 raise ValueError(f"{MAX_TRIES} rows in a row have no {lack} for task {task}")
         return made, num_skipped
 

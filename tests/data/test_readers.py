@@ -123,3 +123,11 @@ def test_json_may_have_a_byte_order_mark(tmp_path):
     for name, content in (("a.jsonl", '{"text": "One."}\r\n{"text": "Two."}\r\n'), ("b.json", '[{"text": "One."}]')):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
         assert next(read_file(tmp_path / name))[1] == {"text": "One."}
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    for name in ("rows[1].jsonl", "rows1.jsonl", "rows2.JSONL"):
+        write(tmp_path / name, LINES)
+    assert find_files([tmp_path / "rows[1].jsonl"]) == [tmp_path / "rows[1].jsonl"]
+    assert find_files([tmp_path / "rows[12].jsonl"]) == [tmp_path / "rows1.jsonl"]
+    assert find_files([tmp_path / "rows2.JSONL"]) == [tmp_path / "rows2.JSONL"]

@@ -355,14 +355,12 @@ def test_damaged_and_empty_folders(tmp_path, streaming):
     with pytest.raises(ValueError, match=r"no rows|no data"):
         load_rows("sst2", path=tmp_path, streaming=streaming)
     (tmp_path / "train.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match="is neither a file here, nor in the registry"):
+    with pytest.raises(FileNotFoundError, match="must be a file here, in the registry"):
         load_rows("sst2", path=tmp_path, streaming=streaming)
 
 
 def test_an_unknown_name():
-    with pytest.raises(
-        FileNotFoundError, match=r"'squat' is neither a file here, nor in the registry \(narrativeqa, "
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'squat': must be a file here, in the registry \(narrativeqa, "):
         load_rows("squat")
 
 

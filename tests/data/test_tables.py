@@ -1,6 +1,7 @@
 """Pairs out of any columns: files as people have them, folders of data sets, and what is refused."""
 
 import csv
+import datetime
 import gzip
 import json
 import logging
@@ -84,6 +85,22 @@ def test_quotes_of_a_table_between_tabs(tmp_path):
     assert pairs == [{"source": 'Who?\nHe "said".', "target": "cellar"}]
 
 
+def test_lines_between_tabs_that_are_whole_rows_stay_apart(tmp_path):
+    """Of what someone says, one quote may stand in one line and the next in another."""
+    lines = ['"I am here.\tA1', 'I said it."\tA2', "x\tA3"]
+    pairs = make_pairs(load_file(write(tmp_path / "talk.tsv", "\n".join(["question\tanswer", *lines]))), COLUMNS, "x")
+    assert [(pair["source"], pair["target"]) for pair in pairs] == [tuple(line.split("\t")) for line in lines]
+
+
+@pytest.mark.parametrize("name", ["data[1].csv", "star*.csv", "what?.csv", "folder[ab]/x.csv", "UPPER.CSV"])
+def test_a_name_is_no_pattern(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for other in ("data1.csv", "starlight.csv", "whats.csv"):
+        write(tmp_path / other, "question,answer\nother,file\n")
+    assert make_pairs(load_file(write(path, CSV)), COLUMNS, name) == PAIRS
+
+
 def test_a_field_may_be_long(tmp_path):
     limit, long = csv.field_size_limit(), "word " * 40_000
     rows = load_file(write(tmp_path / "long.csv", f"question,answer\n{long},x\n"))
@@ -122,12 +139,47 @@ def test_numbers_and_nothing_beside_text():
     assert make_pairs(table, COLUMNS, "rows") == [{"source": "1", "target": "x"}, {"source": "", "target": "2"}]
 
 
+def test_rows_with_an_empty_source_are_counted(caplog):
+    table = [{"question": "Who?", "answer": "x"}, {"question": "", "answer": "x"}, {"answer": "x"}]
+    for columns, form in ((COLUMNS, "{question}"), (PairColumns(target="answer", template="q: {question}"), "q: {qu")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(make_pairs(table, columns, "rows")) == 3
+        assert f"rows: 2 of 3 rows have nothing in a column of '{form}" in caplog.text
+        assert "such as row 2" in caplog.text
+
+
+def test_what_a_template_may_hold():
+    columns = PairColumns(target="answer", template="{question[a]}|{question[b]:.1f}")
+    assert make_pairs([{"question": {"a": None, "b": 2}, "answer": "x"}], columns, "rows")[0]["source"] == "|2.0"
+    for value, kind in ((["a", "b"], "list"), (datetime.date(2020, 1, 2), "date")):
+        with pytest.raises(ValueError, match=f"row 1: template=.*: does not fit the row .*found {kind}, must be text"):
+            make_pairs([{"question": {"a": value, "b": 2}, "answer": "x"}], columns, "rows")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A data set as a folder."""
     for split in ("train", "test"):
         write(tmp_path / f"{split}.csv", CSV)
     return str(tmp_path)
+
+
+def test_a_field_of_a_folder_is_text_as_it_stands_there(tmp_path):
+    answers = ["000", "NA", "None", "null", "1.50", "2020-01-02"]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.csv", "question,answer\n" + "".join(f"q,{answer}\n" for answer in answers))
+    pairs = make_pairs(load_split(str(tmp_path), split="train[:2]+test"), COLUMNS, "folder")
+    assert [pair["target"] for pair in pairs] == answers[:2] + answers
+
+
+def test_names_of_data_sets_that_are_none(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"--dataset .*rows.csv': must be a folder or a name on the hub; give a file as"
+    ):
+        load_split(str(write(tmp_path / "rows.csv", CSV)))
+    with pytest.raises(FileNotFoundError, match=r"'./none': must be a folder of data files or a name on the hub"):
+        load_split("./none")
 
 
 def test_a_folder_has_splits(folder):

@@ -179,3 +179,24 @@ def test_a_prompt_that_is_cut_keeps_its_end(tmp_path):
         tokenizer.save_pretrained(tmp_path)
         loaded = AutoTokenizer.from_pretrained(tmp_path)
         assert loaded("a b c", truncation=True, max_length=1)["input_ids"] == loaded("a b c")["input_ids"][-1:]
+
+
+def test_it_reads_what_training_reads(tmp_path):
+    Dataset.from_list([{"text": "In a table."}, {"text": None}]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.json").write_text('[{"source": "A pair", "target": "of texts."}]')
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfWith a mark.\n\n")
+    (tmp_path / "d1.txt").write_text("One.\n")
+    (tmp_path / "d2.txt").write_text("Two.\n")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Käse\n".encode("latin-1"))
+    texts = [text for name in ("a.parquet", "b.json", "c.txt", "d?.txt") for text in read_texts(str(tmp_path / name))]
+    assert texts == ["In a table.", "A pair", "of texts.", "With a mark.", "One.", "Two."]
+    for name, message in (("empty.txt", "the file holds no rows"), ("latin.txt", "line 1: not UTF-8")):
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            list(read_texts(str(tmp_path / name)))
+
+
+def test_a_file_where_the_folder_is_to_be(tmp_path):
+    (tmp_path / "texts.txt").write_text("One.\n")
+    with pytest.raises(ValueError, match=r"--output '.*texts.txt': must be a folder, and is a file"):
+        main(["--files", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "texts.txt")])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from modeling_yan.baselines import make_baseline
 from modeling_yan.evaluation import generative_perplexity
 
 TEXTS = ["Mary took the apple.", "The key is in the library of the old house.", "犬 ünïcode"]
@@ -81,6 +82,8 @@ def test_the_judge_may_be_a_folder(gpt2, tokenizer, gpt2_folder):
 def test_a_judge_that_is_none_and_bad_input_are_refused(gpt2, tokenizer, tiny_model):
     with pytest.raises(ValueError, match="must be autoregressive"):
         generative_perplexity(TEXTS, tiny_model, tokenizer)
+    with pytest.raises(ValueError, match="judge of model_type 'yan-masked-diffusion': must be autoregressive"):
+        generative_perplexity(TEXTS, make_baseline("masked_diffusion", tiny_model.config), tokenizer)
     with pytest.raises(ValueError, match="tokenizer=None"):
         generative_perplexity(TEXTS, gpt2)
     with pytest.raises(ValueError, match="3 texts and 1 prompts"):

@@ -4,7 +4,6 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
 
 from modeling_yan.training import PretrainingArguments, expand_recipe, parse_arguments
 from modeling_yan.training.models import load_config
@@ -15,14 +14,6 @@ REQUIRED = ["--stage", "flow", "--config", "c", "--tokenizer", "t", "--output_di
 
 def make(**overrides):
     return PretrainingArguments(**{"stage": "flow", "config": "c", "tokenizer": "t", "output_dir": "o", **overrides})
-
-
-@pytest.fixture
-def warnings_of_transformers(caplog, monkeypatch):
-    """What the package warns of, through the library's own logger."""
-    for name in ("transformers", "modeling_yan"):
-        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
-    return caplog
 
 
 @pytest.fixture
@@ -145,3 +136,11 @@ def test_a_run_that_never_reaches_its_learning_rate_is_told_so(warnings_of_trans
     make(max_steps=20, warmup_steps=6, decay_steps=15)
     told = "max_steps=20 with warmup_steps=6 and decay_steps=15: the learning rate never reaches 0.0001"
     assert told in warnings_of_transformers.text
+
+
+@pytest.mark.parametrize(
+    "again", [["--train_file", "b.jsonl"], ["--train_file=b.jsonl"], ["--seed", "1", "--seed", "2"]]
+)
+def test_an_option_that_is_given_twice(again):
+    with pytest.raises(ValueError, match=f"{again[-2 if len(again) > 1 else 0].split('=')[0]}: must be given once"):
+        parse_arguments([*REQUIRED, "--train_file", "a.jsonl", *again])

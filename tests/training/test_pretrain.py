@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, pipeline
 from modeling_yan import YanForAutoencoding, YanForFlowGeneration
 from modeling_yan.data.rows import read_rows, write_rows
 from modeling_yan.training import pretrain
-from modeling_yan.training.loop import count_targets, make_sampler
+from modeling_yan.training.loop import count_targets, load_training_rows, make_sampler
 from modeling_yan.training.models import load_model
 from modeling_yan.training.optimization import make_optimizer
 
@@ -304,6 +304,18 @@ class TestRefusals:
         for names in ({"train_file": lacking}, {"validation_file": lacking}):
             with pytest.raises(ValueError, match=r"for the task pairs: .*held-out\.jsonl and stage='flow' allow"):
                 pretrain(replace(settings, **names))
+
+    def test_files_of_both_kinds_and_patterns(self, data, arguments, tmp_path):
+        (tmp_path / "more.txt").write_text("The dog slept.\nIt was dark.\n")
+        write_rows(tmp_path / "pairs[1].jsonl", [{"source": "Where?", "target": "here"}])
+        files = [str(tmp_path / "pairs[1].jsonl"), str(tmp_path / "mor*.txt"), str(data / "texts.*")]
+        for names, number in ((files, 23), (files[::2], 21)):
+            rows = load_training_rows(arguments(), names, [])
+            assert [len([row for row in rows if row.get(kind)]) for kind in ("text", "target")] == [number - 1, 1]
+        streamed = list(load_training_rows(arguments(streaming=True), files, []))
+        assert len(streamed) == 23
+        with pytest.raises(FileNotFoundError, match=r"none\*\.jsonl: no such file"):
+            load_training_rows(arguments(), ["none*.jsonl"], [])
 
     def test_a_file_without_rows(self, arguments, tmp_path):
         (tmp_path / "empty.jsonl").write_text("\n")

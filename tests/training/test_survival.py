@@ -112,6 +112,15 @@ class TestResuming:
         with pytest.raises(ValueError, match=rf"with {name}={value} \(was .*the batches or the model would be others"):
             pretrain(replace(interrupted, resume=True, **change))
 
+    def test_other_files_of_a_pattern_are_refused(self, arguments, fresh, tmp_path):
+        (tmp_path / "a.txt").write_text("The dog slept.\n")
+        settings = arguments(train_file=[str(tmp_path / "*.txt")], max_steps=1, save_steps=1)
+        pretrain(settings)
+        fresh()
+        (tmp_path / "b.txt").write_text("It was dark.\n")
+        with pytest.raises(ValueError, match=r"other contents of train_file=.*\*\.txt"):
+            pretrain(replace(settings, resume=True, max_steps=2))
+
 
 class TestFolder:
     def test_one_that_another_process_trains_into_is_refused(self, interrupted, fresh, runs, tmp_path):
