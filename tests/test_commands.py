@@ -370,6 +370,19 @@ def test_info_without_a_card_says_so(yan, folder, tmp_path):
     assert json.loads("\n".join(yan("info", tmp_path, "--json")[1]))["licence"] == "unknown, there is no model card"
 
 
+def test_evaluate_reads_the_tables_that_finetune_reads(yan, folder, tmp_path):
+    (tmp_path / "rows.csv").write_text("place,question,answer\nhere,Where?,yes\nthere,Who?,no\n")
+    columns = {"--source_column": "question", "--target_column": "answer", "--template": "Q: {source}"}
+    template = columns | {"--template": "{place}: {question}"}
+    for options, first in ((columns, "Q: Where?"), (template, "here: Where?")):
+        words = [word for option in options.items() for word in option]
+        words += ["--data", tmp_path / "rows.csv", "--seeds", 1, "--max_new_tokens", 4, "--metrics", "exact_match"]
+        assert yan("evaluate", folder, *words, "--output", tmp_path / first[0])[0] == 0
+        row = json.loads((tmp_path / first[0] / "predictions.jsonl").read_text().splitlines()[0])
+        assert (row["target"], row["source"]) == ("yes", first.removeprefix("Q: "))
+    assert yan("evaluate", folder, "--data", tmp_path / "rows.csv", "--output", tmp_path / "x")[0] == 2
+
+
 def test_evaluate_writes_its_report(yan, folder, tmp_path):
     write_rows(tmp_path / "pairs.jsonl", [{"source": sentence, "target": "Yes."} for sentence in SENTENCES])
     words = ["--data", tmp_path / "pairs.jsonl", "--output", tmp_path / "report", "--seeds", 1, "--max_new_tokens", 8]
@@ -408,12 +421,19 @@ def test_train_and_finetune_go_through_to_an_adapter_that_writes(yan, folder, tm
     words = ["--stage", "flow", "--config", folder, "--tokenizer", folder, "--use_cpu", "True", "--max_steps", 1]
     words += ["--per_device_train_batch_size", 2, "--max_source_length", 16, "--report_to", "none"]
     assert yan("train", *words, *rows, "--output_dir", tmp_path / "trained")[0] == 0
-    words = ["--model", tmp_path / "trained", "--use_cpu", "--max_steps", 1, "--report_to", "none", "--lora"]
+    base = os.path.relpath(tmp_path / "trained")  # of which the adapter keeps the whole path
+    words = ["--model", base, "--use_cpu", "--max_steps", 1, "--report_to", "none", "--lora"]
     words += ["--save_strategy", "no", "--output_dir", tmp_path / "adapter"]
     code, lines, _ = yan("finetune", *words, *rows)
     assert code == 0
     assert any(line.startswith("eval_loss") for line in lines)
     assert yan("generate", tmp_path / "adapter", SENTENCES[0])[0] == 0
+    shutil.rmtree(tmp_path / "trained")
+    code, _, errors = yan("generate", tmp_path / "adapter", SENTENCES[0])
+    assert code == 2
+    assert (
+        f"is an adapter of '{tmp_path / 'trained'}', which must be a folder here or a model on the hub" in errors[-1]
+    )
 
 
 def test_the_shells_completions_know_every_command_and_its_options(yan):

@@ -409,6 +409,15 @@ def test_no_token_is_touched_in_a_python_loop(tokenizer):
         assert count_calls(make, 2_000) <= count_calls(make, 200) + 20
 
 
+def test_a_tokenizer_that_is_not_prepared(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = None
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has no EOS or no pad token: call prepare_tokenizer\(tokenizer"
+    ):
+        FlowCollator(other, 8, 8)
+
+
 def test_the_benchmark_prints_a_line_for_every_case(benchmark, capsys):
     benchmark["main"](["--repeats", "1", "--sizes", "4x16"])
     lines = capsys.readouterr().out.splitlines()

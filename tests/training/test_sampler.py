@@ -179,5 +179,5 @@ class TestRefusals:
             make_mixture(stage="both")
 
     def test_texts_of_which_no_sentence_fits(self, make_mixture):
-        with pytest.raises(ValueError, match="no sentence of max_words=2"):
+        with pytest.raises(ValueError, match="no sentence of 2 to max_words=2 words, between white space"):
             make_mixture(rows=TEXTS, max_words=2)[0]
