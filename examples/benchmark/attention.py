@@ -6,10 +6,9 @@
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from timing import machine_description, seconds_of, summary, write_json
+from timing import parse_settings, seconds_of, summary, write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_yan.layers_yan import eager_attention_forward
@@ -50,15 +49,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024])
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch, whatever its length")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("outputs/attention.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "sizes": {}}
+    options, content = parse_settings(parser, arguments, "outputs/attention.json")
+    content["sizes"] = {}
     for size in SIZES:
         for dtype in DTYPES:
             found = content["sizes"].setdefault(size, {}).setdefault(dtype, {})

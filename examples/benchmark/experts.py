@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from contenders import PRESETS
 from speed import DTYPES
-from timing import interleave, machine_description, recorded, summary, write_json
+from timing import interleave, parse_settings, recorded, summary, write_json
 from torch.nn import functional as F
 
 from modeling_yan import YanConfig
@@ -115,19 +115,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512, 2048])
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--num_experts", type=int, default=4)
     parser.add_argument("--backward", action="store_true", help="with the backward pass, as in training")
     parser.add_argument("--before", type=Path, help="folder of another checkout, to be measured beside this one")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("outputs/experts.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name not in ("output", "before")}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "tokens": {}}
+    options, content = parse_settings(parser, arguments, "outputs/experts.json")
+    content["tokens"] = {}
     for num_tokens in options.tokens:
         content["tokens"][str(num_tokens)] = results = measure(num_tokens, options)
         if options.before is not None:

@@ -4,10 +4,9 @@ python examples/benchmark/log_probs.py --output outputs/log-probs.json
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from timing import machine_description, seconds_of, summary, write_json
+from timing import parse_settings, seconds_of, summary, write_json
 
 from modeling_yan.flow_matching_yan import target_log_probs
 
@@ -55,15 +54,8 @@ def measure(size: str, options) -> dict:
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--divide_by", type=int, default=1, help="divides the number of rows")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("outputs/log-probs.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "sizes": {}}
+    options, content = parse_settings(parser, arguments, "outputs/log-probs.json")
+    content["sizes"] = {}
     for size in SIZES:
         content["sizes"][size] = figures = measure(size, options)
         write_json(options.output, content)

@@ -7,11 +7,10 @@ draws the expert from the gate. `best` compares the texts of all experts, as `ge
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from contenders import PRESETS
-from timing import interleave, machine_description, seconds_of, summary, write_json
+from timing import interleave, parse_settings, seconds_of, summary, write_json
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 from modeling_yan.evaluation.timing import PROMPT_LENGTH
@@ -53,15 +52,7 @@ def measure(chain: bool, options) -> dict:
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_experts", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--output", type=Path, default=Path("outputs/many-experts.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings}
+    options, content = parse_settings(parser, arguments, "outputs/many-experts.json", repeats=21)
     for name, chain in (("each token by itself", False), ("as a chain", True)):
         content[name] = measure(chain, options)
         write_json(options.output, content)

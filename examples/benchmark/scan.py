@@ -11,10 +11,9 @@ doubling over the whole length. `transformers`: the scan of transformers' own Ma
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from timing import interleave, machine_description, num_repeats, recorded, seconds_of, summary, write_json
+from timing import interleave, num_repeats, parse_settings, recorded, seconds_of, summary, write_json
 
 from modeling_yan.mamba_yan import doubling_scan, selective_scan
 
@@ -139,19 +138,12 @@ def main(arguments=None):
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--inner", type=int, default=768, help="channels; 768 in the base preset")
     parser.add_argument("--state_size", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--recorded", action="store_true", help="time forward passes as CUDA graphs")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--budget_s", type=float, default=10)
-    parser.add_argument("--output", type=Path, default=Path("outputs/scan.json"))
-    options = parser.parse_args(arguments)
+    options, content = parse_settings(parser, arguments, "outputs/scan.json", repeats=7)
+    content["lengths"] = {}
     if options.recorded and options.device == "cpu":
         parser.error("--recorded needs a GPU: give --device cuda")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "lengths": {}}
     last = {}
     for length in sorted(options.lengths):
         content["lengths"][str(length)] = results = measure(length, last, options)

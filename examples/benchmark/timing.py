@@ -1,7 +1,8 @@
 """CUDA graphs, how often to measure, and the limits of the machine that is measured on."""
 
 import json
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,21 @@ from modeling_yan.evaluation.timing import (  # noqa: F401  for the scripts besi
     seconds_of,
     summary,
 )
+
+
+def parse_settings(
+    parser: ArgumentParser, arguments: Sequence[str] | None, output: str, repeats: int = 9
+) -> tuple[Namespace, dict]:
+    """The options of a benchmark, which number of threads among them is set, and what its file begins with."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of a CPU; torch's choice if not given")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--output", type=Path, default=Path(output))
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "before")}
+    return options, {"machine": machine_description(torch.device(options.device)), "settings": settings}
 
 
 def recorded(call: Callable[[], object]) -> Callable[[], None]:

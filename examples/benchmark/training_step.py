@@ -7,12 +7,11 @@ likelihood; YAN does it once a batch. Both have the same loss and the same gradi
 """
 
 import argparse
-from pathlib import Path
 from unittest import mock
 
 import torch
 from contenders import PRESETS, VARIANTS
-from timing import machine_description, seconds_of, summary, write_json
+from timing import parse_settings, seconds_of, summary, write_json
 
 from modeling_yan import YanConfig, YanForFlowGeneration
 
@@ -102,15 +101,8 @@ def main(arguments=None):
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--prompt_length", type=int, default=64, help="tokens; the labels fill the preset's canvas")
     parser.add_argument("--num_steps", type=int, default=3, help="solver steps that the loss trains through")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("outputs/training_step.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    content = {"machine": machine_description(torch.device(options.device)), "settings": settings, "models": {}}
+    options, content = parse_settings(parser, arguments, "outputs/training_step.json", repeats=3)
+    content["models"] = {}
     for variant in VARIANTS:
         content["models"][f"yan-{variant}"] = results = measure(variant, options)
         write_json(options.output, content)
