@@ -69,8 +69,8 @@ class YanConfig(PreTrainedConfig):
             the default. It shows each token its neighbours, which attention learns slowly from learned positions.
         cross_attention_layers: Indices of the flow layers that attend to the encoded prompt, in [0, num_flow_layers);
             default all.
-        max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens; at least 1,
-            default 1024.
+        max_position_embeddings: Longest prompt, its answer slots included, and longest canvas, in tokens or vertices;
+            at least 1, default 1024.
         layer_norm_eps: Added to the variance in every LayerNorm; above 0, default 1e-5.
         initializer_range: Standard deviation of fresh weights; above 0, default 0.02.
         hidden_dropout, attention_dropout, decoder_dropout: Dropout probabilities in [0, 1): after embeddings and
@@ -91,19 +91,20 @@ class YanConfig(PreTrainedConfig):
             default 0. The encoder's latents in these slots are a draft of the answer. The draft can be decoded without
             the flow if there are at least `canvas_length * vertices_per_token` slots.
         copy_prompt_to_slots: Whether the slots hold the prompt's first tokens instead of mask tokens (arXiv
-            1711.02281), each `vertices_per_token` times; default False. Slots after the end of the prompt keep their
-            mask tokens. Answers that follow the prompt word for word, such as translations, are then learned faster.
-            Use it for answers of one canvas, because every further canvas gets the same slots.
+            1711.02281), each `vertices_per_token` times; default False. It needs `num_answer_slots` above 0. Slots
+            after the end of the prompt keep their mask tokens. Answers that follow the prompt word for word, such as
+            translations, are then learned faster. Use it for answers of one canvas, because every further canvas gets
+            the same slots.
         refine_draft: Whether the flow refines the encoder's draft; default False. Its trunk sees the draft at every
             step, and a head predicts what to add to it, which is zero before training. The start stays noise, while
             arXiv 2310.03725 couples it to the prompt. Train the encoder, too (`freeze_encoder=False`). It needs
             `num_answer_slots >= canvas_length * vertices_per_token` and `train_expert_choice="posterior"`.
-        canvas_length: Tokens L generated at once; at most `max_position_embeddings`, default 128. EOS pads a shorter
-            target to L tokens.
+        canvas_length: Tokens L generated at once; at most `max_position_embeddings / vertices_per_token`, default 128.
+            EOS pads a shorter target to L tokens.
         num_flow_steps: Number N of Euler steps in generation; at least 0, default 3. 0 decodes the encoder's draft
             without the flow. It needs `num_answer_slots >= canvas_length * vertices_per_token` and
-            `train_expert_choice="posterior"`. The objective's `min_train_flow_steps` and `max_train_flow_steps` may be
-            0 under the same conditions.
+            `train_expert_choice="posterior"`. The objective's `min_train_flow_steps` and `max_train_flow_steps` may
+            both be 0 under the same conditions.
         crf_rank: Rank R of the scores of neighbouring tokens, a linear-chain CRF that decodes the canvas; at least 0,
             default 0, which decodes every token independently.
         crf_candidates: Number of most probable tokens of each position that the CRF scores; at least 1, default 16.
@@ -117,7 +118,8 @@ class YanConfig(PreTrainedConfig):
             expert from the gate, with the losses of the paper (section 3). `"argmax"` takes the gate's most probable
             one, with the same losses. `"posterior"` maximises the likelihood of the target's tokens, summed over all
             experts (`text_loss`). It draws the expert from its posterior, so that different experts learn different
-            targets. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`.
+            targets. It has no `nll_weight`, `gate_entropy_weight` or `load_balance_weight`. The field is no part of
+            `objective`, because generation depends on it, too.
         objective: How the model is trained: a `YanObjectiveConfig`, or a dictionary of its fields; default its own.
         pad_token_id, bos_token_id, eos_token_id, mask_token_id: In [0, vocab_size), or None; default 0, 1, 2 and 3.
 

@@ -84,7 +84,8 @@ class YanGenerationConfig(GenerationConfig):
             `train_expert_choice="posterior"`, "sample".
         canvas_length: Tokens generated at once, at least 1; `config.canvas_length` if None.
         eos_strategy: Where a text ends; "likeliest" if None. "likeliest" takes the length with the highest joint
-            probability of the tokens and of the EOS in all positions after them. "first" takes the first EOS of
+            probability of the tokens and of the EOS in all positions after them. With a CRF and
+            `train_expert_choice="posterior"`, `length_penalty` ranks the lengths. "first" takes the first EOS of
             tokens that are decoded independently of the end. It has no effect on a graph (`vertices_per_token`), whose
             path ends at EOS or after `canvas_length` tokens.
         crf_decoding: Whether the CRF of a model with `crf_rank` decodes a canvas; True if None. If False, every token
@@ -99,11 +100,11 @@ class YanGenerationConfig(GenerationConfig):
             prompt compiles, for a minute or more. `CompileConfig(backend="eager")` records without the compiler, in
             seconds. `disable_compile` switches it off. It is never saved.
         temperature: Used with `do_sample`; at least 0, 1 if None. It multiplies the start noise, and divides the
-            log-probabilities of the experts and of the tokens of a CRF or a graph. With `expert_scope="sequence"` and
-            one of these, an expert also counts by its best text: the more, the lower the temperature.
+            log-probabilities of drawn experts and tokens. With `expert_scope="sequence"` and a CRF or a graph, a low
+            temperature also favours experts with a more probable best text.
         length_penalty: The best text has the highest log-probability divided by its length to this power; 1 if None.
-            It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope="sequence"`. It has no
-            effect with `do_sample`.
+            It needs `train_expert_choice="posterior"`, and a CRF, a graph, or `expert_scope="sequence"`. Without a
+            graph it also needs `eos_strategy="likeliest"`. It has no effect with `do_sample`.
 
     Example:
 

@@ -61,7 +61,8 @@ class YanGenerationOutput(ModelOutput):
         num_trunk_passes: Passes through the flow's trunk in this call: N a canvas.
         trajectory: Points of the path, (B R, N + 1, L, D), from noise to latents.
         experts: (B R, L) index of each token's expert; None for the "mixture". gate: (B R, L, K) its probabilities.
-            With `vertices_per_token` above 1, L is the number of vertices here.
+            With `vertices_per_token` above 1, L is the number of vertices here. With `num_flow_steps=0` these and the
+            trajectory are None.
 
     Example:
 

@@ -183,12 +183,12 @@ class YanModel(YanPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """Encode `input_ids` (B, S) to latents (B, S, D).
+        """Encode `input_ids` (B, S); the `last_hidden_state` of what comes back is the latents (B, S, D).
 
         Args:
             input_ids: Ids in [0, vocab_size). attention_mask: (B, S), 0 on padding, which may be on either side.
             position_ids: (B, S); counted over the valid tokens if None, as a pretrained encoder always does.
-            inputs_embeds: (B, S, D) instead of ids, of the width of the input embeddings.
+            inputs_embeds: (B, S, E) instead of ids, E the width of the input embeddings.
 
         Raises:
             ValueError: Neither or both of ids and embeddings; no token, or more than `max_position_embeddings`; a mask
@@ -280,13 +280,13 @@ class YanForAutoencoding(YanPreTrainedModel):
         In training, noise is added to the latents (`latent_noise`).
 
         Args:
-            input_ids, attention_mask, position_ids: (B, L). inputs_embeds: (B, L, D), instead of `input_ids`.
+            input_ids, attention_mask, position_ids: (B, L). inputs_embeds: (B, L, E), instead of `input_ids`.
             labels: The clean ids (B, L); -100 is ignored.
             num_items_in_batch: Number of labels of the whole batch, of which this call has a part. The mean loss is
                 multiplied by the share of labels in this call. So the losses of all parts add up to one mean.
 
         Returns:
-            A `YanAutoencodingOutput`.
+            A `YanAutoencodingOutput`: `logits` (B, L, V), and with labels the losses (scalars).
 
         Raises:
             ValueError: `labels` have another shape than the input.
@@ -436,7 +436,7 @@ class YanForFlowGeneration(
             position_ids: (B, S); counted over the valid tokens if None.
             inputs_embeds: (B, S, E) in place of `input_ids`, E the width of the input embeddings.
             labels: Target ids (B, at most L); -100 is ignored, wherever it stands. The target moves to the start of
-                the canvas. EOS pads it to L tokens, and counts in the loss.
+                the canvas. EOS pads it to L tokens, and counts in the loss; with a graph, the first EOS alone.
             canvas_length: Canvas width L, in [1, max_position_embeddings / vertices_per_token];
                 `config.canvas_length` if None. At most `num_answer_slots / vertices_per_token` with `refine_draft`.
             num_flow_steps: Euler steps N; `config.num_flow_steps` if None. In training None draws N from

@@ -42,15 +42,20 @@ class YanObjectiveConfig(PreTrainedConfig):
         flow_sigma: Standard deviation of each expert's Gaussian, per latent dimension (section 3); above 0, default
             1.0.
         nll_weight: Weight of the negative log-likelihood of the velocity, per latent dimension (section 3); at least
-            0, default 1.0.
-        mse_weight: Weight of the squared error of the solved latents, per dimension; at least 0, default 1.0.
-        ce_weight: Weight of the cross-entropy of the decoded latents, per token; at least 0, default 1.0.
-        text_weight: Weight of the negative log-likelihood of the text, summed over all experts, per token; at least 0,
-            default 1.0.
+            0, default 1.0. No effect with `train_expert_choice="posterior"`.
+        mse_weight: Weight of the squared error of the solved latents, per dimension; at least 0, default 1.0. With
+            `"posterior"`, the mean over where each step of the solver leads.
+        ce_weight: Weight of the cross-entropy of the decoded latents, per token of the canvas; at least 0, default
+            1.0. With `"posterior"`, that mean, too.
+        text_weight: Weight of the negative log-likelihood of the text, summed over all experts, per token of the
+            canvas; at least 0, default 1.0. With `"posterior"` only.
         draft_weight: Weight of the cross-entropy of the encoder's draft in the answer slots; at least 0, default 0.5.
-        crf_weight: Weight of the CRF's negative log-likelihood of the text, per token; at least 0, default 1.0.
-        gate_entropy_weight: Weight of the gate's entropy, which is subtracted; at least 0, default 0.01.
-        load_balance_weight: Weight of KL(mean gate || uniform); at least 0, default 0.1.
+            It needs slots for the whole canvas, and an encoder that is trained.
+        crf_weight: Weight of the CRF's negative log-likelihood of the text, per token; at least 0, default 1.0. It
+            needs `crf_rank` above 0.
+        gate_entropy_weight: Weight of the gate's entropy, which is subtracted; at least 0, default 0.01. No effect
+            with `"posterior"`.
+        load_balance_weight: Weight of KL(mean gate || uniform); at least 0, default 0.1. No effect with `"posterior"`.
         mmd_weight: Weight of the squared maximum mean discrepancy between latents and N(0, I); at least 0, default
             0.0.
         latent_norm_weight: Weight of the mean square of the latents; at least 0, default 0.0.

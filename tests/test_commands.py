@@ -208,16 +208,6 @@ def test_the_commands_of_the_readme_run(yan, tmp_path, monkeypatch):
     assert filled[1] == ["There was nothing to be done."]
 
 
-def test_a_gap_needs_a_mask_token(yan, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "without")
-    settings = json.loads((tmp_path / "without" / "tokenizer_config.json").read_text())
-    del settings["mask_token"]
-    (tmp_path / "without" / "tokenizer_config.json").write_text(json.dumps(settings))
-    code, lines, errors = yan("fill", tmp_path / "without", "The <mask> is here.")
-    assert (code, lines) == (2, [])
-    assert "mask_token=None: must be a token, which stands for a gap" in errors[-1]
-
-
 def test_a_chat_answers_each_line_and_outlives_a_line_that_is_too_long(yan, folder, type_in, tmp_path):
     expected = yan("generate", folder, SENTENCES[0], *STEPS)[1]
     shutil.copytree(folder, tmp_path / "plain")
@@ -368,19 +358,6 @@ def test_info_has_the_prompt_form_of_a_bundled_model(yan, name):
 def test_info_without_a_card_says_so(yan, folder, tmp_path):
     shutil.copy(Path(folder, "config.json"), tmp_path)
     assert json.loads("\n".join(yan("info", tmp_path, "--json")[1]))["licence"] == "unknown, there is no model card"
-
-
-def test_evaluate_reads_the_tables_that_finetune_reads(yan, folder, tmp_path):
-    (tmp_path / "rows.csv").write_text("place,question,answer\nhere,Where?,yes\nthere,Who?,no\n")
-    columns = {"--source_column": "question", "--target_column": "answer", "--template": "Q: {source}"}
-    template = columns | {"--template": "{place}: {question}"}
-    for options, first in ((columns, "Q: Where?"), (template, "here: Where?")):
-        words = [word for option in options.items() for word in option]
-        words += ["--data", tmp_path / "rows.csv", "--seeds", 1, "--max_new_tokens", 4, "--metrics", "exact_match"]
-        assert yan("evaluate", folder, *words, "--output", tmp_path / first[0])[0] == 0
-        row = json.loads((tmp_path / first[0] / "predictions.jsonl").read_text().splitlines()[0])
-        assert (row["target"], row["source"]) == ("yes", first.removeprefix("Q: "))
-    assert yan("evaluate", folder, "--data", tmp_path / "rows.csv", "--output", tmp_path / "x")[0] == 2
 
 
 def test_evaluate_writes_its_report(yan, folder, tmp_path):

@@ -106,7 +106,7 @@ class AutoencoderCollator:
         seed: Seed of the masks, in [-2^63, 2^63). After a call of `set_epoch`, which a Trainer makes, they depend on
             the epoch, too. A `generator` given to a call is used instead.
         fixed_width: Whether L is always `max_length`.
-        multiple_of: At least 1.
+        multiple_of: L is rounded up to a multiple of it; at least 1.
         num_answer_slots: Mask tokens before the source of every pair, as in `YanConfig`; at least 0.
         copy_prompt_to_slots: Whether the slots hold the source's own first tokens instead, as in `YanConfig`.
         vertices_per_token: Number of slots for each token of the source or target, as in `YanConfig`; at least 1.
@@ -254,14 +254,13 @@ class AutoencoderCollator:
 class FlowCollator:
     """Rows of `source` and `target`, strings or token ids -> `input_ids`, `attention_mask` (B, Ls), `labels` (B, Lt).
 
-    Sources are encoded as a prompt is, with the special tokens that the tokenizer adds to one, and padded on its
-    `padding_side`; one longer than `max_source_length` keeps the answer slot that it begins with, if there is one, and
-    its end, where the question is, and is counted in `num_truncated`. An empty source becomes a single BOS. A target
-    gets one EOS and then -100; one that does not fit into `canvas_length` with its EOS is cut and has none, and is
-    counted in `num_cut_targets`. `split_targets` makes rows of all its canvases. The first row that is cut brings a
-    warning. An empty target is its EOS alone, which teaches to generate nothing: `TaskSampler` leaves such rows out.
-    Each worker of a data loader counts for itself. Ls and Lt are those of the longest row, rounded up to a multiple of
-    `multiple_of`, at most the two limits.
+    A source gets the special tokens that the tokenizer adds to a prompt, and padding on its `padding_side`. One longer
+    than `max_source_length` keeps its end, where the question is, and mask tokens that it begins with; `num_truncated`
+    counts it. An empty source becomes a single BOS. A target gets one EOS and then -100. One that does not fit into
+    `canvas_length` with its EOS is cut and has none; `num_cut_targets` counts it. `split_targets` makes rows of all
+    its canvases. The first row that is cut brings a warning. An empty target is its EOS alone, which teaches to
+    generate nothing: `TaskSampler` leaves such rows out. Each worker of a data loader counts for itself. Ls and Lt are
+    those of the longest row, rounded up to a multiple of `multiple_of`, at most the two limits.
 
     Args:
         tokenizer: Needs a pad token and an EOS token, and a BOS token for empty sources.

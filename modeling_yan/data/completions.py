@@ -33,6 +33,20 @@ class CompletionCollator:
     Raises:
         ValueError: A row has other keys (`packing` and datasets that were not prepared give such), or no label; or
             no row of a batch has a prompt.
+
+    Returns:
+        `input_ids` and `attention_mask` (B, Ls), and `labels` (B, Lt), int64, of a list of rows.
+
+    Example:
+
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_yan.data import CompletionCollator
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> collator = CompletionCollator(tokenizer, max_source_length=32, canvas_length=8)
+        >>> ids = tokenizer("Who has the hat?")["input_ids"]
+        >>> batch = collator([{"input_ids": [*ids, 9, 2], "labels": [-100] * len(ids) + [9, 2]}])
+        >>> sorted(batch)
+        ['attention_mask', 'input_ids', 'labels']
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Measuring what a checkpoint can do: metrics, statistics, and running a model over rows of source and target."""
+"""Measuring what a checkpoint can do: metrics, statistics, and running a model over rows of source and target.
+
+Begin with `evaluate_task`, which writes files of scores, or with `generate_answers` and `exact_match`.
+"""
 
 from .diversity import distinct_n, repetition_rates, self_bleu, unigram_entropies
 from .embeddings import TextEncoder, bert_scores, mauve_score, mean_pairwise_distance, semantic_distances

@@ -87,7 +87,8 @@ def evaluate_task(
     Args:
         model: A YAN or any other language model that generates. It is set to evaluation mode.
         rows: Mappings with "source" and "target".
-        metrics: Names among `METRIC_NAMES`.
+        metrics: Names among `METRIC_NAMES`: exact_match, accuracy, token_f1, rouge, repetition, entropy, self_bleu,
+            distinct, bert_score, semantic_distance and mauve.
         encoder: For BERTScore, semantic distance and MAUVE; each has its own default.
         judge: Name or folder of the autoregressive judge of generative perplexity, which is left out if None.
         compare: The folder of an earlier call for the same rows.

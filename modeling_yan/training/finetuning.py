@@ -69,6 +69,12 @@ class FinetuningArguments:
     Raises:
         ValueError: Not exactly one of `train_file` and `dataset`, or of `model` and `encoder`, is given; or options
             that do not go together.
+
+    Example:
+
+        >>> from modeling_yan.training.finetuning import FinetuningArguments
+        >>> FinetuningArguments(train_file="pairs.csv", encoder="my-encoder").encoder_learning_rate
+        0.0001
     """
 
     train_file: str | None = field(
@@ -84,7 +90,7 @@ class FinetuningArguments:
         default=None, metadata={"help": "of the data set; if not given, validation where there is one"}
     )
     validation_share: float = field(
-        default=0.1, metadata={"help": "share of the rows that is held out where nothing else is"}
+        default=0.1, metadata={"help": "share of the rows, in (0, 1), that is held out where nothing else is"}
     )
     source_column: str = field(default="source", metadata={"help": "the column to read"})
     target_column: str = field(default="target", metadata={"help": "the column to generate"})
@@ -109,7 +115,7 @@ class FinetuningArguments:
             "help": "train a LoRA adapter of the flow; with --encoder of the encoder, merged at the end (needs peft)"
         },
     )
-    lora_rank: int = 8
+    lora_rank: int = field(default=8, metadata={"help": "rank of LoRA's matrices; lora_alpha is twice as large"})
     cache_latents: bool = field(
         default=True,
         metadata={"help": "compute a frozen pretrained encoder's states of the training rows once, and keep them"},
