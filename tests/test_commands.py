@@ -351,7 +351,7 @@ def test_info_has_sizes_prompt_form_licence_and_versions(yan, folder):
 @pytest.mark.parametrize("name", ["yan-transformer-tiny", "yan-mamba-tiny"])
 def test_info_has_the_prompt_form_of_a_bundled_model(yan, name):
     facts = json.loads("\n".join(yan("info", ROOT / "examples" / "checkpoints" / name, "--json")[1]))
-    assert facts["prompt form"].startswith("plain text. A story")
+    assert facts["prompt form"].startswith("plain text, of three kinds. A story")
     assert facts["prompt form"].count(". ") >= 2  # the whole paragraph
 
 
