@@ -78,6 +78,12 @@ class YanModelCard:
         prompts: In which form the model takes prompts, best with an example and its answer.
         results: Scores by what they are scores of; numbers, or texts such as "0.98 (0.97 to 0.99)".
         limits: What the model cannot do, and must not be used for.
+
+    Example:
+
+        >>> from modeling_yan.cards_yan import YanModelCard
+        >>> YanModelCard(license="mit", results={"exact_match": 0.9}).license
+        'mit'
     """
 
     license: str | None = None

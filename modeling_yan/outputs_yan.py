@@ -68,6 +68,16 @@ class YanFlowOutput(ModelOutput):
         latents: The solved latents (B, L, D) that the logits are decoded from; (B, G, D) of G vertices with a graph.
         hidden_states, attentions: Of the encoder for the prompt, as in `YanAutoencodingOutput`. The prompt's padding
             is moved to its end.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanForFlowGeneration
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+        >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes))
+        >>> output = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[8, 9]]))
+        >>> output.loss.shape, output.logits.shape
+        (torch.Size([]), torch.Size([1, 2, 100]))
     """
 
     loss: torch.Tensor | None = None

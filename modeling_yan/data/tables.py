@@ -45,6 +45,12 @@ class PairColumns:
 
     Raises:
         ValueError: A template without columns, or sources that hold the target.
+
+    Example:
+
+        >>> from modeling_yan.data.tables import PairColumns
+        >>> PairColumns(target="answer", template="context: {context} question: {question}").needed
+        ['context', 'question', 'answer']
     """
 
     source: str = "source"
@@ -88,6 +94,16 @@ def load_file(path: str | os.PathLike[str]) -> "Dataset | list[Row]":
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The name ends otherwise, the file is damaged, or it holds no rows; the message names the file.
+
+    Example:
+
+        >>> import os, tempfile
+        >>> from modeling_yan.data.tables import load_file
+        >>> path = os.path.join(tempfile.mkdtemp(), "rows.jsonl")
+        >>> with open(path, "w") as file:
+        ...     _ = file.write('{"question": "Who?", "answer": 7}')
+        >>> load_file(path)
+        [{'question': 'Who?', 'answer': 7}]
     """
     import datasets
 

@@ -82,6 +82,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Returns:
         How many tokens the vocabulary gained; the model has to have room for them: see `fit_to_tokenizer`.
+
+    Example:
+
+        >>> from transformers import AutoTokenizer
+        >>> from modeling_yan.data import prepare_tokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> prepare_tokenizer(tokenizer)  # it has all that is needed
+        0
     """
     for role, stand_in in STAND_INS.items():
         if getattr(tokenizer, role) is None and getattr(tokenizer, stand_in) is not None:

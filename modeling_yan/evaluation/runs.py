@@ -61,6 +61,12 @@ class RunOptions:
     Raises:
         ValueError: A number below 1, a template without `{source}` or with another field, or a further option that a
             run sets itself.
+
+    Example:
+
+        >>> from modeling_yan.evaluation import RunOptions
+        >>> RunOptions(max_new_tokens=32, num_flow_steps=1, yan_options={"expert_choice": "sample"}).num_seeds
+        5
     """
 
     max_new_tokens: int = 64
@@ -105,6 +111,17 @@ def generate_answers(
 
     Raises:
         ValueError: An option asks for several texts, or for something else than the texts.
+
+    Example:
+
+        >>> import modeling_yan
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from modeling_yan.evaluation import generate_answers
+        >>> folder = "examples/checkpoints/yan-transformer-tiny"
+        >>> model = AutoModelForCausalLM.from_pretrained(folder)
+        >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+        >>> generate_answers(model, tokenizer, ["Who has the hat? Anna took the hat."], num_flow_steps=3)
+        ['Anna has the hat.']
     """
     return generate_timed(model, tokenizer, sources, batch_size, **options).texts
 

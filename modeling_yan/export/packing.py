@@ -70,6 +70,14 @@ def with_packed_weights(model: Model) -> Model:
     Raises:
         ValueError: A linear layer that is not on the CPU or not in float32.
         RuntimeError: torch was built without oneDNN.
+
+    Example:
+
+        >>> from modeling_yan import YanForFlowGeneration
+        >>> from modeling_yan.export import with_packed_weights
+        >>> model = YanForFlowGeneration.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> with_packed_weights(model).generate(return_prompt=False, max_new_tokens=4).shape[0]
+        1
     """
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("packed weights need a torch that was built with oneDNN (torch.backends.mkldnn)")

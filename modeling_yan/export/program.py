@@ -67,6 +67,17 @@ def export_generation(
     Raises:
         ValueError: A size below 1, or beyond `max_position_embeddings`; an `expert_choice` of the `generation_config`
             that needs a draw or a rank, which a program has not.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_yan import YanConfig, YanForFlowGeneration
+        >>> from modeling_yan.export import export_generation
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_encoder_layers": 1, "num_flow_layers": 1}
+        >>> model = YanForFlowGeneration(YanConfig(vocab_size=100, canvas_length=8, **sizes)).eval()
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> export_generation(model, prompt_length=3).module()(ids, torch.ones_like(ids)).shape
+        torch.Size([1, 8])
     """
     config = model.config
     canvas_length = config.canvas_length if canvas_length is None else canvas_length

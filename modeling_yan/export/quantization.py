@@ -21,6 +21,14 @@ def with_int8_weights(model: YanForFlowGeneration) -> YanForFlowGeneration:
 
     Raises:
         ValueError: The model is not on the CPU or not in float32.
+
+    Example:
+
+        >>> from modeling_yan import YanForFlowGeneration
+        >>> from modeling_yan.export import with_int8_weights
+        >>> model = YanForFlowGeneration.from_pretrained("examples/checkpoints/yan-transformer-tiny")
+        >>> with_int8_weights(model).generate(return_prompt=False, max_new_tokens=4).shape[0]
+        1
     """
     weight = model.lm_head.weight
     if weight.device.type != "cpu" or str(weight.dtype) != "torch.float32":
