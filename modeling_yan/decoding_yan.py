@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .base_yan import YanFlowMixin
 from .chains_yan import IMPOSSIBLE, as_markov, best_ending, best_path, draw_path, log_partition, path_score
+from .checks_yan import can_look_at
 from .compilation_yan import is_exporting, select_rows, use_custom_ops
 from .configuration_yan import YanConfig
 from .flow_matching_yan import token_log_likelihood
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # its file imports this one
     from .canvas_yan import CanvasPlan
 
 EOS_STRATEGIES = ("likeliest", "first")
-MAX_LOGITS = 2**28  # computed at once
+MAX_LOGITS, MAX_LOGITS_CPU = 2**28, 2**23  # computed at once; more at a time are slower on a CPU
 MOST_TEMPERATURE = 100.0  # of a chain
 
 
@@ -309,10 +310,11 @@ class YanDecodingMixin(YanFlowMixin):
         return logits
 
     def split_rows(self, latents: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The latents (B, L, D) in parts whose logits fit into memory together."""
+        """The latents (B, L, D) in parts whose logits fit into memory, or a CPU's cache, together."""
         if is_exporting():  # for any number of rows
             return [latents]
+        most = MAX_LOGITS_CPU if can_look_at(latents) else MAX_LOGITS
         chains = 0 if self.transitions is None else self.transitions.num_candidates**3 // 2
         paths = 0 if self.graph is None else self.graph.num_candidates * (latents.shape[1] + self.graph.reach)
         per_token = max(self.config.vocab_size, chains, paths)
-        return latents.split(max(1, MAX_LOGITS // (latents.shape[1] * per_token)))
+        return latents.split(max(1, most // (latents.shape[1] * per_token)))

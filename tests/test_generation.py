@@ -429,7 +429,7 @@ class TestOutput:
     def test_logits_in_parts_give_the_same_tokens(self, model, prompts, monkeypatch):
         whole, widths = model.generate(prompts), []
         model.lm_head.register_forward_hook(lambda _, args, output: widths.append(len(output)))
-        monkeypatch.setattr(decoding_yan, "MAX_LOGITS", 2 * CANVAS * VOCABULARY)
+        monkeypatch.setattr(decoding_yan, "MAX_LOGITS_CPU", 2 * CANVAS * VOCABULARY)
         assert torch.equal(model.generate(prompts), whole)
         assert widths == [2, 2, 2]
 
