@@ -302,6 +302,16 @@ def test_a_page_leaves_out_shares_that_are_all_zero_and_ends_with_the_routes(loa
     assert script.make_page([], tmp_path / "intro.md") == "# Results\n\n## Routes\n"
 
 
+def test_the_source_itself_needs_no_model(load_script, task_recipe, words, tmp_path):
+    recipe = yaml.safe_load(task_recipe.read_text())
+    recipe["arms"] = {"the source itself": {"kind": "copy"}}
+    task_recipe.write_text(yaml.safe_dump(recipe))
+    load_script("tasks").main([*words, "--arms", "the source itself", "--seeds", "0"])
+    figures = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]["the source itself"]["0"]
+    assert figures["best"]["0"]["exact"] == 0
+    assert 0 < figures["best"]["0"]["chrf"] < 100
+
+
 def test_the_most_frequent_answer_needs_no_model(load_script, task_recipe, words, tmp_path):
     load_script("tasks").main([*words, "--arms", "most frequent answer", "--seeds", "0"])
     figures = json.loads((tmp_path / "out" / "table.json").read_text())["runs"]["most frequent answer"]["0"]

@@ -55,7 +55,7 @@ OPTIONAL = (
 TRAINING_NAMES = [*NAMES[:7], "training", "flow_training", "encoder", "encoder_fields", "encoder_training"]
 ROOT = Path(__file__).parents[2]
 NUM_TEXTS = 4  # of one source, for self-BLEU
-MOST_FREQUENT = "most frequent"  # answers every source with the most frequent target, without any model
+MOST_FREQUENT, COPY = "most frequent", "copy"  # without any model: the most frequent target, or the source itself
 ONE_PASS, ONE_PASS_JOINT = "one pass", "one pass, joint"  # without a flow; tokens alone, or decoded together
 # the usual non-autoregressive decoder: the flow's layers, with hardly any noise
 ONE_PASS_CROSS = "one pass, cross-attention"
@@ -401,10 +401,11 @@ def run_arm(name: str, task: Task, recipe: dict, options):
         options.output_dir / f"{name}-{options.seed}".replace(" ", "_"),
         recipe["arms"][name].get("kind", "yan"),
     )
-    if kind == MOST_FREQUENT:
+    if kind in (MOST_FREQUENT, COPY):
         home.mkdir(parents=True, exist_ok=True)
         ((answer, _),) = Counter(row["target"] for row in read_rows(task.files["train"])).most_common(1)
-        figures = {"best": {"class": task.scores([answer] * len(task.sources))}, "parameters": 0}
+        answers, group = (task.sources, "0") if kind == COPY else ([answer] * len(task.sources), "class")
+        figures = {"best": {group: task.scores(answers)}, "parameters": 0}
     else:
         folder = train_arm(name, task, recipe, options)
         figures, model = measure(folder, name, task, recipe, options), load(folder, kind)
