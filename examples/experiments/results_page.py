@@ -39,7 +39,7 @@ ONE_CRF, SIXTEEN_CRF, PASSES = "YAN, one expert, CRF", "YAN, sixteen experts, CR
 RIVALS = {  # of each arm; one that is an arm of these without a part has that as its rival
     ONE: ("one pass", GRAPH, "AR encoder-decoder"),
     SIXTEEN: (ONE, GRAPH, "AR encoder-decoder"),
-    ONE_CRF: (ONE, *PASSES),
+    ONE_CRF: PASSES,
     SIXTEEN_CRF: (ONE_CRF, "one pass with a CRF"),
     "YAN, one expert, no graph": (ONE,),
     "AR decoder": (ONE, ONE_CRF),
