@@ -2,11 +2,11 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CardData, CommitInfo, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .base_yan import YanBaseMixin
@@ -62,6 +62,10 @@ model = {auto_class}.from_pretrained("{name}", trust_remote_code=True, revision=
 Prompts have at most {longest} tokens. The model generates {canvas} tokens at once, and a longer text canvas by canvas.
 Options of token-by-token decoding, such as beams and `top_k`, are refused. What it generates may be wrong.
 """
+SECTIONS = {  # what stands between parts of the body that are always there
+    "prompts": r"\nPrompts: (.*?)\n\n## Load it\n",
+    "limits": r"\n## Limits\n\n(.*?)\n\nPrompts have at most ",
+}
 USE = """inputs = tokenizer("your prompt", return_tensors="pt")
 sequences = model.generate(**inputs, num_flow_steps={steps}, return_prompt=False)
 print(tokenizer.decode(sequences[0], skip_special_tokens=True))
@@ -143,18 +147,37 @@ def write_card(model: YanCardMixin, folder: str | os.PathLike[str], name: str | 
         folder: That the weights were saved to. name: Of the repository on the hub; the folder's if None.
     """
     path = Path(folder, FILE)
-    tags: list[str] = []
+    about, tags = model.model_card, list[str]()
     if path.is_file():
         before = path.read_text(encoding="utf-8")
         if OWN not in before and EMPTY not in before:
             return
-        about = ModelCard(before, ignore_metadata_errors=True).data
-        tags = about.get("tags") or []  # that were asked for with the push
-    path.write_text(_card(model, name or path.resolve().parent.name, tags), encoding="utf-8")
+        data = ModelCard(before, ignore_metadata_errors=True).data
+        tags = data.get("tags") or []  # that were asked for with the push
+        if OWN in before:
+            about = _with_what_was_said(about, before, data)
+    path.write_text(_card(model, about, name or path.resolve().parent.name, tags), encoding="utf-8")
 
 
-def _card(model: YanCardMixin, name: str, tags: list[str]) -> str:
-    about, config = model.model_card, model.config
+def _with_what_was_said(about: YanModelCard, before: str, data: CardData) -> YanModelCard:
+    """The card with what an earlier one says and it does not, but for scores: the weights may be others now."""
+    found = {name: data.get(name) for name in ("license", "language", "datasets")}
+    for name, pattern in SECTIONS.items():
+        section = re.search(pattern, before, re.DOTALL)
+        found[name] = section and section.group(1)
+    empty = YanModelCard()
+    is_unsaid = {name: getattr(about, name) == getattr(empty, name) for name in found}
+    return replace(about, **{name: value for name, value in found.items() if value and is_unsaid[name]})
+
+
+def _num_steps(model: YanCardMixin) -> int:
+    """Of generation without further options."""
+    steps = getattr(model.generation_config, "num_flow_steps", None)
+    return int(model.config.num_flow_steps if steps is None else steps)
+
+
+def _card(model: YanCardMixin, about: YanModelCard, name: str, tags: list[str]) -> str:
+    config = model.config
     task, auto_class = TASKS.get(type(model).__name__, TASKS["YanModel"])
     data = ModelCardData(
         library_name="transformers",
@@ -175,7 +198,7 @@ def _card(model: YanCardMixin, name: str, tags: list[str]) -> str:
         base=f", on the pretrained encoder {config.encoder_name}" if config.encoder_name else "",
         prompts=about.prompts,
         auto_class=auto_class,
-        use=USE.format(steps=config.num_flow_steps) if task == "text-generation" else "",
+        use=USE.format(steps=_num_steps(model)) if task == "text-generation" else "",
         results=f"| score | |\n|---|---|\n{rows}" if rows else UNKNOWN,
         limits=about.limits,
         longest=config.max_prompt_length,

@@ -70,6 +70,23 @@ def test_a_persons_card_stays_and_the_packages_own_is_written_anew(make_model, t
     assert (tmp_path / "README.md").read_text() == edited
 
 
+def test_a_card_keeps_what_was_said_but_for_scores(make_model, tmp_path):
+    model = make_model()
+    model.model_card = YanModelCard("mit", "en", ["owner/rows"], ["exact_match"], "two\nlines.", {"rows": 0.5}, "All.")
+    model.generation_config.num_flow_steps = 1
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    again.model_card.limits = "None."
+    again.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.language, card.data.datasets) == ("mit", "en", ["owner/rows"])
+    assert card.data.metrics is None
+    assert "| rows | 0.5 |" not in card.text
+    assert "Prompts: two\nlines.\n" in card.text
+    assert "## Limits\n\nNone.\n" in card.text
+    assert "num_flow_steps=1, " in card.text
+
+
 def test_an_empty_card_of_transformers_is_replaced_and_its_tags_stay(make_model, tmp_path, monkeypatch):
     from transformers.utils import hub
 

@@ -92,6 +92,8 @@ def test_bad_input_is_named(bundled, make_model):
         next(views.write_live(*bundled, " ", 3, 0, 1))
     with pytest.raises(ValueError, match="prompt"):  # of `generate`, in its own thread
         list(views.write_live(*bundled, "apple " * 400, 3, 0, 1))
+    with pytest.raises(ValueError, match="seed: must be a number"):  # a field that was emptied
+        next(views.write_live(*bundled, PROMPT, 3, None, 1))
     with pytest.raises(ValueError, match="this model has one expert"):
         views.write_by_expert(make_model(num_experts=1), bundled[1], PROMPT, 3)
 
@@ -169,6 +171,17 @@ def test_the_command_serves_its_models_where_it_is_told(monkeypatch, capsys):
     assert main(["demo", bundled_models()[0], "--host", "127.0.0.2", "--port", "7861"]) == 0
     assert launched == [(["yan-transformer-tiny"], {"server_name": "127.0.0.2", "server_port": 7861})]
     assert capsys.readouterr().err == f"yan demo: loads {bundled_models()[0]}\n"
+
+
+def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
+    page, launched = pytest.importorskip("modeling_yan.demo.page"), []
+    monkeypatch.setattr(page, "build_demo", list)
+    monkeypatch.setattr(page, "launch", lambda names, **options: launched.append(names))
+    monkeypatch.setattr(demo, "load_model", lambda name, _: name)
+    monkeypatch.chdir(bundled_models()[0])
+    shutil.copytree(Path.cwd(), tmp_path / "copy" / Path.cwd().name)
+    assert main(["demo", ".", str(tmp_path / "copy" / Path.cwd().name)]) == 0
+    assert launched == [[".", str(tmp_path / "copy" / Path.cwd().name)]]
 
 
 def test_what_the_command_lacks_is_named(monkeypatch, tmp_path, capsys):

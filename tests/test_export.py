@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from modeling_yan.export import export_generation, save_program
+from modeling_yan.export import export_generation, save_program, with_packed_weights
 
 only_attention = pytest.mark.parametrize("variant", ["attention"])
 DRAFTED = {"train_expert_choice": "posterior", "num_answer_slots": 8, "attention_conv_kernel": 3}
@@ -75,6 +75,19 @@ def test_a_program_has_the_seed_of_the_models_generation_config(make_lively_mode
     assert torch.equal(programs[1][:, : expected.shape[1]], expected)
     assert torch.equal(programs[2], programs[0])
     assert not torch.equal(programs[1], programs[0])
+
+
+def test_a_program_has_the_steps_and_the_canvas_of_the_generation_config(make_lively_model, monkeypatch):
+    model, made = make_lively_model(), []
+    monkeypatch.setattr(torch.export, "export", lambda program, *_, **__: made.append(program))
+    model.generation_config.num_flow_steps, model.generation_config.canvas_length = 1, 4
+    for options in ({}, {"num_flow_steps": 2, "canvas_length": 8}):
+        export_generation(model, 2, 7, **options)
+    assert [(each.plan.num_flow_steps, each.start_noise.shape[1]) for each in made] == [(1, 4), (2, 8)]
+    with pytest.raises(
+        ValueError, match="a model with packed or int8 weights: must be the model that it was made from"
+    ):
+        export_generation(with_packed_weights(model))
 
 
 @pytest.mark.parametrize("choice", ["sample", "ranked"])

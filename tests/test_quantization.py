@@ -32,6 +32,8 @@ def test_int8_weights_answer_like_the_plain_ones(variant):
 def test_a_model_that_can_not_be_quantized(tiny_model):
     with pytest.raises(ValueError, match=r"on cpu in torch.bfloat16: must be on the CPU in torch.float32"):
         with_int8_weights(tiny_model.to(torch.bfloat16))
+    with pytest.raises(ValueError, match="a model with int8 weights: must be the model that it was made from"):
+        with_int8_weights(with_int8_weights(tiny_model.float()))
 
 
 # --- quantization by others

@@ -62,11 +62,26 @@ def test_a_killed_process_loses_nothing(tmp_path, write):
 def test_a_job_that_was_stopped_goes_on_with_what_is_missing(tmp_path, write):
     process, prompts = start(tmp_path, 12, "--part_size", "4", "--processes", "1", "--machine", "1/2")
     finish(process)
-    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["part-000000004.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "texts").iterdir()) == ["part-000000004.jsonl", "settings.json"]
     written = (tmp_path / "texts" / "part-000000004.jsonl").stat().st_mtime_ns
     finish(start(tmp_path, 12, "--part_size", "4", "--processes", "1")[0])
     assert (tmp_path / "texts" / "part-000000004.jsonl").stat().st_mtime_ns == written
     check_texts(tmp_path, prompts, write)
+
+
+def test_texts_of_another_job_are_not_taken_for_its_own(tmp_path):
+    spec = importlib.util.spec_from_file_location("offline", ROOT / "examples" / "serving" / "offline.py")
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    words = ["--model", MODEL, "--prompts", "x", "--output_dir", str(tmp_path)]
+    rows = {"prompt": ["Where?", "Who?"]}
+    for _ in range(2):
+        offline.check_settings(rows, offline.parse_arguments(words))
+    for others, name in ((["--part_size", "4"], "part_size"), (["--steps", "1"], "steps")):
+        with pytest.raises(ValueError, match=f"holds texts of other {name}: give another --output_dir"):
+            offline.check_settings(rows, offline.parse_arguments([*words, *others]))
+    with pytest.raises(ValueError, match="holds texts of other prompts"):
+        offline.check_settings({"prompt": ["Where?"]}, offline.parse_arguments(words))
 
 
 @pytest.fixture(scope="module")

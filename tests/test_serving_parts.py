@@ -6,6 +6,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from serving import ANSWER, ANSWER_S, MODEL, PROMPT, PROMPTS, body
@@ -58,6 +59,8 @@ def reader(tokenizer):
         ({"num_flow_steps": 65}, "num_flow_steps=65: must be an integer from 0 to 64"),
         ({"max_tokns": 5}, "'max_tokns': no field of this server"),
         ({"generation_config": "{"}, "generation_config='{'"),
+        ({"generation_config": "[" * 100_000}, "generation_config='.*': must be a JSON object"),
+        ({"\ud800": 5}, "no field of this server"),
         ({"generation_config": '{"num_beams": 4}'}, "generation_config: 'num_beams' is not supported"),
         ({"generation_config": '{"max_new_tokens": 5000}'}, "max_tokens=5000"),
     ],
@@ -188,6 +191,9 @@ def test_messages_that_a_template_refuses_are_an_error_of_the_request(tokenizer,
 def test_a_prompt_has_at_most_the_models_length_and_a_folder_needs_no_generation_config(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(MODEL, name), tmp_path)
+    with pytest.raises(ValueError, match="must hold weights, and there are none"):
+        make_reader(Settings(str(tmp_path)))
+    shutil.copy(Path(MODEL, "model.safetensors"), tmp_path)
     reader = make_reader(Settings(str(tmp_path), max_prompt_tokens=5000))
     config = YanConfig.from_pretrained(MODEL)
     assert (reader.limits.prompt_tokens, reader.new_tokens) == (config.max_prompt_length, config.canvas_length)
@@ -347,15 +353,29 @@ def test_a_replica_without_the_flows_weights_does_not_start(tmp_path, reader, mo
         serving.YanAPI(settings, serving.OpenAIRoutes(settings, reader)).setup("cpu")
 
 
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(serving.litserve, "LitServer", lambda *_, **__: SimpleNamespace(devices=[]))
+    with pytest.raises(ValueError, match="device='cuda': must be a device of this machine"):
+        serving.make_server(Settings(MODEL, device="cuda"))
+
+
+def test_a_draft_ends_where_its_text_would():
+    text = Text(Letters(), set(), ("yz",), limit=6)
+    assert text.extend(list(b"ab")) == "ab"
+    assert text.draft(list(b"cdefgh")) == "cdef"
+    assert text.draft(list(b"cyzd")) == "c"
+
+
 def test_a_key_may_have_any_letters(reader):
     settings = serving.Settings(MODEL, api_key="schlüssel")
     api = serving.YanAPI(settings, serving.OpenAIRoutes(settings, reader))
 
-    def request(key: bytes):
-        scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer " + key)]}
+    def request(key: bytes, scheme: bytes = b"Bearer"):
+        scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", scheme + b" " + key)]}
         return routes.Request({**scope, "server": ("x", 1), "query_string": b""})
 
-    api.authorize(request("schlüssel".encode()))
+    for scheme in (b"Bearer", b"bearer"):
+        api.authorize(request("schlüssel".encode(), scheme))
     with pytest.raises(routes.HTTPException):
         api.authorize(request("schlüssel".encode("latin-1")))
 

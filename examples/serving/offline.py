@@ -10,6 +10,7 @@ then the command without it, which finds all parts there and joins them.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -114,6 +115,20 @@ def write_missing(rows: Dataset, options) -> int:
     return crashes
 
 
+def check_settings(rows: Dataset, options):
+    """Raise ValueError if the folder has parts of other prompts, another model or other options."""
+    names = ("model", "field", "part_size", "max_new_tokens", "steps")
+    settings = {name: getattr(options, name) for name in names}
+    settings["prompts"] = hashlib.sha256(json.dumps(rows[options.field]).encode()).hexdigest()
+    path = options.output_dir / "settings.json"
+    if not path.exists():
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+    before = json.loads(path.read_text())
+    others = [name for name in settings if settings[name] != before.get(name)]
+    if others:
+        raise ValueError(f"{options.output_dir} holds texts of other {', '.join(others)}: give another --output_dir")
+
+
 def join_parts(options, num_rows: int) -> Path:
     """All parts as one file."""
     target = options.output_dir / "texts.jsonl"
@@ -129,6 +144,7 @@ def main(arguments=None):
     rows = load_dataset("json", data_files=options.prompts, split="train")
     if options.field not in rows.column_names:
         raise ValueError(f"field={options.field!r}: must be one of {', '.join(rows.column_names)}")
+    check_settings(rows, options)
     crashes = write_missing(rows, options)
     if all(path.exists() for path in part_paths(options, len(rows))):
         print(f"{len(rows)} texts in {join_parts(options, len(rows))}, {crashes} times a process died")

@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
     help_of_models = "folders or hub names of checkpoints; the bundled ones if not given"
     parser.add_argument("models", metavar="MODEL", nargs="*", help=help_of_models)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
-    parser.add_argument("--port", type=whole_number(1), default=7860, help="port to listen on")
+    parser.add_argument("--port", type=whole_number(1, 65535), default=7860, help="port to listen on")
     add_device(parser)
 
 
@@ -37,7 +37,12 @@ def demo(options: argparse.Namespace) -> None:
             f"{error}: the demo needs gradio and matplotlib, pip install 'modeling-yan[demo]'"
         ) from error
 
-    models = {Path(name).name: (load_model(name, options.device), load_tokenizer(name)) for name in names}
+    shown = [Path(name).resolve().name if Path(name).exists() else name for name in names]
+    titles = [name if shown.count(title) > 1 else title for name, title in zip(names, shown, strict=True)]
+    models = {
+        title: (load_model(name, options.device), load_tokenizer(name))
+        for title, name in zip(titles, names, strict=True)
+    }
     launch(build_demo(models), server_name=options.host, server_port=options.port)
 
 

@@ -1,6 +1,7 @@
 """Parsers whose help shows examples and whose errors are one line."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
 
@@ -49,12 +50,13 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:0; if not given, a GPU where there is one")
 
 
-def whole_number(low: int) -> Callable[[str], int]:
-    """Function from a word to a whole number of at least `low`, as the `type` of an argument."""
+def whole_number(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Function from a word to a whole number from `low` to `high`, as the `type` of an argument."""
 
     def parse(word: str) -> int:
-        if not word.removeprefix("-").isdecimal() or int(word) < low:
-            raise argparse.ArgumentTypeError(f"{word!r}: must be a whole number of at least {low}")
+        if not word.removeprefix("-").isdecimal() or not low <= int(word) <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{word!r}: must be a whole number of at least {low}{most}")
         return int(word)
 
     return parse

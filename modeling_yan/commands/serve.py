@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
     add_model(parser)
     parser.add_argument("--name", help="what clients call the model; MODEL if not given")
     parser.add_argument("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="who may connect")
-    parser.add_argument("--port", type=whole_number(1024), default=8000, help="where")
+    parser.add_argument("--port", type=whole_number(1024, 65535), default=8000, help="where")
     parser.add_argument("--device", default="auto", help="such as cpu, cuda or cuda:0; auto takes all GPUs there are")
     parser.add_argument("--replicas", type=whole_number(1), default=1, help="models a device, each in its own process")
     parser.add_argument(

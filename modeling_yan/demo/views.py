@@ -40,7 +40,14 @@ STYLE = """
 
 
 def draw_options(config: "YanConfig", steps: int, seed: int, num: int) -> dict[str, Any]:
-    """Options of `generate` for a number of texts: one is generated without sampling, several are drawn."""
+    """Options of `generate` for a number of texts: one is generated without sampling, several are drawn.
+
+    Raises:
+        ValueError: A field of the page is empty.
+    """
+    for name, value in {"steps": steps, "seed": seed, "texts": num}.items():
+        if value is None:
+            raise ValueError(f"{name}: must be a number")
     options = {"num_flow_steps": int(steps), "seed": int(seed), "num_return_sequences": int(num)}
     return {**options, "do_sample": num > 1}
 

@@ -59,7 +59,8 @@ def export_generation(
     Args:
         model: A `YanForFlowGeneration`.
         batch_size, prompt_length: B and S, at least 1, or None for any.
-        canvas_length, num_flow_steps: L and the number of solver steps, at least 1; the config's if None.
+        canvas_length, num_flow_steps: L and the number of solver steps, at least 1; if None, those of the
+            `generation_config`, or else of the config.
         min_new_tokens: Number of first tokens that may not be EOS, at least 0; if 0, that of the model's
             `generation_config`, whose other options the program has, too.
         seed: Seed of the start noise; that of the `generation_config` if None, or 0.
@@ -79,8 +80,13 @@ def export_generation(
         >>> export_generation(model, prompt_length=3).module()(ids, torch.ones_like(ids)).shape
         torch.Size([1, 8])
     """
-    config = model.config
-    canvas_length = config.canvas_length if canvas_length is None else canvas_length
+    if any(parameter.is_meta for parameter in model.parameters()):  # packed weights
+        raise ValueError("a model with packed or int8 weights: must be the model that it was made from")
+    config, options = model.config, model.generation_config
+    if canvas_length is None:
+        canvas_length = getattr(options, "canvas_length", None) or config.canvas_length
+    if num_flow_steps is None:
+        num_flow_steps = getattr(options, "num_flow_steps", None)
     num_flow_steps = config.num_flow_steps if num_flow_steps is None else num_flow_steps
     shapes = _open_shapes(batch_size, prompt_length, config.max_prompt_length)
     batch_size = ANY_ROWS if batch_size is None else batch_size
@@ -98,7 +104,7 @@ def export_generation(
     if plan.expert_choice in ("sample", "ranked"):
         found = f"generation_config.expert_choice={plan.expert_choice!r}"
         raise ValueError(f"{found}: must be 'argmax' or 'mixture' in a program, which draws nothing")
-    seed = seed if seed is not None else getattr(model.generation_config, "seed", None) or 0
+    seed = seed if seed is not None else getattr(options, "seed", None) or 0
     program = YanCanvasProgram(model, canvas_length, plan, seed).eval()
     ids = torch.full((batch_size, prompt_length), config.eos_token_id or 0, device=model.device)
     with torch.no_grad():

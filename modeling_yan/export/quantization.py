@@ -31,6 +31,8 @@ def with_int8_weights(model: YanForFlowGeneration) -> YanForFlowGeneration:
         1
     """
     weight = model.lm_head.weight
+    if callable(weight):  # of a layer that torch has quantised
+        raise ValueError("a model with int8 weights: must be the model that it was made from")
     if weight.device.type != "cpu" or str(weight.dtype) != "torch.float32":
         raise ValueError(f"a model on {weight.device.type} in {weight.dtype}: must be on the CPU in torch.float32")
     model = copy.deepcopy(model).eval()

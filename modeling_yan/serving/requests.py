@@ -170,7 +170,9 @@ class RequestReader:
                 raise RequestError(f"{name}={reprlib.repr(value)}: not supported by this server", name)
             return
         if name not in self.rules or (name in OWN_FIELDS and not self.is_yan):
-            raise RequestError(f"{reprlib.repr(name)}: no field of this server", name)
+            raise RequestError(
+                f"{reprlib.repr(name)}: no field of this server", ascii(name)[1:-1]
+            )  # may be no Unicode
         is_allowed, allowed = self.rules[name]
         if not is_allowed(value):
             raise _wrong(name, value, allowed)
@@ -239,7 +241,7 @@ def _stock_options(text: str | None) -> dict[str, Any]:
         return {}
     try:
         options = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # of thousands of brackets
         raise _wrong("generation_config", text, "a JSON object as a string") from error
     if not isinstance(options, dict):
         raise _wrong("generation_config", text, "a JSON object as a string")

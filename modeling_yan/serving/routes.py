@@ -42,7 +42,8 @@ class Routes:
         key = self.settings.api_key
         if key is None or request.url.path in OPEN_PATHS:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else ""
         if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
             body = error_body("wrong or missing API key", 401, code="invalid_api_key")
             raise HTTPException(401, body, headers={"WWW-Authenticate": "Bearer"})

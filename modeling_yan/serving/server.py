@@ -185,6 +185,8 @@ def make_server(settings: Settings) -> litserve.LitServer:
         disable_openapi_url=True,
         restart_workers=True,
     )
+    if not server.devices:
+        raise ValueError(f"device={settings.device!r}: must be a device of this machine, and there is none")
     shape_errors(server.app)
     return server
 

@@ -39,18 +39,21 @@ def make_reader(settings: Settings) -> RequestReader:
     """What reads requests for the model.
 
     Raises:
-        ValueError: No such model, or one without a tokenizer.
+        ValueError: No such model, or one without weights or a tokenizer.
     """
     from transformers import GenerationConfig
 
     from ..commands.loading import load_any_config, load_tokenizer, prepare_library
+    from ..training.models import has_weights
 
     prepare_library(is_quiet=True)
     config, tokenizer = load_any_config(settings.model), load_tokenizer(settings.model)
+    if not has_weights(config.name_or_path):
+        raise ValueError(f"MODEL={settings.model!r}: must hold weights, and there are none")
     is_yan = config.model_type == "yan"
     longest = config.max_prompt_length if is_yan else config.max_position_embeddings - settings.max_new_tokens
     try:
-        new_tokens = GenerationConfig.from_pretrained(settings.model).max_new_tokens
+        new_tokens = GenerationConfig.from_pretrained(config.name_or_path).max_new_tokens  # an adapter has its base's
     except OSError:  # a folder without generation_config.json has the model's defaults
         new_tokens = None
     limits = Limits(min(settings.max_prompt_tokens or longest, longest), settings.max_new_tokens)

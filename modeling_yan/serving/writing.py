@@ -55,7 +55,9 @@ class Text:
     def draft(self, ids: list[int]) -> str:
         """What would follow if these tokens were the next ones."""
         end = next((index for index, token in enumerate(ids) if token in self.eos), len(ids))
-        return self._decode(self.ids + ids[:end])[len(self.sent) :]
+        text = self._decode((self.ids + ids[:end])[: self.limit])
+        ends = [text.find(stop) for stop in self.stop if stop in text]
+        return text[len(self.sent) : min(ends, default=len(text))]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
