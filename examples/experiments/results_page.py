@@ -62,7 +62,7 @@ README_TASKS = {
     "babi": "stories (bAbI)",
 }
 README_ARMS = (
-    *(ONE, SIXTEEN, ONE_CRF, SIXTEEN_CRF, *PASSES, GRAPH, "AR decoder"),
+    *(ONE, ONE_CRF, SIXTEEN_CRF, *PASSES, GRAPH, "AR decoder", "the source itself"),
     *("YAN on MiniLM", "classification head on MiniLM"),
 )
 README_METRICS = {"bleu": ("bleu", "chrf"), "exact": ("exact",)}
