@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from serving import MODEL, ROOT
 
 psutil = pytest.importorskip("psutil")
@@ -74,14 +75,14 @@ def test_texts_of_another_job_are_not_taken_for_its_own(tmp_path):
     offline = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(offline)
     words = ["--model", MODEL, "--prompts", "x", "--output_dir", str(tmp_path)]
-    rows = {"prompt": ["Where?", "Who?"]}
+    rows = Dataset.from_dict({"prompt": ["Where?", "Who?"]})
     for _ in range(2):
         offline.check_settings(rows, offline.parse_arguments(words))
     for others, name in ((["--part_size", "4"], "part_size"), (["--steps", "1"], "steps")):
         with pytest.raises(ValueError, match=f"holds texts of other {name}: give another --output_dir"):
             offline.check_settings(rows, offline.parse_arguments([*words, *others]))
     with pytest.raises(ValueError, match="holds texts of other prompts"):
-        offline.check_settings({"prompt": ["Where?"]}, offline.parse_arguments(words))
+        offline.check_settings(rows.select([0]), offline.parse_arguments(words))
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def check_settings(rows: Dataset, options):
     """Raise ValueError if the folder has parts of other prompts, another model or other options."""
     names = ("model", "field", "part_size", "max_new_tokens", "steps")
     settings = {name: getattr(options, name) for name in names}
-    settings["prompts"] = hashlib.sha256(json.dumps(rows[options.field]).encode()).hexdigest()
+    settings["prompts"] = hashlib.sha256(json.dumps(list(rows[options.field])).encode()).hexdigest()
     path = options.output_dir / "settings.json"
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=1) + "\n")
