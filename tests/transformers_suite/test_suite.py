@@ -95,7 +95,7 @@ if suite is not None:
                 self._update(model.train(), optimizer, prompt, target)
                 if step % 50 == 0:
                     cross_entropy = self._cross_entropy(model, prompt, target)
-                if cross_entropy < 0.01 * initial:
+                if cross_entropy < 0.001 * initial:  # at a hundredth a token may still be wrong
                     break
             self.assertLess(cross_entropy, (1 - self.training_loss_reduction_threshold) * initial)
             written = model.eval().generate(prompt, max_new_tokens=target.shape[1], do_sample=False)
