@@ -170,9 +170,8 @@ class RequestReader:
                 raise RequestError(f"{name}={reprlib.repr(value)}: not supported by this server", name)
             return
         if name not in self.rules or (name in OWN_FIELDS and not self.is_yan):
-            raise RequestError(
-                f"{reprlib.repr(name)}: no field of this server", ascii(name)[1:-1]
-            )  # may be no Unicode
+            # a name may be no valid Unicode
+            raise RequestError(f"{reprlib.repr(name)}: no field of this server", ascii(name)[1:-1])
         is_allowed, allowed = self.rules[name]
         if not is_allowed(value):
             raise _wrong(name, value, allowed)
